@@ -1,0 +1,78 @@
+"""The application: /v1, the pages, Optuna's dashboard, and one answer to every error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from api import events, health, pages, preview, studies, trials
+from api.context import Context
+from api.dashboard import Dashboard
+from api.problems import EXPECTED, MEDIA_TYPE, problem_of, respond
+from orchestrator.artifacts import ArtifactStore
+from orchestrator.database import Database
+
+
+def create_app(database: Database, *, artifacts: Path | None = None, dashboard: bool = True) -> FastAPI:
+    """The application over this database. Loads neither torch nor ray; optuna with the first visit to its dashboard.
+
+    `artifacts` is the folder that artifacts are downloaded from; without it there are none to download.
+    """
+    # FastAPI's own documentation pages load scripts from other hosts.
+    app = FastAPI(
+        title="Caddie", version="1", summary="Sweeps of layer sharing under a byte and a time budget",
+        openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None, generate_unique_id_function=_operation_id,
+    )  # fmt: skip
+    app.state.context = Context(database, ArtifactStore(artifacts) if artifacts is not None else None)
+    app.state.templates = pages.load_templates()
+    version_1 = APIRouter(prefix="/v1")
+    for module in (studies, trials, preview, events):
+        version_1.include_router(module.router)
+    app.include_router(version_1)
+    app.include_router(health.router)
+    app.include_router(pages.router)
+    pages.mount_assets(app)
+    if dashboard:
+        Dashboard(database).mount(app)
+    _install_errors(app)
+    _declare_problems(app)
+    return app
+
+
+def openapi_text() -> str:
+    """The OpenAPI document as the golden file has it."""
+    return json.dumps(create_app(Database("sqlite://")).openapi(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def _install_errors(app: FastAPI) -> None:
+    async def answer(request: Request, error: Exception) -> Response:
+        details = problem_of(error)
+        if pages.wants_page(request):
+            return pages.error_page(request, details)
+        return respond(details, getattr(error, "headers", None))
+
+    for expected in (*EXPECTED, Exception):
+        app.add_exception_handler(expected, answer)
+
+
+def _declare_problems(app: FastAPI) -> None:
+    """Give the errors of the OpenAPI document the media type that they are sent with."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = describe()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                for status, response in operation["responses"].items():
+                    if int(status) >= 400:
+                        response["content"] = {MEDIA_TYPE: next(iter(response["content"].values()))}
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,133 @@
+"""What clients send: the shape of each body, and the domain value that it means. Unknown keys are refused."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from orchestrator.space import Parameter
+from orchestrator.study import CAP_BYTES, NewStudy
+from worker.recipes import load_recipe
+from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, override, parse_spec, problems_of
+
+
+class Input(BaseModel):
+    """A body that refuses unknown keys, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class StudyIn(Input):
+    """A study to create: a base spec (or a recipe), with overrides, and the paths that vary."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    recipe: str | None = None
+    base: dict[str, Any] | None = None
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="Dotted paths of the base spec, with new values."
+    )
+    space: dict[str, Parameter] = Field(default_factory=dict)
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    max_trials: int = Field(default=100, ge=0, le=1_000_000)
+    cap_bytes: int = Field(default=CAP_BYTES, ge=1, le=2**53)
+    gangs: tuple[GangConfig, ...] = Field(default=(), max_length=16)
+
+    def definition(self) -> NewStudy:
+        """The study that this body defines. Raises InvalidSpec, naming each field as the body has it."""
+        if (self.recipe is None) == (self.base is None):
+            raise InvalidSpec((Problem("base", self.base, "give exactly one of base and recipe"),))
+        base = load_recipe(self.recipe) if self.recipe is not None else self.base
+        assert base is not None
+        fields = self.model_dump(exclude={"recipe", "base", "overrides"}, exclude_none=True)
+        try:
+            return NewStudy.model_validate({**fields, "base": override(base, self.overrides)})
+        except ValidationError as error:
+            found = problems_of(error)
+            raise InvalidSpec(
+                tuple(_placed(problem, "base", {"overrides": self.overrides}) for problem in found)
+            ) from None
+
+
+class SpecIn(Input):
+    """A configuration: `spec`, `recipe` or `params`, each with overrides, or overrides alone, of the study's base."""
+
+    spec: dict[str, Any] | None = Field(
+        default=None, description="A whole TrialSpec; what is left out has its default."
+    )
+    recipe: str | None = Field(default=None, description="The name of a recipe.")
+    params: dict[str, Any] | None = Field(
+        default=None, description="Values of the study's space, by path, over its base."
+    )
+    overrides: dict[str, Any] = Field(default_factory=dict, description="Dotted paths of the spec, with new values.")
+
+    def build(self, study: NewStudy | None) -> TrialSpec:
+        """The spec that this body says, in this study. Raises InvalidSpec, naming each field as the body has it."""
+        base = self._base(study)
+        changes = {"overrides": self.overrides, "params": self._checked_params(study)}
+        prefix = "" if self.spec is None else "spec"
+        try:
+            return parse_spec(override(base, {**changes["params"], **self.overrides}))
+        except InvalidSpec as error:
+            found = (problem.within(prefix) for problem in error.problems)
+            raise InvalidSpec(tuple(_placed(problem, prefix, changes) for problem in found)) from None
+
+    def _base(self, study: NewStudy | None) -> dict[str, Any]:
+        given = [name for name in ("spec", "recipe", "params") if getattr(self, name) is not None]
+        if len(given) > 1:
+            message = "give exactly one of spec, recipe and params, not " + " and ".join(given)
+            raise InvalidSpec((Problem(given[1], getattr(self, given[1]), message),))
+        if self.spec is not None:
+            return self.spec
+        if self.recipe is not None:
+            return load_recipe(self.recipe)
+        if study is not None and (given or self.overrides):
+            return study.base
+        wanted = "spec, recipe, params, or overrides of the study's base" if study else "spec or recipe, or a study"
+        raise InvalidSpec((Problem("spec", None, f"give {wanted}"),))
+
+    def _checked_params(self, study: NewStudy | None) -> dict[str, Any]:
+        if self.params is None:
+            return {}
+        assert study is not None, "without a study there was no base to change"
+        problems: list[Problem] = []
+        for path, value in self.params.items():
+            parameter = study.space.get(path)
+            if parameter is None:
+                known = ", ".join(study.space) or "no parameters"
+                problems.append(Problem(f"params.{path}", value, f"is not in the study's space, which has {known}"))
+            elif not parameter.contains(value):
+                problems.append(Problem(f"params.{path}", value, f"must be {_range(parameter)}"))
+        if problems:
+            raise InvalidSpec(tuple(problems))
+        return self.params
+
+
+class TrialIn(SpecIn):
+    """A trial to submit."""
+
+    allow_duplicate: bool = Field(default=False, description="Add it even where the study has the same configuration.")
+
+
+class PreviewIn(SpecIn):
+    """A configuration to predict without running it; in a study, by what its trials have shown, against its cap."""
+
+    study: str | None = None
+    cap_bytes: int | None = Field(default=None, ge=1, le=2**53)
+
+
+def _placed(problem: Problem, prefix: str, changes: Mapping[str, Mapping[str, Any]]) -> Problem:
+    """The problem at the place in the body where its value came from: an override names itself, not what it changed."""
+    field = problem.field.removeprefix(f"{prefix}.") if prefix else problem.field
+    for name, paths in changes.items():
+        if any(field == path or field.startswith(f"{path}.") for path in paths):
+            return Problem(f"{name}.{field}", problem.value, problem.message, problem.kind)
+    return problem
+
+
+def _range(parameter: Parameter) -> str:
+    if parameter.choice is not None:
+        return "one of " + ", ".join(repr(value) for value in parameter.choice)
+    kind = "a whole number" if parameter.whole else "a number"
+    step = f" in steps of {parameter.step}" if parameter.step is not None else ""
+    return f"{kind} from {parameter.low} to {parameter.high}{step}"

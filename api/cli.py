@@ -1,0 +1,274 @@
+"""`caddie`: the command line. Exits 0 when done, 2 for bad input, 1 for other failures: one line on stderr."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from api.client import ApiError, Caddie, Unreachable
+from api.schemas import PreviewOut
+from api.terminal import leaderboard_table, preview_lines, studies_table, trial_lines, watch_study
+from orchestrator.feasibility import judge, predict
+from orchestrator.settings import KNOWN, Settings
+from orchestrator.study import CAP_BYTES
+from worker.recipes import load_recipe, recipe_names
+from worker.shape import FieldError
+from worker.spec import InvalidSpec, Problem, override, parse_spec, problems_of
+
+app = typer.Typer(
+    help="Search how layers share weights. `caddie up` starts everything on this machine; `caddie demo` shows a sweep.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+study_app = typer.Typer(help="Create, list and steer studies.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Replace one field; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+StudyName = Annotated[str, typer.Argument(help="The study's name.")]
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app(standalone_mode=True)
+    except (InvalidSpec, FieldError) as error:
+        _fail(str(error), 2)
+    except ValidationError as error:
+        _fail("; ".join(str(problem) for problem in problems_of(error)), 2)
+    except ApiError as error:
+        _fail(str(error), 2 if error.status < 500 else 1)
+    except Unreachable as error:
+        _fail(f"{error}; is `caddie up` running?", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+@app.command()
+def up(
+    home: Annotated[Path | None, typer.Option(help=KNOWN["CADDIE_HOME"])] = None,
+    port: Annotated[int | None, typer.Option(help=KNOWN["CADDIE_PORT"])] = None,
+    ranks: Annotated[int | None, typer.Option(help=KNOWN["CADDIE_RANKS"])] = None,
+    launcher: Annotated[str | None, typer.Option(help=KNOWN["CADDIE_LAUNCHER"])] = None,
+) -> None:
+    """Run the API, the loop, a local Ray and the database: one process tree, until Ctrl-C."""
+    from api.up import environment_of, up  # the server's imports take a second that no other command should pay
+
+    flags = {"CADDIE_HOME": home, "CADDIE_PORT": port, "CADDIE_RANKS": ranks, "CADDIE_LAUNCHER": launcher}
+    chosen = {name: str(value) for name, value in flags.items() if value is not None}
+    settings = Settings.read({**os.environ, **chosen})
+    up(settings, environment_of(settings))
+
+
+@app.command()
+def api() -> None:
+    """Serve the API and pages alone, as docker-compose.yml does. Settings come from CADDIE_* variables."""
+    from api.up import require_free_port, serve
+    from orchestrator.database import Database
+
+    settings = Settings.read(os.environ)
+    require_free_port(settings)
+    serve(settings, Database(settings.database_url))
+
+
+@app.command()
+def orchestrator() -> None:
+    """Run the loop and its launcher alone, as docker-compose.yml does. Settings come from CADDIE_* variables."""
+    os.execv(sys.executable, [sys.executable, "-m", "orchestrator"])  # not a child: signals must reach the loop
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to this version's schema. Safe to repeat, and by several at once."""
+    from orchestrator.database import Database
+
+    settings = Settings.read(os.environ)
+    database = Database(settings.database_url)
+    database.migrate()
+    print(f"{database.url.render_as_string(hide_password=True)} is at this version's schema")
+
+
+@app.command()
+def demo() -> None:
+    """Run a small real sweep on this machine, show it live, and print its leaderboard. Again resumes it."""
+    from api.demo import run_demo
+
+    sys.exit(run_demo(Console()))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def data(context: typer.Context) -> None:
+    """Build, fetch or list datasets: `caddie data build | fetch | list`."""
+    settings = Settings.read(os.environ)
+    environment = os.environ | {"CADDIE_DATA": str(settings.data)}
+    sys.exit(subprocess.call([sys.executable, "-m", "worker", "data", *context.args], env=environment))
+
+
+@app.command()
+def preview(
+    spec: Annotated[str, typer.Argument(help="A recipe's name or a spec file (YAML or JSON).")],
+    overrides: Overrides = None,
+    cap_bytes: Annotated[int, typer.Option(help="The byte cap to judge by.", min=1)] = CAP_BYTES,
+    as_json: AsJson = False,
+) -> None:
+    """What a spec would cost, without running it or needing a server: parameters, tying map, bytes, verdict."""
+    parsed = parse_spec(override(_spec_data(spec), _overrides(overrides)))
+    prediction = predict(parsed)
+    answer = PreviewOut.of(parsed, prediction, cap_bytes, *judge(prediction, cap_bytes))
+    print(answer.model_dump_json(indent=2) if as_json else "\n".join(preview_lines(spec, answer)))
+
+
+@app.command()
+def submit(
+    study: StudyName,
+    spec: Annotated[
+        str | None, typer.Argument(help="A recipe's name or a spec file; none means the study's base.")
+    ] = None,
+    overrides: Overrides = None,
+    key: Annotated[
+        str | None, typer.Option("--key", help="Idempotency key: a retry with it returns the same trial.")
+    ] = None,
+    allow_duplicate: Annotated[bool, typer.Option(help="Submit even if the study has this spec already.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the trial; exit 1 unless it completes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit one trial to a study."""
+    body: dict[str, Any] = {"overrides": _overrides(overrides), "allow_duplicate": allow_duplicate}
+    if spec is not None:
+        body["spec"] = override(_spec_data(spec), body.pop("overrides"))
+    with _client() as caddie:
+        trial = caddie.submit(study, body, idempotency_key=key)
+        if wait:
+            trial = caddie.wait(study, trial.number)
+        print(trial.model_dump_json(indent=2) if as_json else "\n".join(trial_lines(trial)))
+    if wait and trial.state != "complete":
+        raise typer.Exit(1)
+
+
+@app.command()
+def watch(study: StudyName) -> None:
+    """Follow a study until it ends: progress, what runs, and the leaders so far."""
+    with _client() as caddie:
+        watch_study(Console(), caddie, study)
+
+
+@app.command()
+def leaderboard(study: StudyName, as_json: AsJson = False) -> None:
+    """The study's complete trials, best first."""
+    with _client() as caddie:
+        board = caddie.leaderboard(study)
+    if as_json:
+        print(board.model_dump_json(indent=2))
+    else:
+        Console().print(leaderboard_table(board.rows, f"Leaderboard of {study}"))
+
+
+@app.command()
+def trial(study: StudyName, number: int, as_json: AsJson = False) -> None:
+    """One trial, with its attempts and result."""
+    with _client() as caddie:
+        found = caddie.trial(study, number)
+    print(found.model_dump_json(indent=2) if as_json else "\n".join(trial_lines(found)))
+
+
+@app.command()
+def cancel(study: StudyName, number: int) -> None:
+    """Cancel a queued or running trial."""
+    with _client() as caddie:
+        print("\n".join(trial_lines(caddie.cancel(study, number))))
+
+
+@study_app.command("create")
+def create_study(
+    file: Annotated[
+        Path, typer.Argument(help="A study file (YAML or JSON): name, recipe or base, space, max_trials, ...")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Create a study from a file; it runs at once."""
+    with _client() as caddie:
+        study = caddie.create_study(_read(file))
+    print(study.model_dump_json(indent=2) if as_json else f"study {study.name} is {study.state}")
+
+
+@study_app.command("list")
+def list_studies(as_json: AsJson = False) -> None:
+    """All studies."""
+    with _client() as caddie:
+        studies = caddie.studies()
+    if as_json:
+        print(json.dumps([study.model_dump(mode="json") for study in studies], indent=2))
+    else:
+        Console().print(studies_table(studies))
+
+
+def _steer(move: str) -> None:
+    def command(study: StudyName) -> None:
+        with _client() as caddie:
+            moved = caddie.move_study(study, move)
+        print(f"study {moved.name} is {moved.state}")
+
+    meaning = {
+        "pause": "Start nothing more; what runs finishes.",
+        "resume": "Let a paused study run on.",
+        "stop": "End a study: queued trials are cancelled, what runs finishes.",
+    }
+    study_app.command(move, help=meaning[move])(command)
+
+
+for _move in ("pause", "resume", "stop"):
+    _steer(_move)
+
+
+def _client() -> Caddie:
+    return Caddie(Settings.read(os.environ).url)
+
+
+def _spec_data(name: str) -> dict[str, Any]:
+    """A recipe by its name, or a spec file by its path."""
+    if name in recipe_names():
+        return load_recipe(name)
+    if not Path(name).is_file():
+        raise InvalidSpec((Problem("spec", name, f"is neither a file nor a recipe ({', '.join(recipe_names())})"),))
+    return _read(Path(name))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidSpec((Problem("file", str(path), " ".join(str(error).split())),)) from None
+    if not isinstance(data, dict):
+        raise InvalidSpec((Problem("file", str(path), "must hold a mapping"),))
+    return data
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for pair in pairs or []:
+        path, equals, text = pair.partition("=")
+        if not equals or not path:
+            raise InvalidSpec((Problem("--set", pair, "must be PATH=VALUE, such as sharing.lora.rank=4"),))
+        try:
+            changes[path] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InvalidSpec((Problem(path, text, "is not a YAML value"),)) from None
+    return changes
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"caddie: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

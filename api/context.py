@@ -1,0 +1,56 @@
+"""What every handler is given: the database, the folder of artifacts, the time, and names it can trust."""
+
+import re
+import threading
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import Depends, Path, Query, Request
+
+from orchestrator.artifacts import ArtifactStore
+from orchestrator.database import Database
+from orchestrator.errors import NotFound
+
+LARGEST_ID = 2**31 - 1  # what an INTEGER holds on PostgreSQL
+MAX_PAGE = 500
+STUDY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one application works with. `closing` is set when the server goes down, so that open streams end."""
+
+    database: Database
+    artifacts: ArtifactStore | None
+    closing: threading.Event = field(default_factory=threading.Event)
+
+
+async def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+async def _database(request: Request) -> Database:
+    context: Context = request.app.state.context
+    return context.database
+
+
+async def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+async def _study_name(study: Annotated[str, Path(description="The study's name.")]) -> str:
+    # A name that no study can have never reaches the database: PostgreSQL refuses some text, such as NUL.
+    if not STUDY_NAME.fullmatch(study):
+        raise NotFound("study", study)
+    return study
+
+
+ContextOf = Annotated[Context, Depends(_context)]
+DatabaseOf = Annotated[Database, Depends(_database)]
+Now = Annotated[datetime, Depends(_now)]
+StudyName = Annotated[str, Depends(_study_name)]
+TrialNumber = Annotated[int, Path(ge=0, le=LARGEST_ID, description="The trial's number within its study.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="How many at the most.")]
+After = Annotated[int, Query(ge=-1, le=LARGEST_ID, description="The `next` of the page before.")]

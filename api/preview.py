@@ -1,0 +1,41 @@
+"""What a spec would be and cost, without running it; and the recipes to start from."""
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+
+from api.bodies import PreviewIn
+from api.context import DatabaseOf
+from api.problems import responses
+from api.schemas import Page, PreviewOut, RecipeOut
+from api.submission import recent_trials
+from orchestrator import feasibility, store
+from orchestrator.study import CAP_BYTES, Trial
+from worker.recipes import load_recipe, recipe_names
+from worker.spec import TrialSpec, parse_spec
+
+router = APIRouter(tags=["preview"])
+
+
+@router.post("/preview", responses=responses(400, 404, 415, 422))
+def preview_spec(body: PreviewIn, database: DatabaseOf) -> PreviewOut:
+    """Predict a configuration's parameters and bytes. Nothing is stored."""
+    if body.study is None:
+        return preview(body.build(None), body.cap_bytes or CAP_BYTES)
+    with database.read() as session:
+        study = store.get_study(session, body.study)
+        history = recent_trials(session, study)
+    return preview(body.build(study.definition), body.cap_bytes or study.definition.cap_bytes, history)
+
+
+@router.get("/recipes")
+def list_recipes() -> Page[RecipeOut]:
+    """Named specs from the literature."""
+    return Page(items=[RecipeOut(name=name, spec=parse_spec(load_recipe(name))) for name in recipe_names()])
+
+
+def preview(spec: TrialSpec, cap_bytes: int = CAP_BYTES, history: Sequence[Trial] = ()) -> PreviewOut:
+    """The spec's prediction, calibrated on finished trials, and its verdict against the cap."""
+    prediction = feasibility.predict(spec, history)
+    verdict, reason = feasibility.judge(prediction, cap_bytes)
+    return PreviewOut.of(spec, prediction, cap_bytes, verdict, reason)

@@ -1,0 +1,164 @@
+"""Errors as RFC 9457 problem details: one media type, stable types, and every wrong field named."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from math import isfinite
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from orchestrator.artifacts import DamagedArtifact
+from orchestrator.errors import CaddieError, Conflict, IllegalMove, NotFound
+from worker.shape import FieldError
+from worker.spec import InvalidSpec, Problem
+
+MEDIA_TYPE = "application/problem+json"
+PREFIX = "urn:caddie:problem:"
+LONGEST_TEXT = 500
+
+TITLES: dict[str, tuple[int, str]] = {
+    "malformed-body": (400, "The body is not JSON"),
+    "not-found": (404, "There is no such thing"),
+    "method-not-allowed": (405, "The method is not allowed here"),
+    "conflict": (409, "What exists forbids it"),
+    "illegal-move": (409, "The state does not allow it"),
+    "damaged-artifact": (410, "The stored file is gone or damaged"),
+    "unsupported-media-type": (415, "The body must be JSON"),
+    "invalid-input": (422, "The input is not valid"),
+    "internal-error": (500, "Something is wrong on our side"),
+    "not-ready": (503, "The service is not ready"),
+}
+
+
+class FieldProblem(BaseModel):
+    """One thing wrong with the input: the dotted path, the value there, and what would be right."""
+
+    field: str
+    value: Any
+    message: str
+
+
+class ProblemDetails(BaseModel):
+    """RFC 9457. `type` is stable; `existing` names what a conflict is with."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    problems: list[FieldProblem] = Field(default_factory=list)
+    existing: str | None = None
+
+
+class NotReady(Exception):
+    """The database cannot be reached, or is not migrated."""
+
+
+EXPECTED: tuple[type[Exception], ...] = (
+    CaddieError, DamagedArtifact, FieldError, HTTPException, InvalidSpec, NotReady, RequestValidationError,
+)  # fmt: skip
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The declaration of these errors for a route."""
+    return {status: {"model": ProblemDetails, "description": HTTPStatus(status).phrase} for status in statuses}
+
+
+def problem(
+    kind: str, detail: str, problems: tuple[Problem, ...] = (), *, existing: str | None = None
+) -> ProblemDetails:
+    """A problem of one of TITLES."""
+    status, title = TITLES[kind]
+    fields = [FieldProblem(field=_text(p.field), value=_plain(p.value), message=_text(p.message)) for p in problems]
+    return ProblemDetails(
+        type=PREFIX + kind, title=title, status=status, detail=_text(detail), problems=fields, existing=existing
+    )
+
+
+def respond(details: ProblemDetails, headers: Mapping[str, str] | None = None) -> Response:
+    """The problem as a response."""
+    content = details.model_dump(exclude={"existing"} if details.existing is None else None)
+    return JSONResponse(content, details.status, headers=headers, media_type=MEDIA_TYPE)
+
+
+def problem_of(error: Exception) -> ProblemDetails:
+    """The problem that an error is; one that nobody expected says nothing of what it was."""
+    match error:
+        case InvalidSpec():
+            return problem("invalid-input", str(error), error.problems)
+        case FieldError():
+            return problem("invalid-input", str(error), (Problem(error.path, error.value, error.expected),))
+        case RequestValidationError():
+            return _request_problem(error)
+        case NotFound():
+            return problem("not-found", str(error))
+        case Conflict():
+            found = (Problem(error.field, error.value, error.message),)
+            return problem("conflict", str(error), found, existing=error.existing)
+        case IllegalMove():
+            return problem("illegal-move", str(error))
+        case DamagedArtifact():
+            return problem("damaged-artifact", str(error))
+        case NotReady():
+            return problem("not-ready", str(error))
+        case HTTPException():
+            return _http_problem(error)
+    return problem("internal-error", "the error was logged")
+
+
+def _request_problem(error: RequestValidationError) -> ProblemDetails:
+    details = error.errors()
+    broken = next((detail for detail in details if detail["type"] == "json_invalid"), None)
+    if broken is not None:
+        return problem(
+            "malformed-body", f"the body is not JSON: {broken['ctx']['error']} at character {broken['loc'][-1]}"
+        )
+    if isinstance(error.body, bytes):
+        return problem("unsupported-media-type", "send the header Content-Type: application/json")
+    found = tuple(_field_problem(detail) for detail in details)
+    return problem("invalid-input", "; ".join(str(one) for one in found), found)
+
+
+def _field_problem(detail: Mapping[str, Any]) -> Problem:
+    path = [str(part) for part in detail["loc"]]
+    field = ".".join(path[1:] if path[0] in ("body", "path") and len(path) > 1 else path)
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        return Problem(cause.path, cause.value, cause.expected).within("" if field == "body" else field)
+    if detail["type"] == "extra_forbidden":
+        return Problem(field, detail["input"], "is not a known key", "unknown")
+    return Problem(field, detail.get("input"), detail["msg"])
+
+
+def _http_problem(error: HTTPException) -> ProblemDetails:
+    by_status = {400: "malformed-body", 404: "not-found", 405: "method-not-allowed", 415: "unsupported-media-type"}
+    kind = by_status.get(error.status_code, "internal-error")
+    detail = "there is no such path" if error.status_code == 404 and error.detail == "Not Found" else str(error.detail)
+    return problem(kind, detail)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON that can always be sent: no NaN, no lone surrogates, nothing long."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return value if abs(value) < 2**53 else str(value)[:LONGEST_TEXT]
+    if isinstance(value, float):
+        return value if isfinite(value) else str(value)
+    if isinstance(value, str):
+        return _text(value)
+    if (
+        isinstance(value, list | tuple)
+        and len(value) <= 256
+        and all(item is None or isinstance(item, int | float) for item in value)
+    ):
+        return [_plain(item) for item in value]
+    return _text(repr(value))
+
+
+def _text(text: str) -> str:
+    safe = text.encode("utf-8", "backslashreplace").decode()
+    return safe if len(safe) <= LONGEST_TEXT else safe[:LONGEST_TEXT] + "…"

@@ -1,0 +1,309 @@
+"""What the API answers: the shape of each response, and how it is made from a domain value."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel
+
+from orchestrator.activity import Activity
+from orchestrator.lifecycle import Outcome, RunState, StudyState, TrialState
+from orchestrator.study import Attempt, Event, NewStudy, Prediction, Progress, Run, Study, Trial, Verdict
+from worker.report import TrialResult
+from worker.sharing import TensorClass, TyingMap, tensor_inventory
+from worker.spec import GangConfig, TrialSpec
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """Some items, and the cursor (`after`) of the next page where there may be more."""
+
+    items: list[Item]
+    next: int | None = None
+
+
+class StudyOut(BaseModel):
+    """A study, how many trials it has in each state, and the best of those that fit the cap."""
+
+    id: int
+    name: str
+    state: StudyState
+    reason: str | None
+    definition: NewStudy
+    max_trials: int
+    """How many the proposer may propose: 0 without a space."""
+    proposed: int
+    submitted: int
+    refused: int
+    """Proposals that never became trials."""
+    counts: dict[TrialState, int]
+    best_trial: int | None
+    best_bpb: float | None
+    created_at: datetime
+    changed_at: datetime
+
+    @classmethod
+    def of(cls, study: Study, counts: Mapping[TrialState, int], best: Trial | None) -> "StudyOut":
+        new = study.definition
+        return cls(
+            id=study.id, name=study.name, state=study.state, reason=study.reason, definition=new,
+            max_trials=new.max_trials if new.space else 0, proposed=study.proposed,
+            submitted=sum(counts.values()) - study.proposed, refused=study.refused, counts=dict(counts),
+            best_trial=best.number if best else None, best_bpb=best.result.val_bpb if best and best.result else None,
+            created_at=study.created_at, changed_at=study.changed_at,
+        )  # fmt: skip
+
+
+class TrialSummary(BaseModel):
+    """A trial in a list: what it is, and what came of it. Bytes count code; the score is `val_bpb`."""
+
+    number: int
+    state: TrialState
+    phase: str
+    """What its gang does now: start, data, train, evaluate, pack; empty where none works on it."""
+    origin: Literal["proposed", "submitted"]
+    params: dict[str, Any]
+    verdict: Verdict
+    reason: str | None
+    tying_map: TyingMap
+    lora_rank: int
+    seed: int
+    ranks: int
+    parameters: int
+    predicted_artifact_bytes: int
+    val_bpb: float | None
+    val_bpb_prequant: float | None
+    artifact_bytes: int | None
+    train_seconds: float | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @classmethod
+    def of(cls, trial: Trial, phase: str = "") -> "TrialSummary":
+        return cls(**_summary(trial, phase))
+
+
+class LeaderboardRow(BaseModel):
+    """A complete trial. One whose artifact is over the cap has no rank, and comes after all that fit."""
+
+    rank: int | None
+    number: int
+    val_bpb: float
+    val_bpb_prequant: float
+    artifact_bytes: int
+    parameters: int
+    tying_map: TyingMap
+    lora_rank: int
+    ranks: int
+    train_seconds: float
+
+    @classmethod
+    def of(cls, trial: Trial, rank: int | None) -> "LeaderboardRow":
+        result, sharing = trial.result, trial.spec.sharing
+        assert result is not None, "a complete trial has a result"
+        return cls(
+            rank=rank, number=trial.number, val_bpb=result.val_bpb, val_bpb_prequant=result.val_bpb_prequant,
+            artifact_bytes=result.artifact_bytes, parameters=result.parameters, tying_map=sharing.tying_map,
+            lora_rank=sharing.lora.rank, ranks=trial.spec.gang.ranks, train_seconds=result.train_seconds,
+        )  # fmt: skip
+
+
+class LeaderboardOut(BaseModel):
+    """Complete trials by BPB, best first."""
+
+    study: str
+    cap_bytes: int
+    rows: list[LeaderboardRow]
+
+
+class ArtifactOut(BaseModel):
+    """The stored model: its bytes and their SHA-256 (hex)."""
+
+    bytes: int
+    sha256: str
+
+
+class AttemptOut(BaseModel):
+    """One execution of a run by one gang."""
+
+    id: int
+    number: int
+    owner: str
+    gang: str | None
+    phase: str
+    outcome: Outcome | None
+    reason: str | None
+    started_at: datetime
+    finished_at: datetime | None
+    artifact: ArtifactOut | None
+
+    @classmethod
+    def of(cls, attempt: Attempt) -> "AttemptOut":
+        stored = attempt.artifact and ArtifactOut(bytes=attempt.artifact.bytes, sha256=attempt.artifact.sha256)
+        return cls(
+            id=attempt.id, number=attempt.number, owner=attempt.owner, gang=attempt.gang,
+            phase=attempt.phase, outcome=attempt.outcome, reason=attempt.reason, started_at=attempt.started_at,
+            finished_at=attempt.finished_at, artifact=stored,
+        )  # fmt: skip
+
+
+class RunOut(BaseModel):
+    """A trial at one seed, with the shape of gang it needs and every attempt at it."""
+
+    id: int
+    seed: int
+    state: RunState
+    gang: GangConfig
+    attempts: list[AttemptOut]
+
+    @classmethod
+    def of(cls, run: Run, attempts: Sequence[Attempt]) -> "RunOut":
+        own = [AttemptOut.of(attempt) for attempt in attempts if attempt.run_id == run.id]
+        return cls(id=run.id, seed=run.seed, state=run.state, gang=run.gang, attempts=own)
+
+
+class PredictionOut(BaseModel):
+    """What a spec will cost, before it runs. Artifact bytes include code; `low` and `high` bound them."""
+
+    parameters: int
+    code_bytes: int
+    artifact_bytes: int
+    artifact_bytes_low: int
+    artifact_bytes_high: int
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> "PredictionOut":
+        return cls.model_validate(prediction, from_attributes=True)
+
+
+class TrialOut(TrialSummary):
+    """Everything about one trial but its measurements."""
+
+    study: str
+    spec: TrialSpec
+    spec_hash: str
+    prediction: PredictionOut
+    result: TrialResult | None
+    runs: list[RunOut]
+
+    @classmethod
+    def detailed(cls, study: str, trial: Trial, runs: Sequence[Run], attempts: Sequence[Attempt]) -> "TrialOut":
+        phase = next((attempt.phase for attempt in attempts if attempt.outcome is None), "")
+        return cls(
+            **_summary(trial, phase), study=study, spec=trial.spec, spec_hash=trial.spec_hash,
+            prediction=PredictionOut.of(trial.prediction), result=trial.result,
+            runs=[RunOut.of(run, attempts) for run in runs],
+        )  # fmt: skip
+
+
+class MeasurementOut(BaseModel):
+    """Metrics at one step of one attempt; `number` counts from 1 within the attempt."""
+
+    attempt_id: int
+    run_id: int
+    seed: int
+    number: int
+    step: int
+    elapsed_seconds: float
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, progress: Progress) -> "MeasurementOut":
+        said = progress.measurement
+        return cls(
+            attempt_id=progress.attempt_id, run_id=progress.run_id, seed=progress.seed, number=said.number,
+            step=said.step, elapsed_seconds=said.elapsed_seconds, metrics=said.metrics,
+        )  # fmt: skip
+
+
+class ActivityOut(BaseModel):
+    """What one open attempt is doing now, with the last metrics it gave."""
+
+    trial: int
+    attempt_id: int
+    gang: str | None
+    phase: str
+    started_at: datetime
+    step: int | None
+    elapsed_seconds: float | None
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, activity: Activity) -> "ActivityOut":
+        return cls.model_validate(activity, from_attributes=True)
+
+
+class EventOut(BaseModel):
+    """One state change. Ids follow the order of commits; `trial` is the trial's number, where it is about one."""
+
+    id: int
+    study: str
+    trial: int | None
+    at: datetime
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, event: Event, study: str) -> "EventOut":
+        return cls(
+            id=event.id, study=study, trial=event.trial_number, at=event.at, kind=event.kind, message=event.message
+        )
+
+
+class PreviewOut(BaseModel):
+    """What a spec would be and cost. `parameters_by_class` adds up to the prediction's parameters."""
+
+    spec: TrialSpec
+    spec_hash: str
+    tying_map: TyingMap
+    prediction: PredictionOut
+    parameters_by_class: dict[TensorClass, int]
+    cap_bytes: int
+    verdict: Verdict
+    reason: str | None
+
+    @classmethod
+    def of(
+        cls, spec: TrialSpec, prediction: Prediction, cap_bytes: int, verdict: Verdict, reason: str | None
+    ) -> "PreviewOut":
+        return cls(
+            spec=spec, spec_hash=spec.canonical_hash, tying_map=spec.sharing.tying_map,
+            prediction=PredictionOut.of(prediction), parameters_by_class=parameters_by_class(spec),
+            cap_bytes=cap_bytes, verdict=verdict, reason=reason,
+        )  # fmt: skip
+
+
+class RecipeOut(BaseModel):
+    """A named spec from the literature, complete with defaults."""
+
+    name: str
+    spec: TrialSpec
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+def parameters_by_class(spec: TrialSpec) -> dict[TensorClass, int]:
+    """Distinct stored values of the spec's model, by tensor class; classes without any are left out."""
+    totals: dict[TensorClass, int] = {}
+    for tensor in tensor_inventory(spec.model, spec.sharing):
+        totals[tensor.tensor_class] = totals.get(tensor.tensor_class, 0) + tensor.elements
+    return totals
+
+
+def _summary(trial: Trial, phase: str) -> dict[str, Any]:
+    result, sharing = trial.result, trial.spec.sharing
+    return {
+        "number": trial.number, "state": trial.state, "phase": phase, "origin": trial.origin, "params": trial.params,
+        "verdict": trial.verdict, "reason": trial.reason,
+        "tying_map": sharing.tying_map, "lora_rank": sharing.lora.rank, "seed": trial.spec.seed,
+        "ranks": trial.spec.gang.ranks, "parameters": trial.prediction.parameters,
+        "predicted_artifact_bytes": trial.prediction.artifact_bytes,
+        "val_bpb": result.val_bpb if result else None, "val_bpb_prequant": result.val_bpb_prequant if result else None,
+        "artifact_bytes": result.artifact_bytes if result else None,
+        "train_seconds": result.train_seconds if result else None,
+        "created_at": trial.created_at, "started_at": trial.started_at, "finished_at": trial.finished_at,
+    }  # fmt: skip

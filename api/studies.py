@@ -1,0 +1,115 @@
+"""Studies over HTTP: created, read, listed, paused, resumed, stopped, and their leaderboard."""
+
+import logging
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from sqlalchemy.orm import Session
+
+from api.bodies import StudyIn
+from api.context import After, DatabaseOf, Limit, Now, StudyName
+from api.problems import responses
+from api.schemas import ActivityOut, LeaderboardOut, LeaderboardRow, Page, StudyOut
+from orchestrator import store
+from orchestrator.activity import list_activity
+from orchestrator.database import Database
+from orchestrator.lifecycle import StudyState
+from orchestrator.study import Study, Trial
+
+log = logging.getLogger(__name__)
+router = APIRouter(tags=["studies"], responses=responses(422))
+
+
+@router.post("/studies", status_code=201, responses=responses(400, 409, 415))
+def create_study(body: StudyIn, database: DatabaseOf, now: Now, response: Response) -> StudyOut:
+    """Create a study; it runs at once."""
+    definition = body.definition()
+    with database.write() as session:
+        study = store.create_study(session, definition, now)
+    log.info("study %s was created", study.name, extra={"study_id": study.id})
+    response.headers["Location"] = f"/v1/studies/{study.name}"
+    return StudyOut.of(study, {}, None)
+
+
+@router.get("/studies")
+def list_studies(
+    database: DatabaseOf, state: Annotated[tuple[StudyState, ...], Query()] = (), limit: Limit = 100, after: After = -1
+) -> Page[StudyOut]:
+    """Studies, oldest first."""
+    with database.read() as session:
+        studies = [study for study in store.list_studies(session, state) if study.id > after]
+        items = [describe(session, study) for study in studies[:limit]]
+    return Page(items=items, next=items[-1].id if len(studies) > limit else None)
+
+
+@router.get("/studies/{study}", responses=responses(404))
+def get_study(study: StudyName, database: DatabaseOf) -> StudyOut:
+    """One study."""
+    with database.read() as session:
+        return describe(session, store.get_study(session, study))
+
+
+@router.post("/studies/{study}/pause", responses=responses(404, 409))
+def pause_study(study: StudyName, database: DatabaseOf, now: Now) -> StudyOut:
+    """Start nothing more; what runs goes on to its end."""
+    return _move(database, study, StudyState.PAUSED, now)
+
+
+@router.post("/studies/{study}/resume", responses=responses(404, 409))
+def resume_study(study: StudyName, database: DatabaseOf, now: Now) -> StudyOut:
+    """Propose and start again."""
+    return _move(database, study, StudyState.RUNNING, now)
+
+
+@router.post("/studies/{study}/stop", responses=responses(404, 409))
+def stop_study(study: StudyName, database: DatabaseOf, now: Now) -> StudyOut:
+    """Start nothing more, for good, and cancel what is queued; what runs goes on to its end."""
+    return _move(database, study, StudyState.STOPPED, now)
+
+
+@router.get("/studies/{study}/leaderboard", responses=responses(404))
+def get_leaderboard(study: StudyName, database: DatabaseOf, limit: Limit = 100) -> LeaderboardOut:
+    """Complete trials by BPB, best first. Those over the byte cap come last, without a rank."""
+    with database.read() as session:
+        return leaderboard(session, store.get_study(session, study), limit)
+
+
+@router.get("/studies/{study}/activity", responses=responses(404))
+def get_activity(study: StudyName, database: DatabaseOf) -> Page[ActivityOut]:
+    """What the study's gangs are doing now."""
+    with database.read() as session:
+        found = list_activity(session, store.get_study(session, study).id)
+    return Page(items=[ActivityOut.of(activity) for activity in found])
+
+
+def describe(session: Session, study: Study) -> StudyOut:
+    """The study with its counts and its best trial."""
+    cap_bytes = study.definition.cap_bytes
+    first = next(iter(store.leaderboard(session, study.id, cap_bytes, limit=1)), None)
+    return StudyOut.of(
+        study, store.count_trials(session, study.id), first if first and _fits(first, cap_bytes) else None
+    )
+
+
+def leaderboard(session: Session, study: Study, limit: int) -> LeaderboardOut:
+    """The study's leaderboard. Ranks count only trials whose artifact fits the cap."""
+    cap_bytes = study.definition.cap_bytes
+    trials = store.leaderboard(session, study.id, cap_bytes, limit)
+    # Trials that fit come first, so that a place in the list is a rank.
+    rows = [
+        LeaderboardRow.of(trial, place if _fits(trial, cap_bytes) else None) for place, trial in enumerate(trials, 1)
+    ]
+    return LeaderboardOut(study=study.name, cap_bytes=cap_bytes, rows=rows)
+
+
+def _fits(trial: Trial, cap_bytes: int) -> bool:
+    return trial.result is not None and trial.result.artifact_bytes <= cap_bytes
+
+
+def _move(database: Database, name: str, to: StudyState, now: datetime) -> StudyOut:
+    with database.write() as session:
+        study = store.move_study(session, store.get_study(session, name).id, to, now)
+        described = describe(session, study)
+    log.info("study %s is %s", name, to, extra={"study_id": study.id})
+    return described

@@ -1,0 +1,138 @@
+"""What the command line prints: tables, tying maps and live progress."""
+
+import time
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from api.client import Caddie
+from api.schemas import ActivityOut, LeaderboardRow, PreviewOut, StudyOut, TrialOut, TrialSummary
+from orchestrator.lifecycle import TrialState
+
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+POLL_SECONDS = 0.5
+
+
+def tying_text(tying_map: Sequence[int]) -> str:
+    """A tying map in as few characters as it takes: 012012, or with spaces from 37 blocks on."""
+    if max(tying_map) < len(DIGITS):
+        return "".join(DIGITS[block] for block in tying_map)
+    return " ".join(str(block) for block in tying_map)
+
+
+def leaderboard_table(rows: Sequence[LeaderboardRow], title: str) -> Table:
+    """The leaderboard as a table that fits 80 columns; `raw` is BPB before quantisation."""
+    table = _table(title, "rank", "trial", "BPB", "raw", "bytes", "params", "tying map", "LoRA", "ranks", "sec")
+    for row in rows:
+        rank = "over" if row.rank is None else str(row.rank)
+        table.add_row(
+            rank, str(row.number), f"{row.val_bpb:.4f}", f"{row.val_bpb_prequant:.4f}", f"{row.artifact_bytes:,}",
+            f"{row.parameters:,}", tying_text(row.tying_map), str(row.lora_rank), str(row.ranks),
+            f"{row.train_seconds:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def studies_table(studies: Sequence[StudyOut]) -> Table:
+    """Studies, a line each."""
+    table = _table("Studies", "name", "state", "trials", "complete", "refused", "best BPB")
+    for study in studies:
+        best = "–" if study.best_bpb is None else f"{study.best_bpb:.4f}"
+        done = study.counts.get(TrialState.COMPLETE, 0)
+        table.add_row(study.name, study.state, str(sum(study.counts.values())), str(done), str(study.refused), best)
+    return table
+
+
+def trial_lines(trial: TrialOut) -> list[str]:
+    """One trial as a person reads it."""
+    shape = f"tying map {tying_text(trial.tying_map)}, LoRA rank {trial.lora_rank}, {trial.parameters:,} parameters"
+    if trial.result is not None:
+        before = f"{trial.result.val_bpb_prequant:.4f} before quantisation"
+        outcome = f"{trial.result.val_bpb:.4f} BPB ({before}), {trial.result.artifact_bytes:,} bytes"
+    else:
+        verdict = trial.verdict.replace("_", " ")
+        outcome = f"{trial.prediction.artifact_bytes:,} artifact bytes predicted: {verdict}"
+    why = f" ({trial.reason})" if trial.reason and trial.state != "complete" else ""
+    return [f"trial {trial.number} of {trial.study}: {trial.state}{why}", f"  {shape}", f"  {outcome}"]
+
+
+def preview_lines(name: str, preview: PreviewOut) -> list[str]:
+    """A preview as a person reads it."""
+    prediction = preview.prediction
+    model_bytes = prediction.artifact_bytes - prediction.code_bytes
+    lines = [name, f"  parameters       {prediction.parameters:,}"]
+    lines += [f"    {kind:<14} {count:,}" for kind, count in preview.parameters_by_class.items()]
+    lines += [
+        f"  tying map        {tying_text(preview.tying_map)}",
+        f"  model bytes      {model_bytes:,} predicted",
+        f"  code bytes       {prediction.code_bytes:,}",
+        f"  artifact bytes   {prediction.artifact_bytes:,} predicted, "
+        f"{prediction.artifact_bytes_low:,} to {prediction.artifact_bytes_high:,}",
+        f"  cap              {preview.cap_bytes:,}",
+        f"  verdict          {preview.verdict.replace('_', ' ')}",
+    ]
+    return lines + ([f"    {preview.reason}"] if preview.reason else [])
+
+
+def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:
+    """Show a study live until it is complete or stopped, and return it."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    task = bar.add_task(name, total=None)
+    shown: set[tuple[int, str]] = set()
+    with Live(bar, console=console, refresh_per_second=4) as live:
+        while True:
+            study = caddie.study(name)
+            trials = caddie.trials(name)
+            done = [trial for trial in trials if trial.state not in ("queued", "running")]
+            for trial in done:
+                if (trial.number, trial.state) not in shown:
+                    shown.add((trial.number, trial.state))
+                    live.console.print(_ended_line(trial), no_wrap=True, overflow="ellipsis", highlight=False)
+            bar.update(
+                task, completed=len(done), total=max(study.max_trials + study.submitted, len(trials)), description=name
+            )
+            by_number = {trial.number: trial for trial in trials}
+            active = [_running_line(by_number[a.trial], a) for a in caddie.activity(name) if a.trial in by_number]
+            live.update(Group(bar, *active))
+            if study.state in ("complete", "stopped"):
+                return study
+            time.sleep(POLL_SECONDS)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0),
+        pad_edge=False,
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("tying map", "name", "state") else "right", no_wrap=True)
+    return table
+
+
+def _config(trial: TrialSummary) -> str:
+    return f"{tying_text(trial.tying_map)} LoRA {trial.lora_rank} ranks {trial.ranks}"
+
+
+def _ended_line(trial: TrialSummary) -> str:
+    if trial.val_bpb is not None and trial.artifact_bytes is not None:
+        outcome = f"{trial.val_bpb:.4f} BPB, {trial.artifact_bytes:,} bytes"
+    else:
+        outcome = trial.reason or ""
+    return f"trial {trial.number:>3}  {trial.state:<10} {_config(trial):<24} {outcome}"
+
+
+def _running_line(trial: TrialSummary, activity: ActivityOut) -> str:
+    share = f"{activity.metrics['fraction']:>4.0%}" if "fraction" in activity.metrics else "    "
+    loss = f"loss {activity.metrics['train_loss']:.3f}" if "train_loss" in activity.metrics else ""
+    return f"  trial {trial.number:>3}  {share}  {_config(trial):<24} {activity.phase:<9} {loss}"

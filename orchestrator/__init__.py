@@ -1,0 +1,1 @@
+"""Studies, trials, runs and attempts: what to train next, where it runs, and what came of it."""

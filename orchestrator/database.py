@@ -1,0 +1,100 @@
+"""One database, by URL: SQLite (the embedded default) or PostgreSQL. Sessions that read, and sessions that write."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.orm import Session
+
+MIGRATION_LOCK = 0x0CADD1E  # any fixed number: PostgreSQL's advisory lock for migrations
+# PostgreSQL's own default gives every statement a snapshot of its own.
+READ_ONLY = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+# A row read again is read again: the guarded UPDATEs of the store do not pass through the session's objects.
+FRESH = {"populate_existing": True}
+
+
+class Database:
+    """An engine and its two kinds of session. `write` takes SQLite's one write lock at its start, never midway."""
+
+    def __init__(self, url: str) -> None:
+        self.url = make_url(url)
+        if self.url.drivername == "postgresql":
+            self.url = self.url.set(drivername="postgresql+psycopg")
+        if self.url.get_backend_name() not in {"sqlite", "postgresql"}:
+            raise ValueError(f"database URL is {url!r}: must start with sqlite:/// or postgresql://")
+        if self.is_sqlite and self.url.database and self.url.database != ":memory:":
+            Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+        self.engine = _create_engine(self)
+        self._writing = self.engine.execution_options(writing=True)
+        self._reading = self.engine if self.is_sqlite else self.engine.execution_options(**READ_ONLY)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.url.get_backend_name() == "sqlite"
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session over one snapshot; whatever it changes is refused or rolled back."""
+        with Session(self._reading, expire_on_commit=False, execution_options=FRESH) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session committed at the end of the block, or rolled back by an exception."""
+        with Session(self._writing, expire_on_commit=False, execution_options=FRESH) as session, session.begin():
+            yield session
+
+    def migrate(self) -> None:
+        """Bring the schema to this version's head. Safe to call by several processes at once, and again."""
+        with self._writing.connect() as connection, connection.begin():
+            if not self.is_sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+            with alembic_config(connection) as config:
+                command.upgrade(config, "head")
+
+    def needs_migration(self) -> bool:
+        """Whether the schema is not at this version's head."""
+        with self.engine.connect() as connection, alembic_config(connection) as config:
+            heads = set(ScriptDirectory.from_config(config).get_heads())
+            return set(MigrationContext.configure(connection).get_current_heads()) != heads
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+@contextmanager
+def alembic_config(connection: Connection) -> Iterator[Config]:
+    """Alembic's configuration for our one migration history, over an open connection."""
+    with as_file(files("migrations")) as directory:
+        config = Config()
+        config.set_main_option("script_location", str(directory).replace("%", "%%"))
+        config.attributes["connection"] = connection
+        yield config
+
+
+def _create_engine(database: Database) -> Engine:
+    if not database.is_sqlite:
+        return create_engine(database.url, pool_pre_ping=True)
+    engine = create_engine(database.url, connect_args={"timeout": 30})
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    # Else the driver itself would open transactions late, and two claimants could both read before either writes.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=30000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writing = connection.get_execution_options().get("writing", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")

@@ -1,0 +1,38 @@
+"""How an attempt ended, from what each of its ranks said and which of them died."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from orchestrator.launcher import Ending
+from orchestrator.lifecycle import Outcome
+from worker.mailbox import Mail
+
+log = logging.getLogger(__name__)
+
+REASONS = {"succeeded": "trained to the end of its budget", "stopped": "ended early, as asked"}
+
+
+def ending_of(attempt_id: int, mails: Sequence[Mail], deaths: Mapping[int, str]) -> Ending | None:
+    """The attempt's ending, or None while it goes on. `mails` is by rank; `deaths` says what became of ended processes.
+
+    A rank that died without a closing is the cause, since its death makes its peers' collectives fail; next comes the
+    lowest rank that failed; else the attempt has ended once every rank has, with rank 0's result.
+    """
+    for rank in sorted(deaths):
+        if mails[rank].closing is None:
+            return Ending(Outcome.FAILED, f"rank {rank} {deaths[rank]}")
+    closings = [mail.closing for mail in mails]
+    for rank, closing in enumerate(closings):
+        if closing is not None and closing.outcome == "failed":
+            log.warning("attempt %d failed on rank %d:\n%s", attempt_id, rank, closing.traceback)
+            reason = closing.reason if len(mails) == 1 else f"rank {rank}: {closing.reason}"
+            return Ending(Outcome.FAILED, reason, permanent=closing.permanent)
+    lead = closings[0]
+    if lead is None or any(closing is None for closing in closings):
+        return None
+    return Ending(Outcome(lead.outcome), REASONS[lead.outcome], lead.result)
+
+
+def lost(attempt_id: int) -> Ending:
+    """The ending of an attempt that a launcher does not know."""
+    return Ending(Outcome.LOST, f"this launcher runs no attempt {attempt_id}")

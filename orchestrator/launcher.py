@@ -1,0 +1,75 @@
+"""The contract between the loop and whatever runs gangs. Two implementations: local processes, and Ray."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestrator.lifecycle import Outcome
+from worker.report import Measurement, TrialResult
+from worker.spec import GangConfig, TrialSpec
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One attempt for one gang: the spec to train, at the run's seed and budget."""
+
+    attempt_id: int
+    spec: TrialSpec
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended. `result` is set exactly when the outcome is succeeded, or stopped with a score.
+
+    `permanent` says that another attempt would end the same way: a bad spec or bad data (ValueError in the worker), or
+    training that diverged (ArithmeticError). Such a run is not tried again.
+    """
+
+    outcome: Outcome
+    reason: str
+    result: TrialResult | None = None
+    permanent: bool = False
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a gang has said since the caller last asked. Asking again with the same cursor gives the same messages."""
+
+    phase: str
+    measurements: tuple[Measurement, ...]
+    ending: Ending | None
+
+
+class NoRoom(RuntimeError):
+    """No gang of this shape can start now. Nothing was started."""
+
+
+class Launcher(Protocol):
+    """Runs gangs. Every call returns without waiting for training; none raises because a gang died (poll says so)."""
+
+    def free(self, gang: GangConfig) -> int:
+        """How many gangs of this shape could start an attempt right now, idle ones of the shape included."""
+        ...
+
+    def start(self, assignment: Assignment) -> str:
+        """Give the attempt to a gang of spec.gang's shape and return the gang's name. Raises NoRoom."""
+        ...
+
+    def poll(self, attempt_id: int, after: int) -> Update:
+        """Measurements numbered above `after`, and the ending once there is one. An attempt not known here is lost."""
+        ...
+
+    def stop(self, attempt_id: int) -> None:
+        """Ask the attempt to end at its next step; it then evaluates, packs, and ends as stopped. Repeatable."""
+        ...
+
+    def artifact(self, attempt_id: int) -> bytes:
+        """The model bytes of an attempt whose ending has a result. Raises KeyError where there are none."""
+        ...
+
+    def release(self, attempt_id: int) -> None:
+        """Free the attempt's gang. One still running is killed, with every process of its gang. Repeatable."""
+        ...
+
+    def close(self) -> None:
+        """Kill every gang; afterwards no process or reservation of this launcher is left. Repeatable."""
+        ...

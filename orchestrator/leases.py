@@ -1,0 +1,205 @@
+"""The queue: claims, leases, and everything that may only be written under one.
+
+An attempt is written by one guarded UPDATE that names its id and its lease's token. Zero rows mean that the lease is
+lost, which raises LeaseLost and changes nothing. Sessions come from Database.write; the store says in which order rows
+are locked.
+"""
+
+import secrets
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, insert, literal, select, update
+from sqlalchemy.orm import Session, aliased
+
+from orchestrator.errors import LeaseLost
+from orchestrator.lifecycle import OPEN_TRIALS, UNCHARGED, Outcome, RunState, StudyState, TrialState
+from orchestrator.store import add_event, insert_missing
+from orchestrator.study import AttemptResult, Claim, Lease
+from orchestrator.tables import ArtifactRow, AttemptRow, MeasurementRow, RunRow, StudyRow, TrialRow, UtcDateTime
+from worker.report import Measurement, TrialResult
+from worker.spec import GangConfig, TrialSpec
+
+MAX_ATTEMPTS = 3  # charged ones: failures that were the run's own
+MAX_UNCHARGED = 20  # lost or preempted ones: beyond this, something is wrong with the run after all
+
+
+def claim(session: Session, gang: GangConfig, owner: str, now: datetime, ttl: timedelta) -> Claim | None:
+    """Take the queued run of this shape that is first in line, and open its next attempt under a new lease."""
+    queued = aliased(RunRow)
+    first = (
+        select(queued.id).join(TrialRow, TrialRow.id == queued.trial_id)
+        .join(StudyRow, StudyRow.id == TrialRow.study_id)
+        .where(queued.state == RunState.QUEUED, queued.ranks == gang.ranks, queued.device == gang.device)
+        .where(StudyRow.state == StudyState.RUNNING)
+        .order_by(queued.priority.desc(), queued.id).limit(1)
+        # What another transaction holds is being claimed or cancelled: the next in line is ours.
+        .with_for_update(skip_locked=True, key_share=True, of=(TrialRow, queued)).scalar_subquery()
+    )  # fmt: skip
+    taken = session.execute(
+        update(RunRow).where(RunRow.id == first, RunRow.state == RunState.QUEUED).values(state=RunState.RUNNING)
+        .returning(RunRow.id, RunRow.trial_id, RunRow.seed, RunRow.budget)
+        .execution_options(synchronize_session=False)
+    ).one_or_none()  # fmt: skip
+    if taken is None:
+        return None
+    made = session.scalar(select(func.max(AttemptRow.number)).where(AttemptRow.run_id == taken.id)) or 0
+    token = secrets.token_hex(16)
+    attempt_id = session.scalar(
+        insert(AttemptRow).values(
+            run_id=taken.id, number=made + 1, owner=owner, phase="queue", started_at=now, permanent=False,
+            lease_token=token, lease_expires_at=now + ttl,
+        ).returning(AttemptRow.id)
+    )  # fmt: skip
+    assert attempt_id is not None
+    session.execute(
+        update(TrialRow).where(TrialRow.id == taken.trial_id, TrialRow.state == TrialState.QUEUED)
+        .values(state=TrialState.RUNNING, started_at=func.coalesce(TrialRow.started_at, literal(now, UtcDateTime())))
+        .execution_options(synchronize_session=False)
+    )  # fmt: skip
+    trial = session.get_one(TrialRow, taken.trial_id)
+    spec = TrialSpec.model_validate({**trial.spec, "seed": taken.seed, "budget": taken.budget})
+    message = f"Trial {trial.number} started, attempt {made + 1}"
+    add_event(session, trial.study_id, trial.number, "trial.running", message, now)
+    return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec)
+
+
+def renew(session: Session, lease: Lease, now: datetime, ttl: timedelta, **changes: Any) -> None:
+    """Extend a lease that has not expired, and set the attempt's `gang` or `phase` where given. Raises LeaseLost."""
+    _write(session, lease, now, lease_expires_at=now + ttl, **changes)
+
+
+def still_held(session: Session, held: Sequence[Lease]) -> set[int]:
+    """The attempts among these leases that are still open under their token."""
+    query = select(AttemptRow.id, AttemptRow.lease_token).where(AttemptRow.id.in_([lease.attempt_id for lease in held]))
+    tokens = {row.id: row.lease_token for row in session.execute(query)}
+    return {lease.attempt_id for lease in held if tokens.get(lease.attempt_id) == lease.token}
+
+
+def record(
+    session: Session, lease: Lease, phase: str, measurements: Sequence[Measurement], now: datetime, ttl: timedelta
+) -> None:
+    """Keep measurements, each exactly once however often it is delivered, and renew the lease. Raises LeaseLost."""
+    renew(session, lease, now, ttl, phase=phase)
+    rows = [
+        {
+            "attempt_id": lease.attempt_id, "number": measurement.number, "name": name, "step": measurement.step,
+            "value": value, "elapsed_seconds": measurement.elapsed_seconds,
+        }
+        for measurement in measurements
+        for name, value in measurement.metrics.items()
+    ]  # fmt: skip
+    if rows:
+        insert_missing(session, MeasurementRow, rows)
+
+
+def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) -> None:
+    """Record how an attempt ended, free its lease, and move its run and trial on. Raises LeaseLost, changing nothing.
+
+    A success completes the trial. A stop prunes it. A failure goes back to the queue while the run has attempts left,
+    unless it is permanent; an attempt lost or preempted goes back without charge. Nothing goes back in a stopped study.
+    """
+    _lock(session, AttemptRow.id == lease.attempt_id)
+    _write(
+        session, lease, now, outcome=ended.outcome, reason=ended.reason or None, permanent=ended.permanent,
+        result=None if ended.result is None else ended.result.model_dump(mode="json"),
+        finished_at=now, lease_token=None, lease_expires_at=None,
+    )  # fmt: skip
+    stored = ended.artifact
+    if stored is not None:
+        values = {"attempt_id": lease.attempt_id, "uri": stored.uri, "bytes": stored.bytes, "sha256": stored.sha256}
+        session.execute(insert(ArtifactRow).values(values))
+    _settle(session, lease.attempt_id, ended, now)
+
+
+def expire(session: Session, now: datetime) -> int:
+    """End every attempt whose lease has run out as lost and queue its run again; how many there were."""
+    overdue = (AttemptRow.outcome.is_(None), AttemptRow.lease_expires_at <= now)
+    trials = _lock(session, *overdue)
+    ended = AttemptResult(Outcome.LOST, "its lease ran out")
+    lost = session.scalars(
+        update(AttemptRow).where(*overdue, AttemptRow.run_id.in_(select(RunRow.id).where(RunRow.trial_id.in_(trials))))
+        .values(outcome=ended.outcome, reason=ended.reason, finished_at=now, lease_token=None, lease_expires_at=None)
+        .returning(AttemptRow.id).execution_options(synchronize_session=False)
+    ).all()  # fmt: skip
+    for attempt_id in sorted(lost):
+        _settle(session, attempt_id, ended, now)
+    return len(lost)
+
+
+def _lock(session: Session, *which: ColumnElement[bool]) -> Sequence[int]:
+    """Hold the trials of these attempts, and their studies where they are, until the commit; the trials' ids.
+
+    On SQLite the whole database is held already.
+    """
+    attempts = select(TrialRow.id).join(RunRow, RunRow.trial_id == TrialRow.id)
+    attempts = attempts.join(AttemptRow, AttemptRow.run_id == RunRow.id).where(*which)
+    ids = session.scalars(attempts.distinct().order_by(TrialRow.id)).all()
+    if ids and session.get_bind().dialect.name == "postgresql":
+        studies = select(TrialRow.study_id).where(TrialRow.id.in_(ids))
+        session.execute(
+            select(StudyRow.id).where(StudyRow.id.in_(studies)).order_by(StudyRow.id).with_for_update(read=True)
+        )
+        session.execute(
+            select(TrialRow.id).where(TrialRow.id.in_(ids)).order_by(TrialRow.id).with_for_update(key_share=True)
+        )
+    return ids
+
+
+def _write(session: Session, lease: Lease, now: datetime, **values: Any) -> None:
+    held = (AttemptRow.lease_token == lease.token, AttemptRow.lease_expires_at > now)
+    written = session.scalar(
+        update(AttemptRow).where(AttemptRow.id == lease.attempt_id, AttemptRow.outcome.is_(None), *held).values(values)
+        .returning(AttemptRow.id).execution_options(synchronize_session=False)
+    )  # fmt: skip
+    if written is None:
+        raise LeaseLost(lease.attempt_id)
+
+
+def _settle(session: Session, attempt_id: int, ended: AttemptResult, now: datetime) -> None:
+    """Move the run and the trial of an attempt that has just ended."""
+    run_id, trial_id, number, study_id, study_state = session.execute(
+        select(RunRow.id, TrialRow.id, TrialRow.number, StudyRow.id, StudyRow.state)
+        .join(AttemptRow, AttemptRow.run_id == RunRow.id).join(TrialRow, TrialRow.id == RunRow.trial_id)
+        .join(StudyRow, StudyRow.id == TrialRow.study_id).where(AttemptRow.id == attempt_id)
+    ).one()  # fmt: skip
+    run_state, trial_state = _next_states(session, run_id, ended)
+    if trial_state is TrialState.QUEUED and study_state == StudyState.STOPPED:
+        run_state, trial_state = RunState.CANCELLED, TrialState.CANCELLED
+    session.execute(update(RunRow).where(RunRow.id == run_id, RunRow.state == RunState.RUNNING).values(state=run_state))
+    values: dict[str, Any] = {"state": trial_state, "reason": ended.reason or None}
+    if trial_state not in OPEN_TRIALS:
+        values["finished_at"] = now
+    if ended.result is not None:
+        values |= _scores(ended.result)
+    moved = session.scalar(
+        update(TrialRow).where(TrialRow.id == trial_id, TrialRow.state == TrialState.RUNNING).values(values)
+        .returning(TrialRow.id).execution_options(synchronize_session=False)
+    )  # fmt: skip
+    if moved is None:  # another of its runs has decided it
+        return
+    add_event(session, study_id, number, f"trial.{trial_state}", _sentence(number, trial_state, ended), now)
+
+
+def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[RunState, TrialState]:
+    if ended.outcome is Outcome.SUCCEEDED:
+        return RunState.SUCCEEDED, TrialState.COMPLETE
+    if ended.outcome is Outcome.STOPPED:
+        return RunState.STOPPED, TrialState.PRUNED
+    outcomes = [Outcome(o) for o in session.scalars(select(AttemptRow.outcome).where(AttemptRow.run_id == run_id)) if o]
+    uncharged = sum(outcome in UNCHARGED for outcome in outcomes)
+    if ended.permanent or len(outcomes) - uncharged >= MAX_ATTEMPTS or uncharged >= MAX_UNCHARGED:
+        return RunState.FAILED, TrialState.FAILED
+    return RunState.QUEUED, TrialState.QUEUED
+
+
+def _scores(result: TrialResult) -> dict[str, Any]:
+    scores = {"val_bpb": result.val_bpb, "artifact_bytes": result.artifact_bytes}
+    return {"result": result.model_dump(mode="json"), **scores}
+
+
+def _sentence(number: int, state: TrialState, ended: AttemptResult) -> str:
+    if ended.result is not None:
+        return f"Trial {number} is {state}: {ended.result.val_bpb:.4f} BPB in {ended.result.artifact_bytes:,} bytes"
+    return f"Trial {number} is {state}: attempt {ended.outcome}" + (f", {ended.reason}" if ended.reason else "")

@@ -1,0 +1,69 @@
+"""The states of a study, a trial, a run and an attempt, and the moves between them. DESIGN.md draws them."""
+
+from enum import StrEnum
+
+
+class StudyState(StrEnum):
+    """running proposes and starts runs; paused finishes what runs; stopped and complete start nothing more."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    COMPLETE = "complete"
+
+
+class TrialState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETE = "complete"
+    PRUNED = "pruned"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INFEASIBLE = "infeasible"
+
+
+class RunState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Outcome(StrEnum):
+    """How one attempt ended. preempted and lost cost their run nothing; failed counts against its attempts."""
+
+    SUCCEEDED = "succeeded"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    PREEMPTED = "preempted"
+    LOST = "lost"
+
+
+STUDY_MOVES: dict[StudyState, frozenset[StudyState]] = {
+    StudyState.RUNNING: frozenset({StudyState.PAUSED, StudyState.STOPPED, StudyState.COMPLETE}),
+    StudyState.PAUSED: frozenset({StudyState.RUNNING, StudyState.STOPPED}),
+    StudyState.STOPPED: frozenset(),
+    StudyState.COMPLETE: frozenset({StudyState.RUNNING, StudyState.STOPPED}),
+}
+
+TRIAL_MOVES: dict[TrialState, frozenset[TrialState]] = {
+    TrialState.QUEUED: frozenset({TrialState.RUNNING, TrialState.CANCELLED}),
+    TrialState.RUNNING: frozenset(
+        {TrialState.QUEUED, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED, TrialState.CANCELLED}
+    ),
+    TrialState.COMPLETE: frozenset(),
+    TrialState.PRUNED: frozenset(),
+    TrialState.FAILED: frozenset(),
+    TrialState.CANCELLED: frozenset(),
+    TrialState.INFEASIBLE: frozenset(),
+}
+
+OPEN_TRIALS = frozenset({TrialState.QUEUED, TrialState.RUNNING})
+UNCHARGED = frozenset({Outcome.PREEMPTED, Outcome.LOST})
+
+
+def states_before(moves: dict[TrialState, frozenset[TrialState]], after: TrialState) -> tuple[TrialState, ...]:
+    """The states from which a trial may move to `after`."""
+    return tuple(state for state, targets in moves.items() if after in targets)

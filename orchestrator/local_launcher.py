@@ -1,0 +1,192 @@
+"""Gangs as plain processes of this machine: started cold for each attempt, gone after it. Needs no Ray."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import worker
+from orchestrator.ending import ending_of, lost
+from orchestrator.launcher import Assignment, Ending, NoRoom, Update
+from worker.mailbox import FileMailbox
+from worker.spec import GangConfig
+
+
+@dataclass
+class _Gang:
+    """One attempt's processes and mailboxes, by rank. `ending` is kept from the moment it is known."""
+
+    attempt_id: int
+    shape: GangConfig
+    directory: Path
+    gpus: tuple[str, ...]
+    processes: list[subprocess.Popen[bytes]]
+    mailboxes: list[FileMailbox]
+    ending: Ending | None = None
+
+
+class LocalLauncher:
+    """A Launcher of subprocesses, for one thread. They die with the process that made it, however that dies.
+
+    `directory`/<attempt> holds an attempt's spec, logs and mailboxes; a release leaves the spec and `rank-<n>.log`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        data_root: Path,
+        ranks: int,
+        trainer: str = "worker.job:run",
+        *,
+        gpus: Sequence[str] = (),
+        import_path: Sequence[Path] = (),
+    ) -> None:
+        """Room for `ranks` CPU ranks side by side, and a GPU rank on each of `gpus`, named as in CUDA_VISIBLE_DEVICES.
+
+        `trainer` is `module:function`, found by the ranks on `import_path` or in this process's environment.
+        """
+        self._directory = directory
+        self._data_root = data_root
+        self._ranks = ranks
+        self._trainer = trainer
+        self._gpus = tuple(gpus)
+        self._import_path = tuple(import_path)
+        self._gangs: dict[int, _Gang] = {}
+
+    def free(self, gang: GangConfig) -> int:
+        if gang.device == "gpu":
+            return len(self._free_gpus()) // gang.ranks
+        used = sum(held.shape.ranks for held in self._gangs.values() if held.shape.device == "cpu")
+        return max(0, self._ranks - used) // gang.ranks
+
+    def start(self, assignment: Assignment) -> str:
+        attempt_id, shape = assignment.attempt_id, assignment.spec.gang
+        if attempt_id in self._gangs:
+            return _name(attempt_id)
+        if self.free(shape) < 1:
+            raise NoRoom(f"no room for {shape.ranks} {shape.device} ranks beside the {len(self._gangs)} gangs here")
+        directory = self._directory / str(attempt_id)
+        shutil.rmtree(directory, ignore_errors=True)  # another database's attempt may have had this number
+        mailboxes = [FileMailbox(directory / f"rank-{rank}") for rank in range(shape.ranks)]
+        (directory / "spec.json").write_text(assignment.spec.model_dump_json())
+        gpus = self._free_gpus()[: shape.ranks] if shape.device == "gpu" else ()
+        gang = self._gangs[attempt_id] = _Gang(attempt_id, shape, directory, gpus, [], mailboxes)
+        try:
+            for rank in range(shape.ranks):
+                gang.processes.append(self._spawn(gang, rank))
+        except OSError:
+            self.release(attempt_id)
+            raise
+        return _name(attempt_id)
+
+    def poll(self, attempt_id: int, after: int) -> Update:
+        gang = self._gangs.get(attempt_id)
+        if gang is None:
+            return Update("lost", (), lost(attempt_id))
+        mails = [mailbox.read(after) for mailbox in gang.mailboxes]
+        if gang.ending is None:
+            deaths = _deaths(gang)
+            for rank in deaths:
+                mails[rank] = gang.mailboxes[rank].read(after)  # again, after its end: it may have closed in between
+            gang.ending = ending_of(attempt_id, mails, deaths)
+            if gang.ending is not None:
+                _kill(gang)
+        return Update(mails[0].phase, mails[0].measurements, gang.ending)
+
+    def stop(self, attempt_id: int) -> None:
+        gang = self._gangs.get(attempt_id)
+        if gang is not None:
+            gang.mailboxes[0].stop()
+
+    def artifact(self, attempt_id: int) -> bytes:
+        gang = self._gangs.get(attempt_id)
+        if gang is None or gang.ending is None or gang.ending.result is None:
+            raise KeyError(f"attempt {attempt_id} has no result here")
+        return gang.mailboxes[0].artifact()
+
+    def release(self, attempt_id: int) -> None:
+        gang = self._gangs.pop(attempt_id, None)
+        if gang is None:
+            return
+        _kill(gang)
+        for rank in range(gang.shape.ranks):
+            shutil.rmtree(gang.directory / f"rank-{rank}", ignore_errors=True)
+        (gang.directory / "rendezvous").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for attempt_id in list(self._gangs):
+            self.release(attempt_id)
+
+    def _free_gpus(self) -> tuple[str, ...]:
+        taken = {gpu for gang in self._gangs.values() for gpu in gang.gpus}
+        return tuple(gpu for gpu in self._gpus if gpu not in taken)
+
+    def _spawn(self, gang: _Gang, rank: int) -> subprocess.Popen[bytes]:
+        command = [
+            *(sys.executable, "-P", "-m", "worker.gang"),
+            *("--rank", str(rank)),
+            *("--spec", str(gang.directory / "spec.json")),
+            *("--data-root", str(self._data_root)),
+            *("--mailbox", str(gang.directory / f"rank-{rank}")),
+            *("--rendezvous", str(gang.directory / "rendezvous")),
+            *("--trainer", self._trainer),
+        ]
+        roots = [str(path) for path in (*self._import_path, *source_roots())]
+        inherited = os.environ.get("PYTHONPATH")
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([*roots, *([inherited] if inherited else [])]),
+            "CUDA_VISIBLE_DEVICES": gang.gpus[rank] if gang.gpus else "",
+        }
+        if gang.shape.device == "cpu":
+            environment["OMP_NUM_THREADS"] = "1"  # a rank is one core: no pool of threads for all of them
+        with (gang.directory / f"rank-{rank}.log").open("wb") as log:
+            return subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,  # never written to: its end tells the child that this process is gone
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # one group to kill, whatever the rank starts; and no Ctrl-C meant for us
+            )
+
+
+def source_roots() -> tuple[Path, ...]:
+    """Where ranks find Caddie's own packages: the source tree that runs this; nothing where they are installed."""
+    root = Path(worker.__file__).resolve().parents[1]
+    return () if root.name in ("site-packages", "dist-packages") else (root,)
+
+
+def _name(attempt_id: int) -> str:
+    return f"local-{attempt_id}"
+
+
+def _deaths(gang: _Gang) -> dict[int, str]:
+    """What became of the ranks whose process has ended, well or not."""
+    deaths = {}
+    for rank, process in enumerate(gang.processes):
+        if process.returncode is None and process.poll() is not None:
+            _kill_group(process)
+        if process.returncode is not None:
+            status = process.returncode
+            deaths[rank] = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+    return deaths
+
+
+def _kill(gang: _Gang) -> None:
+    """End every process of the gang, and whatever they started. Repeatable."""
+    for process in gang.processes:
+        if process.returncode is None:  # not waited for yet, so its number is still its own
+            _kill_group(process)
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # nothing of the group is left
+        os.killpg(process.pid, signal.SIGKILL)

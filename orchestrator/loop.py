@@ -1,0 +1,213 @@
+"""The loop: poll gangs, record what they say, propose ahead of demand, give runs to free gangs.
+
+Every step can be repeated.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from orchestrator import leases, store
+from orchestrator.artifacts import ArtifactStore
+from orchestrator.database import Database
+from orchestrator.errors import IllegalMove, LeaseLost
+from orchestrator.history import History
+from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom
+from orchestrator.lifecycle import OPEN_TRIALS, Outcome, StudyState
+from orchestrator.proposer import Proposer
+from orchestrator.study import AttemptResult, Claim, Study
+from worker.spec import GangConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Held:
+    """An attempt of ours: its claim, the last message recorded, and when its lease was last renewed."""
+
+    claim: Claim
+    renewed_at: datetime
+    after: int = 0
+    phase: str = "queue"
+
+
+@dataclass
+class Loop:
+    """One orchestrator. It may be killed between any two statements: leases and the database hold all that matters."""
+
+    database: Database
+    launcher: Launcher
+    artifacts: ArtifactStore
+    owner: str
+    ttl: timedelta
+    held: dict[int, Held] = field(default_factory=dict)
+    searches: dict[int, tuple[Proposer, History]] = field(default_factory=dict)
+
+    def tick(self, now: datetime) -> None:
+        """Everything that is due at `now`, once."""
+        with self.database.write() as session:
+            lost = leases.expire(session, now)
+        if lost:
+            log.warning("%d attempts lost their lease and were queued again", lost)
+        self._drop_lost()
+        for held in list(self.held.values()):
+            try:
+                self._poll(held, now)
+            except OperationalError:  # the database is away: nothing is lost, the gang keeps what it measured
+                raise
+            except Exception as error:  # one gang must not stop the others
+                log.exception("attempt %d could not be polled", held.claim.lease.attempt_id)
+                self._finish(held, AttemptResult(Outcome.FAILED, f"{type(error).__name__}: {error}"), now)
+        with self.database.read() as session:
+            studies = store.list_studies(session, (StudyState.RUNNING,))
+        gave_up = {study.id: self._feed(study, now) for study in studies}
+        for study in studies:
+            self._complete(study, gave_up[study.id], now)
+
+    def hand_back(self, now: datetime) -> None:
+        """End every attempt of ours as preempted, which queues its run again without charge, and free the gangs."""
+        for attempt_id in list(self.held):
+            self._finish(self.held[attempt_id], AttemptResult(Outcome.PREEMPTED, "the orchestrator was stopped"), now)
+
+    def _drop_lost(self) -> None:
+        """Kill the gangs whose attempt is no longer ours: cancelled, or expired while we were away."""
+        with self.database.read() as session:
+            ours = leases.still_held(session, [held.claim.lease for held in self.held.values()])
+        for attempt_id in set(self.held) - ours:
+            self._release(attempt_id, "is no longer ours")
+
+    def _poll(self, held: Held, now: datetime) -> None:
+        lease = held.claim.lease
+        update = self.launcher.poll(lease.attempt_id, held.after)
+        if update.measurements or update.phase != held.phase or now - held.renewed_at > self.ttl / 3:
+            try:
+                with self.database.write() as session:
+                    leases.record(session, lease, update.phase, update.measurements, now, self.ttl)
+            except LeaseLost:
+                self._release(lease.attempt_id, "lost its lease")
+                return
+            held.after = update.measurements[-1].number if update.measurements else held.after
+            held.phase, held.renewed_at = update.phase, now
+        if update.ending is not None:
+            self._finish(held, self._keep(lease.attempt_id, update.ending), now)
+
+    def _keep(self, attempt_id: int, ending: Ending) -> AttemptResult:
+        """The ending with its artifact stored: on disk first, so that no row ever names a file that is not there."""
+        artifact = self.artifacts.put(self.launcher.artifact(attempt_id)) if ending.result is not None else None
+        return AttemptResult(ending.outcome, ending.reason, ending.result, artifact, ending.permanent)
+
+    def _finish(self, held: Held, result: AttemptResult, now: datetime) -> None:
+        try:
+            with self.database.write() as session:
+                leases.finish(session, held.claim.lease, result, now)
+            log.info("trial %d ended as %s %s", held.claim.trial_number, result.outcome, result.reason)
+        except LeaseLost:
+            log.warning("trial %d ended as %s without its lease; dropped", held.claim.trial_number, result.outcome)
+        self._release(held.claim.lease.attempt_id, None)
+
+    def _release(self, attempt_id: int, why: str | None) -> None:
+        if why:
+            log.warning("attempt %d %s; its gang is released", attempt_id, why)
+        self.launcher.release(attempt_id)
+        self.held.pop(attempt_id, None)
+
+    def _feed(self, study: Study, now: datetime) -> str | None:
+        """Keep a proposal waiting for each shape while free gangs take runs, widest first; why none is left to make."""
+        shapes = sorted(study.definition.shapes, key=lambda gang: -gang.ranks)
+        started = True
+        gave_up: str | None = None
+        while started:
+            with self.database.read() as session:
+                queued = store.count_queued(session, study.id)
+            for gang in shapes:
+                if not queued.get(gang) and gave_up is None:
+                    gave_up = self._propose(study, gang, now)
+            waiting = sorted({*shapes, *queued}, key=lambda gang: -gang.ranks)
+            started = sum(self._start(gang, now) for gang in waiting) > 0
+        return gave_up
+
+    def _propose(self, study: Study, gang: GangConfig, now: datetime) -> str | None:
+        """Add one proposal to the queue; the reason where there is none to make."""
+        if study.proposed >= study.definition.max_trials or not study.definition.space:
+            return None
+        proposer, history = self.searches.setdefault(study.id, (Proposer(study), History(study.id)))
+        with self.database.read() as session:
+            trials = history.read(session)
+        try:
+            proposed = proposer.propose(trials, gang)
+        except Exception as error:
+            log.exception("the proposer of study %s failed", study.name)
+            self._move(study, StudyState.PAUSED, f"the proposer failed: {type(error).__name__}: {error}", now)
+            return "the proposer failed"
+        try:
+            with self.database.write() as session:
+                if proposed.trial is not None:
+                    store.add_trial(session, study.id, proposed.trial, now)
+                if proposed.refused:
+                    store.count_refused(session, study.id, proposed.refused)
+        except IntegrityError:  # another orchestrator proposed the same spec first; the next tick sees it
+            log.info("a proposal of study %s was made elsewhere too; dropped", study.name)
+        return proposed.reason
+
+    def _start(self, gang: GangConfig, now: datetime) -> bool:
+        """Claim a run of this shape for a free gang, if there is both."""
+        if not self.launcher.free(gang):
+            return False
+        with self.database.write() as session:
+            claim = leases.claim(session, gang, self.owner, now, self.ttl)
+        if claim is None:
+            return False
+        held = self.held[claim.lease.attempt_id] = Held(claim, now)
+        try:
+            name = self.launcher.start(Assignment(claim.lease.attempt_id, claim.spec))
+        except NoRoom as error:
+            self._finish(held, AttemptResult(Outcome.PREEMPTED, str(error)), now)
+            return False
+        held.phase = "start"
+        try:
+            with self.database.write() as session:
+                leases.renew(session, claim.lease, now, self.ttl, gang=name, phase=held.phase)
+        except LeaseLost:  # cancelled between the claim and now
+            self._release(claim.lease.attempt_id, "lost its lease before it began")
+        log.info("trial %d started on %s", claim.trial_number, name)
+        return True
+
+    def _complete(self, study: Study, gave_up: str | None, now: datetime) -> None:
+        """Complete a study whose proposals are made (or exhausted) and whose trials are all finished."""
+        with self.database.read() as session:
+            counts = store.count_trials(session, study.id)
+            study = store.get_study(session, study.name)
+        done = study.proposed >= study.definition.max_trials or gave_up is not None
+        if not study.definition.space or study.state is not StudyState.RUNNING or not done or OPEN_TRIALS & set(counts):
+            return
+        self._move(study, StudyState.COMPLETE, gave_up or "all proposed trials are finished", now)
+
+    def _move(self, study: Study, to: StudyState, why: str, now: datetime) -> None:
+        try:
+            with self.database.write() as session:
+                store.move_study(session, study.id, to, now, why)
+        except IllegalMove as error:  # someone moved it first
+            log.info("%s", error)
+        else:
+            log.info("study %s is %s: %s", study.name, to, why)
+
+
+def run(loop: Loop, clock: Callable[[], datetime], wait: Callable[[float], bool], tick_seconds: float = 0.2) -> None:
+    """Tick until `wait(seconds)` says to stop; then hand the running attempts back.
+
+    The database may be away for a while.
+    """
+    failures = 0
+    while True:
+        try:
+            loop.tick(clock())
+            failures = 0
+        except OperationalError as error:
+            failures += 1
+            log.warning("the database does not answer, trying again: %s", error.orig)
+        if wait(min(tick_seconds * 2**failures, 10.0)):
+            break
+    loop.hand_back(clock())

@@ -1,0 +1,309 @@
+"""Optuna's view of our tables: its studies and trials, live and read-only. There is no second copy to keep in step."""
+
+import copy
+import threading
+from collections.abc import Container, Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, NoReturn
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.study._frozen import FrozenStudy  # the storage contract names it, though nothing exports it
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from orchestrator import store
+from orchestrator.database import Database
+from orchestrator.errors import NotFound
+from orchestrator.lifecycle import OPEN_TRIALS, TrialState
+from orchestrator.space import Parameter, Space, as_category
+from orchestrator.study import Study, Trial
+
+CONSTRAINT = "artifact_bytes"
+OBJECTIVE = "val_bpb"
+CHUNK = 500  # trials read by one query: databases limit its variables
+
+OPTUNA_STATES: Mapping[TrialState, OptunaState] = {
+    TrialState.QUEUED: OptunaState.WAITING,
+    TrialState.RUNNING: OptunaState.RUNNING,
+    TrialState.COMPLETE: OptunaState.COMPLETE,
+    TrialState.PRUNED: OptunaState.PRUNED,
+    TrialState.FAILED: OptunaState.FAIL,
+    TrialState.CANCELLED: OptunaState.FAIL,
+    # With its violated constraint: samplers learn where nothing fits, and no list of complete trials ever holds it.
+    TrialState.INFEASIBLE: OptunaState.PRUNED,
+}
+
+
+class ReadOnlyError(RuntimeError):
+    """Someone tried to write through a view. Nothing was changed."""
+
+
+def distribution_of(parameter: Parameter) -> BaseDistribution:
+    """A parameter as Optuna's distribution; a choice has its categories (space.as_category) as choices."""
+    if parameter.choice is not None:
+        return CategoricalDistribution(tuple(as_category(value) for value in parameter.choice))
+    assert parameter.low is not None and parameter.high is not None
+    high = parameter.high
+    if parameter.step is not None:  # Optuna warns of a last step that is cut short
+        low, top, step = (Decimal(str(number)) for number in (parameter.low, parameter.high, parameter.step))
+        high = type(parameter.high)(low + (top - low) // step * step)
+    if parameter.whole:
+        return IntDistribution(int(parameter.low), int(high), log=parameter.log, step=int(parameter.step or 1))
+    step_size = None if parameter.step is None else float(parameter.step)
+    return FloatDistribution(float(parameter.low), float(high), log=parameter.log, step=step_size)
+
+
+def distributions_of(space: Space) -> dict[str, BaseDistribution]:
+    """A study's space as Optuna's distributions, by path."""
+    return {path: distribution_of(parameter) for path, parameter in space.items()}
+
+
+def frozen_trial(
+    trial: Trial, distributions: Mapping[str, BaseDistribution], cap_bytes: int, curve: Mapping[int, float]
+) -> FrozenTrial:
+    """A trial as Optuna knows one: state, value, parameters in the space, constraint, attributes, values by step.
+
+    The constraint is artifact bytes minus the cap: real ones where a result has them, predicted ones where the trial
+    was refused as infeasible, none before that. It stands under the key that Optuna 5 writes and under the list that
+    Optuna's dashboard reads.
+    """
+    state = OPTUNA_STATES[trial.state]
+    params = {path: as_category(value) for path, value in trial.params.items() if path in distributions}
+    over: int | None = None
+    if trial.state is TrialState.INFEASIBLE:
+        over = trial.prediction.artifact_bytes - cap_bytes
+    elif trial.result is not None:
+        over = trial.result.artifact_bytes - cap_bytes
+    return FrozenTrial(
+        number=trial.number,
+        trial_id=trial.id,
+        state=state,
+        value=trial.result.val_bpb if state is OptunaState.COMPLETE and trial.result is not None else None,
+        datetime_start=None if state is OptunaState.WAITING else _local(trial.started_at or trial.created_at),
+        datetime_complete=_local(trial.finished_at),
+        params=params,
+        distributions={path: distributions[path] for path in params},
+        user_attrs=_attributes(trial),
+        system_attrs={} if over is None else {f"constraints:{CONSTRAINT}": float(over), "constraints": [float(over)]},
+        intermediate_values=dict(curve),
+    )
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether no constraint of the trial is violated."""
+    return all(value <= 0 for value in trial.constraints.values())
+
+
+class ReadOnlyStorage(BaseStorage):
+    """An Optuna storage that refuses every write."""
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> NoReturn:
+        _refuse("create a study")
+
+    def delete_study(self, study_id: int) -> NoReturn:
+        _refuse("delete a study")
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> NoReturn:
+        _refuse(f"set the study attribute {key!r}")
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> NoReturn:
+        _refuse(f"set the study attribute {key!r}")
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        _refuse("create a trial")
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        _refuse(f"set the parameter {param_name!r}")
+
+    def set_trial_state_values(
+        self, trial_id: int, state: OptunaState, values: Sequence[float] | None = None
+    ) -> NoReturn:
+        _refuse("end a trial")
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> NoReturn:
+        _refuse("report a value")
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> NoReturn:
+        _refuse(f"set the trial attribute {key!r}")
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        _refuse(f"set the trial attribute {key!r}")
+
+
+class StudyView(ReadOnlyStorage):
+    """Every study of a database as an Optuna storage. Ids are those of our tables; safe to share between threads.
+
+    Finished trials never change, so each is read once and kept; a poll reads the states and the open trials.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._finished: dict[int, dict[int, FrozenTrial]] = {}  # by study id, then number
+        self._studies: dict[int, int] = {}  # trial id -> study id
+        self._lock = threading.Lock()
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        with self._database.read() as session:
+            try:
+                return store.get_study(session, study_name).id
+            except NotFound as error:
+                raise KeyError(str(error)) from None
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        return self._study(study_id).name
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        self._study(study_id)
+        return [StudyDirection.MINIMIZE]
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        return _frozen_study(self._study(study_id)).user_attrs
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return _frozen_study(self._study(study_id)).system_attrs
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        with self._database.read() as session:
+            return [_frozen_study(study) for study in store.list_studies(session)]
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[OptunaState] | None = None
+    ) -> list[FrozenTrial]:
+        """The study's trials by number. Raises KeyError where there is no such study."""
+        trials = self._load(self._study(study_id))
+        if states is not None:
+            trials = [trial for trial in trials if trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """The trial of this id. Raises KeyError."""
+        known = self._studies.get(trial_id)
+        for study_id in self._study_ids() if known is None else [known]:
+            for trial in self.get_all_trials(study_id, deepcopy=False):
+                if trial._trial_id == trial_id:
+                    return trial
+        raise KeyError(f"no trial {trial_id}")
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        """The complete trial of the lowest BPB among those that fit. Raises ValueError where none does."""
+        complete = self.get_all_trials(study_id, deepcopy=False, states=(OptunaState.COMPLETE,))
+        feasible = [trial for trial in complete if is_feasible(trial)]
+        if not feasible:
+            raise ValueError(f"of {len(complete)} complete trials none fits under the cap")
+        return min(feasible, key=_value)
+
+    def _study_ids(self) -> list[int]:
+        with self._database.read() as session:
+            return [study.id for study in store.list_studies(session)]
+
+    def _study(self, study_id: int) -> Study:
+        with self._database.read() as session:
+            for study in store.list_studies(session):
+                if study.id == study_id:
+                    return study
+        raise KeyError(f"no study {study_id}")
+
+    def _load(self, study: Study) -> list[FrozenTrial]:
+        with self._lock:
+            finished = self._finished.setdefault(study.id, {})
+            known = set(finished)
+        with self._database.read() as session:
+            wanted = [number for number in store.list_states(session, study.id) if number not in known]
+            trials: list[Trial] = []
+            curves: dict[int, dict[int, float]] = {}
+            for start in range(0, len(wanted), CHUNK):
+                numbers = wanted[start : start + CHUNK]
+                trials += store.list_trials(session, study.id, numbers=numbers)
+                curves |= store.list_curves(session, study.id, OBJECTIVE, numbers)
+        distributions, cap_bytes = distributions_of(study.definition.space), study.definition.cap_bytes
+        fresh = {
+            trial.number: (trial.state, frozen_trial(trial, distributions, cap_bytes, curves.get(trial.number, {})))
+            for trial in trials
+        }
+        with self._lock:
+            finished.update({n: frozen for n, (state, frozen) in fresh.items() if state not in OPEN_TRIALS})
+            self._studies.update({frozen._trial_id: study.id for _, frozen in fresh.values()})
+            merged = {**{n: frozen for n, (_, frozen) in fresh.items()}, **finished}
+        return [merged[number] for number in sorted(merged)]
+
+
+class DashboardView(StudyView):
+    """The view for Optuna's dashboard, which insists on a best trial as soon as any is complete.
+
+    While every complete trial is over the cap there is none, so they are shown as pruned until the first one fits.
+    """
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[OptunaState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = super().get_all_trials(study_id, deepcopy)
+        complete = [trial for trial in trials if trial.state is OptunaState.COMPLETE]
+        if complete and not any(is_feasible(trial) for trial in complete):
+            trials = [_as_pruned(trial) if trial.state is OptunaState.COMPLETE else trial for trial in trials]
+        return [trial for trial in trials if states is None or trial.state in states]
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ReadOnlyError(f"Optuna's view is read-only and cannot {what}; use Caddie's API, which owns the tables")
+
+
+def _frozen_study(study: Study) -> FrozenStudy:
+    definition = study.definition
+    attributes = {
+        "state": study.state.value,
+        "cap_bytes": definition.cap_bytes,
+        "sampler": definition.sampler,
+        "seed": definition.seed,
+        "max_trials": definition.max_trials,
+        "refused": study.refused,
+    }
+    system = {"study:metric_names": [OBJECTIVE]}
+    return FrozenStudy(study.name, StudyDirection.MINIMIZE, attributes, system, study.id)
+
+
+def _attributes(trial: Trial) -> dict[str, Any]:
+    sharing, result = trial.spec.sharing, trial.result
+    attributes: dict[str, Any] = {
+        "state": trial.state.value,
+        "origin": trial.origin,
+        "verdict": trial.verdict,
+        "parameters": trial.prediction.parameters,
+        "virtual_layers": sharing.virtual_layers,
+        "unique_blocks": sharing.unique_blocks,
+        "tying_map": list(sharing.tying_map),
+        "lora_rank": sharing.lora.rank,
+        "predicted_artifact_bytes": trial.prediction.artifact_bytes,
+    }
+    if trial.reason:
+        attributes["reason"] = trial.reason
+    if result is not None:
+        attributes |= {
+            "val_bpb": result.val_bpb,
+            "val_bpb_prequant": result.val_bpb_prequant,
+            "artifact_bytes": result.artifact_bytes,
+            "steps": result.steps,
+            "train_seconds": result.train_seconds,
+            "evaluate_seconds": result.evaluate_seconds,
+        }
+    return attributes
+
+
+def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
+    pruned = copy.copy(trial)
+    pruned.state = OptunaState.PRUNED
+    return pruned
+
+
+def _local(moment: datetime | None) -> datetime | None:
+    """As Optuna has its datetimes: in local time, without a zone."""
+    return None if moment is None else moment.astimezone().replace(tzinfo=None)
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value

@@ -1,0 +1,386 @@
+"""Gangs on Ray: a placement group on one node, an actor a rank, one process group, all kept warm between attempts."""
+
+import logging
+import os
+import secrets
+import signal
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.job_config import JobConfig
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.ending import ending_of, lost
+from orchestrator.launcher import Assignment, Ending, NoRoom, Update
+from orchestrator.lifecycle import Outcome
+from orchestrator.local_launcher import source_roots
+from orchestrator.ray_folder import RayFolder
+from orchestrator.ray_rank import RayRank
+from worker.mailbox import Mail
+from worker.report import Measurement
+from worker.spec import GangConfig
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 0.25
+"""How long a poll waits for ranks that are busy; what they say later is taken by the next poll."""
+WARM_SECONDS = 1.0
+"""How long a warm gang may take to accept an attempt before it is replaced. It takes 1 ms."""
+DEATH_SECONDS = 5.0
+"""How long the other ranks of a failed gang have to turn out dead, the better explanation. Live ones answer at once."""
+ARTIFACT_SECONDS = 60.0
+OBJECT_STORE_BYTES = 80 * 1024**2
+"""Of a local Ray. Only artifacts travel through it."""
+NODE_LABEL = "ray.io/node-id"
+
+
+@dataclass(eq=False)
+class _Gang:
+    """A placement group on one node and its actors, by rank. `port` is the call that opens rank 0's rendezvous."""
+
+    name: str
+    shape: GangConfig
+    node: str
+    group: PlacementGroup
+    actors: list[Any]
+    port: Any
+
+
+@dataclass(eq=False)
+class _Held:
+    """An attempt on its gang, until it is released: what was said, and the calls that are still unanswered."""
+
+    attempt_id: int
+    gang: _Gang
+    accepted: list[Any]
+    reads: list[Any] = field(default_factory=list)
+    began: bool = False
+    phase: str = "start"
+    measurements: list[Measurement] = field(default_factory=list)
+    ending: Ending | None = None
+
+
+class RayLauncher:
+    """A Launcher on Ray, one a process, for one thread. Its first call connects, which takes a local Ray 5 to 15 s.
+
+    It places its gangs itself, each on one node of its choosing, and counts on having the cluster to itself. A gang
+    that ended an attempt well waits, warm, for the next of its shape, and gives way to other shapes; one that failed in
+    any way is removed. Actors and placement groups are not detached: they die with the process that made them. (Of a
+    local Ray whose maker was killed, two idle agents live on for the 60 s that they try to tell it.)
+    """
+
+    def __init__(
+        self,
+        address: str | None,
+        data_root: Path,
+        ranks: int,
+        trainer: str = "worker.job:run",
+        *,
+        namespace: str = "caddie",
+        import_path: Sequence[Path] = (),
+    ) -> None:
+        """Join the cluster at `address`, or with None start a Ray on this machine with room for `ranks` ranks.
+
+        `trainer` is `module:function`, found by the ranks on `import_path` or in their own environment.
+        """
+        self._address = address
+        self._data_root = data_root
+        self._ranks = ranks
+        self._trainer = trainer
+        self._namespace = namespace
+        self._import_path = tuple(import_path)
+        self._connected = False
+        self._folder: RayFolder | None = None
+        self._held: dict[int, _Held] = {}
+        self._idle: list[_Gang] = []
+
+    def free(self, gang: GangConfig) -> int:
+        self._connect()
+        alike = [idle for idle in self._idle if idle.shape == gang]
+        spare = _spare([*self._busy(), *alike])
+        return sum(idle.node in spare for idle in alike) + sum(_fit(gang, *room) for room in spare.values())
+
+    def start(self, assignment: Assignment) -> str:
+        attempt_id, shape = assignment.attempt_id, assignment.spec.gang
+        if attempt_id in self._held:
+            return self._held[attempt_id].gang.name
+        self._connect()
+        for gang in [idle for idle in self._idle if idle.shape == shape]:
+            held = self._assign(assignment, gang)
+            answers, errors = _answers(held.accepted, WARM_SECONDS)
+            if not errors and None not in answers:
+                self._idle.remove(gang)
+                break
+            self._retire(gang)  # it has lost a rank or its node while it was idle
+        else:
+            held = self._assign(assignment, self._open(shape))
+        self._held[attempt_id] = held
+        return held.gang.name
+
+    def poll(self, attempt_id: int, after: int) -> Update:
+        held = self._held.get(attempt_id)
+        if held is None:
+            return Update("lost", (), lost(attempt_id))
+        if held.ending is None:
+            held.ending = _listen(held)
+            if held.ending is not None and held.ending.result is None:
+                _remove(held.gang)
+        return Update(held.phase, tuple(held.measurements[after:]), held.ending)
+
+    def stop(self, attempt_id: int) -> None:
+        held = self._held.get(attempt_id)
+        if held is not None and held.ending is None:
+            held.gang.actors[0].stop.remote(attempt_id)
+
+    def artifact(self, attempt_id: int) -> bytes:
+        held = self._held.get(attempt_id)
+        if held is None or held.ending is None or held.ending.result is None:
+            raise KeyError(f"attempt {attempt_id} has no result here")
+        try:
+            artifact = ray.get(held.gang.actors[0].artifact.remote(attempt_id), timeout=ARTIFACT_SECONDS)
+        except RayError as error:
+            raise KeyError(f"the artifact of attempt {attempt_id} is gone: {_one_line(error)}") from error
+        if not isinstance(artifact, bytes):
+            raise KeyError(f"attempt {attempt_id} left no artifact")
+        return artifact
+
+    def release(self, attempt_id: int) -> None:
+        held = self._held.pop(attempt_id, None)
+        if held is None:
+            return
+        if held.ending is not None and held.ending.result is not None:
+            for actor in held.gang.actors:
+                actor.forget.remote(attempt_id)
+            self._idle.append(held.gang)
+        else:
+            _remove(held.gang)
+
+    def close(self) -> None:
+        if not self._connected:
+            return
+        for gang in [*self._busy(), *self._idle]:
+            _remove(gang)
+        self._held.clear()
+        self._idle.clear()
+        ray.shutdown()
+        self._connected = False
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
+
+    def _connect(self) -> None:
+        """Be connected. A local Ray that has lost its node is started again, once no attempt is held on it."""
+        if self._connected and self._folder is not None and not self._held and not _spare(()):
+            log.warning("the local Ray has lost its node and is started again")
+            self.close()
+        if self._connected:
+            return
+        roots = [str(path) for path in (*self._import_path, *source_roots())]
+        options: dict[str, Any] = {
+            "namespace": self._namespace,
+            "job_config": JobConfig(code_search_path=roots),
+            "log_to_driver": False,
+            "configure_logging": False,
+            "logging_level": logging.WARNING,
+        }
+        with _own_sigterm():
+            if self._address is None:
+                self._folder = _start_local(self._ranks, options)
+            else:
+                ray.init(self._address, **options)
+        self._connected = True
+
+    def _busy(self) -> list[_Gang]:
+        return [held.gang for held in self._held.values()]
+
+    def _assign(self, assignment: Assignment, gang: _Gang) -> _Held:
+        """Send the attempt to the gang's ranks."""
+        attempt_id, spec = assignment.attempt_id, assignment.spec.model_dump_json()
+        calls = [actor.assign.remote(attempt_id, spec, str(self._data_root), gang.port) for actor in gang.actors]
+        return _Held(attempt_id, gang, calls)
+
+    def _open(self, shape: GangConfig) -> _Gang:
+        """A new gang on the node that it fills best, after retiring the idle gangs there that are in its way."""
+        for counted in ([*self._busy(), *self._idle], self._busy()):
+            rooms = {node: room for node, room in _spare(counted).items() if _fit(shape, *room)}
+            if rooms:
+                node = min(rooms, key=lambda name: (rooms[name], name))
+                break
+        else:
+            raise NoRoom(f"no node has room for {shape.ranks} {shape.device} ranks")
+        for idle in [gang for gang in self._idle if gang.node == node]:
+            if _fit(shape, *_spare([*self._busy(), *self._idle])[node]):
+                break
+            self._retire(idle)
+        return _create(shape, node, self._trainer)
+
+    def _retire(self, gang: _Gang) -> None:
+        self._idle.remove(gang)
+        _remove(gang)
+
+
+def _spare(gangs: Sequence[_Gang]) -> dict[str, tuple[int, int]]:
+    """CPUs and GPUs of each living node, by its id, that are not taken by these gangs."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    cpus: Counter[str] = Counter()
+    gpus: Counter[str] = Counter()
+    for gang in gangs:
+        cpus[gang.node] += gang.shape.ranks
+        gpus[gang.node] += gang.shape.ranks if gang.shape.device == "gpu" else 0
+    return {
+        node["NodeID"]: (
+            int(node["Resources"].get("CPU", 0)) - cpus[node["NodeID"]],
+            int(node["Resources"].get("GPU", 0)) - gpus[node["NodeID"]],
+        )
+        for node in nodes
+        if node["Alive"]
+    }
+
+
+def _fit(shape: GangConfig, cpus: int, gpus: int) -> int:
+    """How many gangs of the shape fit in so many CPUs and GPUs."""
+    return max(0, min(cpus, gpus) if shape.device == "gpu" else cpus) // shape.ranks
+
+
+def _create(shape: GangConfig, node: str, trainer: str) -> _Gang:
+    """Ask Ray for a gang, without waiting for it."""
+    name = f"caddie-{shape.device}{shape.ranks}-{uuid.uuid4().hex[:8]}"
+    gpus = 1 if shape.device == "gpu" else 0
+    bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
+    selector = [{NODE_LABEL: node}] * shape.ranks
+    group = placement_group([bundle] * shape.ranks, "STRICT_PACK", name, bundle_label_selector=selector)
+    actor_class: Any = ray.remote(RayRank)
+    actors = [
+        actor_class.options(
+            name=f"{name}-{rank}",
+            num_cpus=1,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_concurrency=4,  # `serve` waits for torch while others answer; the job has a thread of its own
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        ).remote(rank, shape, trainer)
+        for rank in range(shape.ranks)
+    ]
+    port = actors[0].serve.remote() if shape.ranks > 1 else None
+    return _Gang(name, shape, node, group, actors, port)
+
+
+def _remove(gang: _Gang) -> None:
+    """Kill the gang's processes and give its room back. Repeatable."""
+    for actor in gang.actors:
+        ray.kill(actor, no_restart=True)
+    remove_placement_group(gang.group)
+
+
+def _listen(held: _Held) -> Ending | None:
+    """Take in what the ranks have said since the last time; the attempt's ending once there is one."""
+    if not held.began:
+        accepted, deaths = _answers(held.accepted, seconds=0)
+        if deaths:
+            return _ending(held, [Mail()] * len(accepted), deaths)
+        if None in accepted:
+            return None
+        held.began = True
+    mails, deaths = _read(held, ANSWER_SECONDS)
+    failed = any(mail.closing is not None and mail.closing.outcome == "failed" for mail in mails)
+    if failed and len(mails) > 1 and not deaths:
+        # A rank whose peer died fails too, and says so before Ray knows of the death.
+        again, deaths = _read(held, DEATH_SECONDS)
+        mails = [new if new.closing is not None else old for old, new in zip(mails, again, strict=True)]
+    return _ending(held, mails, deaths)
+
+
+def _read(held: _Held, seconds: float) -> tuple[list[Mail], dict[int, RayError]]:
+    """Each rank's mail, an empty one where it has not answered in time, and the ranks that are dead."""
+    if not held.reads:
+        seen = len(held.measurements)
+        held.reads = [actor.read.remote(held.attempt_id, seen) for actor in held.gang.actors]
+    answers, errors = _answers(held.reads, seconds)
+    mails = [Mail() if answer is None else Mail.model_validate_json(answer) for answer in answers]
+    if answers[0] is not None:
+        held.phase = mails[0].phase
+        held.measurements += [mail for mail in mails[0].measurements if mail.number > len(held.measurements)]
+    if errors or None not in answers:
+        held.reads = []
+    # A rank that Ray has lost sight of is asked again; Ray decides in the end whether it lives.
+    return mails, {rank: error for rank, error in errors.items() if not isinstance(error, ActorUnavailableError)}
+
+
+def _answers(calls: list[Any], seconds: float) -> tuple[list[Any], dict[int, RayError]]:
+    """The answers of calls to a gang's ranks, None where there is none yet, and errors instead of the others."""
+    done, _ = ray.wait(calls, num_returns=len(calls), timeout=seconds)
+    answers: list[Any] = [None] * len(calls)
+    errors: dict[int, RayError] = {}
+    for rank, call in enumerate(calls):
+        if call not in done:
+            continue
+        try:
+            answers[rank] = ray.get(call)
+        except RayError as error:
+            errors[rank] = error
+    return answers, errors
+
+
+def _ending(held: _Held, mails: list[Mail], deaths: dict[int, RayError]) -> Ending | None:
+    """The attempt's ending. What befell its node is not held against it."""
+    if deaths and held.gang.node not in _spare(()):
+        return Ending(Outcome.LOST, f"the node of gang {held.gang.name} is gone")
+    if any(isinstance(error, RayActorError) and error.preempted for error in deaths.values()):
+        return Ending(Outcome.PREEMPTED, f"the node of gang {held.gang.name} was preempted")
+    return ending_of(held.attempt_id, mails, {rank: f"died: {_one_line(error)}" for rank, error in deaths.items()})
+
+
+def _one_line(error: RayError) -> str:
+    """The gist of Ray's explanation: the exception where one was raised, else the sentences without the identifiers."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if "Traceback" in str(error) or not lines:
+        return (lines or [type(error).__name__])[-1].strip()[:300]
+    return " ".join(line.strip() for line in lines if not line.startswith("\t"))[:300]
+
+
+def _start_local(ranks: int, options: dict[str, Any]) -> RayFolder:
+    """Start a Ray of our own on this machine, with the folder that is returned.
+
+    Ray listens on every interface, and turns on the token that it asks of callers unless RAY_AUTH_MODE says otherwise.
+    Given in the environment, that token is not written to the user's home.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that this is on
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    folder = RayFolder()
+    try:
+        ray.init(
+            "local",
+            num_cpus=ranks,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(folder.path),
+            **options,
+        )
+    except BaseException:
+        folder.remove()
+        raise
+    return folder
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this program's answer to SIGTERM, which ray.init would replace by an exit of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Ray leaves signals alone in other threads
+        return
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, kept)

@@ -1,0 +1,88 @@
+"""What a program of Caddie reads from its environment, once, when it starts."""
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from worker.shape import FieldError
+
+KNOWN = {
+    "CADDIE_HOME": "folder of the embedded database, artifacts, data and logs (default ~/.caddie)",
+    "CADDIE_DATABASE_URL": "sqlite:///… or postgresql://… (default: SQLite in the home)",
+    "CADDIE_ARTIFACTS": "folder of artifacts (default: artifacts in the home)",
+    "CADDIE_DATA": "folder of datasets and tokenizers, the same on every node (default: data in the home)",
+    "CADDIE_HOST": "address that the API binds (default 127.0.0.1)",
+    "CADDIE_PORT": "port that the API binds (default 8765)",
+    "CADDIE_URL": "where the command line finds the API (default http://127.0.0.1:8765)",
+    "CADDIE_LAUNCHER": "ray or local: what runs gangs (default ray)",
+    "CADDIE_RAY_ADDRESS": "an existing Ray cluster to join; without it Ray starts on this machine",
+    "CADDIE_RANKS": "ranks that may train side by side on this machine (default: its CPU cores)",
+    "CADDIE_LEASE_SECONDS": "how long a silent orchestrator keeps its attempts (default 20)",
+    "CADDIE_OWNER": "this orchestrator's name in the ledger (default: host and process)",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every path absolute, every number checked."""
+
+    home: Path
+    database_url: str
+    artifacts: Path
+    data: Path
+    host: str
+    port: int
+    url: str
+    launcher: Literal["ray", "local"]
+    ray_address: str | None
+    ranks: int
+    lease_seconds: float
+    owner: str
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> "Settings":
+        """Settings from CADDIE_* variables. Raises FieldError naming one that is unknown or has a wrong value."""
+        for name in sorted(environment):
+            if name.startswith("CADDIE_") and name not in KNOWN:
+                raise FieldError(name, environment[name], f"is not a setting; there are {', '.join(KNOWN)}")
+        home = Path(environment.get("CADDIE_HOME") or Path.home() / ".caddie").expanduser().absolute()
+        launcher = environment.get("CADDIE_LAUNCHER", "ray")
+        if launcher not in ("ray", "local"):
+            raise FieldError("CADDIE_LAUNCHER", launcher, "must be ray or local")
+        host = environment.get("CADDIE_HOST", "127.0.0.1")
+        port = int(_number(environment, "CADDIE_PORT", 8765, 1, 65_535, whole=True))
+        return cls(
+            home=home,
+            database_url=environment.get("CADDIE_DATABASE_URL") or f"sqlite:///{home / 'caddie.db'}",
+            artifacts=_path(environment, "CADDIE_ARTIFACTS", home / "artifacts"),
+            data=_path(environment, "CADDIE_DATA", home / "data"),
+            host=host,
+            port=port,
+            url=environment.get("CADDIE_URL") or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",
+            launcher="ray" if launcher == "ray" else "local",
+            ray_address=environment.get("CADDIE_RAY_ADDRESS") or None,
+            ranks=int(_number(environment, "CADDIE_RANKS", os.cpu_count() or 1, 1, 4096, whole=True)),
+            lease_seconds=_number(environment, "CADDIE_LEASE_SECONDS", 20, 1, 3600),
+            owner=environment.get("CADDIE_OWNER") or f"{socket.gethostname()}-{os.getpid()}",
+        )
+
+
+def _path(environment: Mapping[str, str], name: str, default: Path) -> Path:
+    value = environment.get(name)
+    return Path(value).expanduser().absolute() if value else default
+
+
+def _number(
+    environment: Mapping[str, str], name: str, default: float, low: float, high: float, *, whole: bool = False
+) -> float:
+    text = environment.get(name)
+    if not text:
+        return default
+    kind = "a whole number" if whole else "a number"
+    if not re.fullmatch(r"\d+" if whole else r"\d+(\.\d+)?", text) or not low <= float(text) <= high:
+        raise FieldError(name, text, f"must be {kind} from {low:g} to {high:g}")
+    return float(text)

@@ -1,0 +1,370 @@
+"""Studies and trials in SQL: created, read, moved between states. Values in, values out; no row leaves this package.
+
+Every function takes a session and works inside the caller's transaction. Functions that change anything begin with the
+guarded UPDATE that decides, need a session from Database.write, and take `now`. On PostgreSQL every writer takes its
+row locks in one order, so that no two can wait for each other: study, trial, run, attempt, and the events' lock last.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, CursorResult, Table, func, insert, or_, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from orchestrator.errors import Conflict, IllegalMove, NotFound
+from orchestrator.lifecycle import (
+    OPEN_TRIALS,
+    STUDY_MOVES,
+    TRIAL_MOVES,
+    Outcome,
+    RunState,
+    StudyState,
+    TrialState,
+    states_before,
+)
+from orchestrator.study import Artifact, Attempt, Event, NewStudy, NewTrial, Prediction, Progress, Run, Study, Trial
+from orchestrator.tables import ArtifactRow, AttemptRow, Base, EventRow, MeasurementRow, RunRow, StudyRow, TrialRow
+from worker.report import Measurement, TrialResult
+from worker.spec import GangConfig, TrialSpec
+
+EVENT_LOCK = 0x0CADD1F  # any fixed number: PostgreSQL's advisory lock that makes event ids follow commit order
+
+
+def create_study(session: Session, new: NewStudy, now: datetime) -> Study:
+    """Add a study that is running. Raises Conflict where the name is taken."""
+    values = {
+        "name": new.name, "state": StudyState.RUNNING, "definition": new.model_dump(mode="json"),
+        "max_trials": new.max_trials if new.space else 0, "created_at": now, "changed_at": now,
+    }  # fmt: skip
+    if insert_missing(session, StudyRow, [values]) != 1:
+        raise Conflict("name", new.name, "is taken by another study", existing=new.name)
+    study = get_study(session, new.name)
+    add_event(session, study.id, None, "study.created", f"Study {new.name} was created", now)
+    return study
+
+
+def get_study(session: Session, name: str) -> Study:
+    """The study of this name. Raises NotFound."""
+    row = session.scalar(select(StudyRow).where(StudyRow.name == name))
+    if row is None:
+        raise NotFound("study", name)
+    return _study(row)
+
+
+def list_studies(session: Session, states: Collection[StudyState] = ()) -> tuple[Study, ...]:
+    """Studies in these states (all, where none is named), oldest first."""
+    query = select(StudyRow).order_by(StudyRow.id)
+    if states:
+        query = query.where(StudyRow.state.in_(states))
+    return tuple(_study(row) for row in session.scalars(query))
+
+
+def move_study(session: Session, study_id: int, to: StudyState, now: datetime, reason: str | None = None) -> Study:
+    """Move a study along STUDY_MOVES. Stopping cancels its queued trials; one with open trials cannot become complete.
+
+    Raises NotFound, IllegalMove.
+    """
+    before = tuple(state for state, targets in STUDY_MOVES.items() if to in targets)
+    moved = session.execute(
+        update(StudyRow).where(StudyRow.id == study_id, StudyRow.state.in_(before))
+        .values(state=to, reason=reason, changed_at=now)
+    )  # fmt: skip
+    row = session.get(StudyRow, study_id)
+    if row is None:
+        raise NotFound("study", study_id)
+    if _count(moved) != 1:
+        raise IllegalMove(f"study {row.name}", row.state, f"become {to}", tuple(before))
+    if to is StudyState.COMPLETE and any(count_trials(session, study_id).get(state) for state in OPEN_TRIALS):
+        raise IllegalMove(f"study {row.name}", "running with open trials", "become complete", ("running without any",))
+    queued = (TrialRow.study_id == study_id, TrialRow.state == TrialState.QUEUED)
+    stopped = to is StudyState.STOPPED
+    cancelled = _end_trials(session, *queued, now=now, reason="the study was stopped") if stopped else ()
+    message = f"Study {row.name} is {to}" + (f": {reason}" if reason else "")
+    add_event(session, study_id, None, f"study.{to}", message, now)
+    for number in cancelled:
+        add_event(session, study_id, number, "trial.cancelled", f"Trial {number} was cancelled with its study", now)
+    return _study(row)
+
+
+def count_refused(session: Session, study_id: int, refused: int) -> None:
+    """Add proposals that were refused to the study's count."""
+    session.execute(update(StudyRow).where(StudyRow.id == study_id).values(refused=StudyRow.refused + refused))
+
+
+def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> Trial | None:
+    """Add a trial with its first run, queued; or, where the verdict is cannot_fit, an infeasible one without a run.
+
+    None where a proposal came too late: the study has its proposals, or does not run. Submitting reopens a complete
+    study. Raises IllegalMove for a submission to a stopped study, and lets IntegrityError through where two of the same
+    idempotency key, or two proposals of the same spec, meet: the transaction is then void.
+    """
+    infeasible = new.verdict == "cannot_fit"
+    number = _next_number(session, study_id, new.origin, now)
+    if number is None:
+        return None
+    row = TrialRow(
+        study_id=study_id, number=number, origin=new.origin, spec=new.spec.model_dump(mode="json"),
+        state=TrialState.INFEASIBLE if infeasible else TrialState.QUEUED, spec_hash=new.spec.canonical_hash,
+        params=new.params, prediction=asdict(new.prediction), verdict=new.verdict, reason=new.reason,
+        idempotency_key=new.idempotency_key, created_at=now, finished_at=now if infeasible else None,
+    )  # fmt: skip
+    session.add(row)
+    session.flush()
+    if infeasible:
+        add_event(session, study_id, number, "trial.infeasible", f"Trial {number} was refused: {new.reason}", now)
+        return _trial(row)
+    session.add(
+        RunRow(
+            trial_id=row.id, seed=new.spec.seed, budget=new.spec.budget.model_dump(mode="json"), state=RunState.QUEUED,
+            ranks=new.spec.gang.ranks, device=new.spec.gang.device, priority=10 if new.origin == "submitted" else 0,
+            created_at=now,
+        )
+    )  # fmt: skip
+    session.flush()
+    add_event(session, study_id, number, "trial.queued", f"Trial {number} was {new.origin}", now)
+    return _trial(row)
+
+
+def _next_number(session: Session, study_id: int, origin: str, now: datetime) -> int | None:
+    proposal = origin == "proposed"
+    open_states = (StudyState.RUNNING,) if proposal else (StudyState.RUNNING, StudyState.PAUSED, StudyState.COMPLETE)
+    take = update(StudyRow).where(StudyRow.id == study_id, StudyRow.state.in_(open_states))
+    values: dict[str, Any] = {"next_number": StudyRow.next_number + 1}
+    if proposal:
+        take = take.where(StudyRow.proposed < StudyRow.max_trials)
+        values["proposed"] = StudyRow.proposed + 1
+    number = session.scalar(take.values(values).returning(StudyRow.next_number))
+    if number is None and not proposal:
+        row = session.get(StudyRow, study_id)
+        if row is None:
+            raise NotFound("study", study_id)
+        raise IllegalMove(f"study {row.name}", row.state, "take trials", tuple(open_states))
+    if number is not None and not proposal:
+        session.execute(
+            update(StudyRow).where(StudyRow.id == study_id, StudyRow.state == StudyState.COMPLETE)
+            .values(state=StudyState.RUNNING, reason=None, changed_at=now)
+        )  # fmt: skip
+    return None if number is None else number - 1
+
+
+def cancel_trial(session: Session, study_id: int, number: int, now: datetime) -> Trial:
+    """End an open trial, its runs and their open attempts; whoever holds a lease on one has lost it.
+
+    Raises NotFound, and IllegalMove for a trial that is finished.
+    """
+    before = states_before(TRIAL_MOVES, TrialState.CANCELLED)
+    this = (TrialRow.study_id == study_id, TrialRow.number == number, TrialRow.state.in_(before))
+    if not _end_trials(session, *this, now=now, reason="cancelled"):
+        trial = get_trial(session, study_id, number)
+        raise IllegalMove(f"trial {number}", trial.state, "be cancelled", tuple(before))
+    add_event(session, study_id, number, "trial.cancelled", f"Trial {number} was cancelled", now)
+    return get_trial(session, study_id, number)
+
+
+def _end_trials(session: Session, *which: ColumnElement[bool], now: datetime, reason: str) -> tuple[int, ...]:
+    """Cancel these trials with their open runs and attempts, in that order of locks; the trials' numbers, sorted."""
+    trials = session.execute(
+        update(TrialRow).where(*which).values(state=TrialState.CANCELLED, reason=reason, finished_at=now)
+        .returning(TrialRow.id, TrialRow.number)
+    ).all()  # fmt: skip
+    for trial_id, _number in trials:
+        runs = select(RunRow.id).where(RunRow.trial_id == trial_id)
+        session.execute(
+            update(RunRow).where(RunRow.trial_id == trial_id, RunRow.state.in_((RunState.QUEUED, RunState.RUNNING)))
+            .values(state=RunState.CANCELLED)
+        )  # fmt: skip
+        session.execute(
+            update(AttemptRow).where(AttemptRow.run_id.in_(runs), AttemptRow.outcome.is_(None))
+            .values(outcome=Outcome.STOPPED, reason=reason, finished_at=now, lease_token=None, lease_expires_at=None)
+        )  # fmt: skip
+    return tuple(sorted(number for _trial_id, number in trials))
+
+
+def get_trial(session: Session, study_id: int, number: int) -> Trial:
+    """The trial of this number. Raises NotFound."""
+    row = session.scalar(select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.number == number))
+    if row is None:
+        raise NotFound("trial", number)
+    return _trial(row)
+
+
+def find_trial(
+    session: Session, study_id: int, *, spec_hash: str | None = None, idempotency_key: str | None = None
+) -> Trial | None:
+    """The first trial with this canonical spec hash or this idempotency key, if there is one."""
+    query = select(TrialRow).where(TrialRow.study_id == study_id).order_by(TrialRow.number).limit(1)
+    if spec_hash is not None:
+        query = query.where(TrialRow.spec_hash == spec_hash)
+    if idempotency_key is not None:
+        query = query.where(TrialRow.idempotency_key == idempotency_key)
+    row = session.scalar(query)
+    return None if row is None else _trial(row)
+
+
+def list_states(session: Session, study_id: int) -> dict[int, TrialState]:
+    """The state of every trial by its number: what is new, for whoever keeps the finished ones."""
+    query = select(TrialRow.number, TrialRow.state).where(TrialRow.study_id == study_id).order_by(TrialRow.number)
+    return {number: TrialState(state) for number, state in session.execute(query)}
+
+
+def list_trials(
+    session: Session,
+    study_id: int,
+    *,
+    states: Collection[TrialState] = (),
+    numbers: Collection[int] | None = None,
+    after: int = -1,
+    limit: int | None = None,
+) -> tuple[Trial, ...]:
+    """Trials by number: all, or those in these states, of these numbers (a few hundred at most), above `after`."""
+    query = select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.number > after)
+    if numbers is not None:
+        query = query.where(TrialRow.number.in_(numbers))
+    if states:
+        query = query.where(TrialRow.state.in_(states))
+    return tuple(_trial(row) for row in session.scalars(query.order_by(TrialRow.number).limit(limit)))
+
+
+def leaderboard(session: Session, study_id: int, cap_bytes: int, limit: int | None = None) -> tuple[Trial, ...]:
+    """Complete trials by BPB, best first; those whose artifact is over the cap come last, never above one that fits."""
+    over = TrialRow.artifact_bytes > cap_bytes
+    query = (
+        select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.state == TrialState.COMPLETE)
+        .order_by(over, TrialRow.val_bpb, TrialRow.number).limit(limit)
+    )  # fmt: skip
+    return tuple(_trial(row) for row in session.scalars(query))
+
+
+def count_trials(session: Session, study_id: int) -> dict[TrialState, int]:
+    """How many trials are in each state; states without a trial are left out."""
+    query = select(TrialRow.state, func.count()).where(TrialRow.study_id == study_id).group_by(TrialRow.state)
+    return {TrialState(state): count for state, count in session.execute(query)}
+
+
+def count_queued(session: Session, study_id: int) -> dict[GangConfig, int]:
+    """How many of the study's runs wait for a gang of each shape."""
+    query = (
+        select(RunRow.ranks, RunRow.device, func.count()).join(TrialRow, TrialRow.id == RunRow.trial_id)
+        .where(TrialRow.study_id == study_id, RunRow.state == RunState.QUEUED).group_by(RunRow.ranks, RunRow.device)
+    )  # fmt: skip
+    return {_gang(ranks, device): count for ranks, device, count in session.execute(query)}
+
+
+def list_runs(session: Session, trial_id: int) -> tuple[Run, ...]:
+    """A trial's runs, in the order in which they were added."""
+    rows = session.scalars(select(RunRow).where(RunRow.trial_id == trial_id).order_by(RunRow.id))
+    return tuple(Run(row.id, row.trial_id, row.seed, RunState(row.state), _gang(row.ranks, row.device)) for row in rows)
+
+
+def list_attempts(session: Session, trial_id: int) -> tuple[Attempt, ...]:
+    """Every attempt at a trial's runs, in the order in which they were claimed."""
+    query = (
+        select(AttemptRow, ArtifactRow).outerjoin(ArtifactRow, ArtifactRow.attempt_id == AttemptRow.id)
+        .join(RunRow, RunRow.id == AttemptRow.run_id).where(RunRow.trial_id == trial_id).order_by(AttemptRow.id)
+    )  # fmt: skip
+    return tuple(_attempt(row, artifact) for row, artifact in session.execute(query))
+
+
+def list_measurements(session: Session, trial_id: int, after: Mapping[int, int] | None = None) -> tuple[Progress, ...]:
+    """What a trial's attempts measured, attempt by attempt, in the order in which their gangs said it.
+
+    `after` leaves out what the caller has: of each attempt that it names, the messages up to that number.
+    """
+    query = (
+        select(MeasurementRow, RunRow.id, RunRow.seed).join(AttemptRow, AttemptRow.id == MeasurementRow.attempt_id)
+        .join(RunRow, RunRow.id == AttemptRow.run_id).where(RunRow.trial_id == trial_id)
+        .order_by(MeasurementRow.attempt_id, MeasurementRow.number)
+    )  # fmt: skip
+    for attempt_id, number in (after or {}).items():
+        query = query.where(or_(MeasurementRow.attempt_id != attempt_id, MeasurementRow.number > number))
+    grouped: dict[tuple[int, int], tuple[list[MeasurementRow], int, int]] = {}
+    for row, run_id, seed in session.execute(query):
+        grouped.setdefault((row.attempt_id, row.number), ([], run_id, seed))[0].append(row)
+    return tuple(_progress(rows, run_id, seed) for rows, run_id, seed in grouped.values())
+
+
+def list_curves(session: Session, study_id: int, name: str, numbers: Collection[int]) -> dict[int, dict[int, float]]:
+    """One metric by step, for each trial of these numbers that measured it: of its latest attempt that did."""
+    query = (
+        select(TrialRow.number, MeasurementRow.attempt_id, MeasurementRow.step, MeasurementRow.value)
+        .join(AttemptRow, AttemptRow.id == MeasurementRow.attempt_id).join(RunRow, RunRow.id == AttemptRow.run_id)
+        .join(TrialRow, TrialRow.id == RunRow.trial_id)
+        .where(TrialRow.study_id == study_id, TrialRow.number.in_(numbers), MeasurementRow.name == name)
+        .order_by(MeasurementRow.attempt_id, MeasurementRow.number)
+    )  # fmt: skip
+    curves: dict[int, tuple[int, dict[int, float]]] = {}
+    for number, attempt_id, step, value in session.execute(query):
+        if number not in curves or curves[number][0] != attempt_id:
+            curves[number] = (attempt_id, {})
+        curves[number][1][step] = value
+    return {number: curve for number, (_, curve) in curves.items()}
+
+
+def list_events(session: Session, after: int = 0, study_id: int | None = None, limit: int = 1000) -> tuple[Event, ...]:
+    """Events with ids above `after`, in commit order: of one study, or of all."""
+    query = select(EventRow).where(EventRow.id > after).order_by(EventRow.id).limit(limit)
+    if study_id is not None:
+        query = query.where(EventRow.study_id == study_id)
+    return tuple(Event(r.id, r.study_id, r.trial_number, r.at, r.kind, r.message) for r in session.scalars(query))
+
+
+def add_event(session: Session, study_id: int, number: int | None, kind: str, message: str, now: datetime) -> None:
+    """Add an event to the transaction. Call it last: on PostgreSQL it holds a lock until the commit."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": EVENT_LOCK})
+    session.execute(insert(EventRow).values(study_id=study_id, trial_number=number, at=now, kind=kind, message=message))
+
+
+def insert_missing(session: Session, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> int:
+    """Insert the rows that clash with no unique key of what is there; how many they were."""
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    missing = dialect.insert(cast(Table, table.__table__)).on_conflict_do_nothing()
+    return _count(session.execute(missing, rows, execution_options={"preserve_rowcount": True}))
+
+
+def _count(result: object) -> int:
+    return cast(CursorResult[Any], result).rowcount
+
+
+def _gang(ranks: int, device: str) -> GangConfig:
+    return GangConfig.model_validate({"ranks": ranks, "device": device})
+
+
+def _study(row: StudyRow) -> Study:
+    return Study(
+        id=row.id, name=row.name, state=StudyState(row.state), definition=NewStudy.model_validate(row.definition),
+        proposed=row.proposed, refused=row.refused, reason=row.reason,
+        created_at=row.created_at, changed_at=row.changed_at,
+    )  # fmt: skip
+
+
+def _trial(row: TrialRow) -> Trial:
+    return Trial(
+        id=row.id, study_id=row.study_id, number=row.number, state=TrialState(row.state),
+        origin="proposed" if row.origin == "proposed" else "submitted", spec=TrialSpec.model_validate(row.spec),
+        spec_hash=row.spec_hash, params=row.params, prediction=Prediction(**row.prediction),
+        verdict=cast(Any, row.verdict), reason=row.reason,
+        result=None if row.result is None else TrialResult.model_validate(row.result),
+        created_at=row.created_at, started_at=row.started_at, finished_at=row.finished_at,
+    )  # fmt: skip
+
+
+def _attempt(row: AttemptRow, artifact: ArtifactRow | None) -> Attempt:
+    return Attempt(
+        id=row.id, run_id=row.run_id, number=row.number, owner=row.owner, gang=row.gang, phase=row.phase,
+        outcome=None if row.outcome is None else Outcome(row.outcome), reason=row.reason,
+        started_at=row.started_at, finished_at=row.finished_at,
+        artifact=None if artifact is None else Artifact(artifact.uri, artifact.bytes, artifact.sha256),
+    )  # fmt: skip
+
+
+def _progress(rows: Sequence[MeasurementRow], run_id: int, seed: int) -> Progress:
+    first = rows[0]
+    measurement = Measurement(
+        number=first.number, step=first.step, elapsed_seconds=first.elapsed_seconds,
+        metrics={row.name: row.value for row in rows},
+    )  # fmt: skip
+    return Progress(first.attempt_id, run_id, seed, measurement)

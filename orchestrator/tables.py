@@ -1,0 +1,238 @@
+"""The tables, and the invariants that the database itself keeps. One set for SQLite and PostgreSQL."""
+
+from datetime import UTC, datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from orchestrator.lifecycle import OPEN_TRIALS, Outcome, RunState, StudyState, TrialState
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC datetime on both databases; SQLite keeps it without its zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        assert value.tzinfo is not None, "naive datetimes do not enter the database"
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class AnyText(TypeDecorator[str]):
+    """Text that may come from a gang or a log. What PostgreSQL cannot keep becomes U+FFFD (NUL) or ? (surrogates)."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, datetime: UtcDateTime}
+
+
+def _one_of(column: str, values: type[StudyState] | type[TrialState] | type[RunState] | type[Outcome]) -> str:
+    return f"{column} IN ({', '.join(repr(value.value) for value in values)})"
+
+
+_OPEN = ", ".join(repr(state.value) for state in sorted(OPEN_TRIALS))
+
+
+class StudyRow(Base):
+    __tablename__ = "studies"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", StudyState), name="state"),
+        CheckConstraint("proposed <= max_trials", name="proposed"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    state: Mapped[str] = mapped_column(String(16))
+    definition: Mapped[dict[str, Any]]
+    """A NewStudy, as JSON; never changed after creation."""
+    max_trials: Mapped[int]
+    next_number: Mapped[int] = mapped_column(default=0)
+    proposed: Mapped[int] = mapped_column(default=0)
+    refused: Mapped[int] = mapped_column(default=0)
+    reason: Mapped[str | None] = mapped_column(AnyText)
+    """Why the study last changed state by itself."""
+    created_at: Mapped[datetime]
+    changed_at: Mapped[datetime]
+    """When the state last changed."""
+
+
+class TrialRow(Base):
+    __tablename__ = "trials"
+    __table_args__ = (
+        UniqueConstraint("study_id", "number"),
+        UniqueConstraint("study_id", "idempotency_key", name="uq_trials_idempotency_key"),
+        CheckConstraint(_one_of("state", TrialState), name="state"),
+        CheckConstraint("origin IN ('proposed', 'submitted')", name="origin"),
+        CheckConstraint("verdict IN ('fits', 'grey', 'cannot_fit')", name="verdict"),
+        CheckConstraint(f"(state IN ({_OPEN})) = (finished_at IS NULL)", name="finished_at"),
+        CheckConstraint("state <> 'complete' OR result IS NOT NULL", name="result"),
+        CheckConstraint("(result IS NULL) = (val_bpb IS NULL)", name="val_bpb"),
+        CheckConstraint("(result IS NULL) = (artifact_bytes IS NULL)", name="artifact_bytes"),
+        Index("ix_trials_state", "study_id", "state"),
+        Index("ix_trials_spec_hash", "study_id", "spec_hash"),
+        Index(
+            "uq_trials_proposed_spec",
+            "study_id",
+            "spec_hash",
+            unique=True,
+            sqlite_where=text("origin = 'proposed'"),
+            postgresql_where=text("origin = 'proposed'"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey("studies.id"))
+    number: Mapped[int]
+    state: Mapped[str] = mapped_column(String(16))
+    origin: Mapped[str] = mapped_column(String(16))
+    spec: Mapped[dict[str, Any]]
+    spec_hash: Mapped[str] = mapped_column(String(64))
+    params: Mapped[dict[str, Any]]
+    prediction: Mapped[dict[str, Any]]
+    verdict: Mapped[str] = mapped_column(String(16))
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    reason: Mapped[str | None] = mapped_column(AnyText)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """A TrialResult, from the run that decided the trial's state."""
+    val_bpb: Mapped[float | None]
+    artifact_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    """When its first attempt started."""
+    finished_at: Mapped[datetime | None]
+
+
+class RunRow(Base):
+    __tablename__ = "runs"
+    __table_args__ = (
+        UniqueConstraint("trial_id", "seed", "rung"),
+        CheckConstraint(_one_of("state", RunState), name="state"),
+        Index("ix_runs_queue", "state", "device", "ranks", "priority"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    trial_id: Mapped[int] = mapped_column(ForeignKey("trials.id"), index=True)
+    seed: Mapped[int] = mapped_column(BigInteger)
+    rung: Mapped[int] = mapped_column(default=0)
+    budget: Mapped[dict[str, Any]]
+    """A BudgetConfig: the spec's own, or a cheaper one."""
+    state: Mapped[str] = mapped_column(String(16))
+    ranks: Mapped[int]
+    device: Mapped[str] = mapped_column(String(8))
+    priority: Mapped[int] = mapped_column(default=0)
+    """Higher first; submitted trials come before proposed ones."""
+    created_at: Mapped[datetime]
+
+
+class AttemptRow(Base):
+    __tablename__ = "attempts"
+    __table_args__ = (
+        UniqueConstraint("run_id", "number"),
+        CheckConstraint(f"outcome IS NULL OR {_one_of('outcome', Outcome)}", name="outcome"),
+        CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="finished_at"),
+        CheckConstraint("(outcome IS NULL) = (lease_token IS NOT NULL)", name="lease_token"),
+        CheckConstraint("(lease_token IS NULL) = (lease_expires_at IS NULL)", name="lease_expires_at"),
+        Index(
+            "uq_attempts_open",
+            "run_id",
+            unique=True,
+            sqlite_where=text("outcome IS NULL"),
+            postgresql_where=text("outcome IS NULL"),
+        ),
+        Index(
+            "uq_attempts_succeeded",
+            "run_id",
+            unique=True,
+            sqlite_where=text("outcome = 'succeeded'"),
+            postgresql_where=text("outcome = 'succeeded'"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
+    number: Mapped[int]
+    owner: Mapped[str] = mapped_column(AnyText)
+    """The orchestrator that claimed it."""
+    gang: Mapped[str | None] = mapped_column(AnyText)
+    phase: Mapped[str] = mapped_column(AnyText, default="queue")
+    outcome: Mapped[str | None] = mapped_column(String(16))
+    reason: Mapped[str | None] = mapped_column(AnyText)
+    permanent: Mapped[bool] = mapped_column(default=False)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    started_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+    lease_token: Mapped[str | None] = mapped_column(String(64))
+    lease_expires_at: Mapped[datetime | None] = mapped_column(index=True)
+
+
+class MeasurementRow(Base):
+    __tablename__ = "measurements"
+    __table_args__ = (UniqueConstraint("attempt_id", "step", "name", name="uq_measurements_step_name"),)
+
+    attempt_id: Mapped[int] = mapped_column(ForeignKey("attempts.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    """The gang's own count of its messages, so that one delivered twice is kept once."""
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    step: Mapped[int]
+    value: Mapped[float]
+    elapsed_seconds: Mapped[float]
+
+
+class ArtifactRow(Base):
+    __tablename__ = "artifacts"
+    __table_args__ = (CheckConstraint("bytes > 0", name="bytes"),)
+
+    attempt_id: Mapped[int] = mapped_column(ForeignKey("attempts.id"), primary_key=True)
+    uri: Mapped[str] = mapped_column(Text)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+
+
+class EventRow(Base):
+    __tablename__ = "events"
+    __table_args__ = (Index("ix_events_study", "study_id", "id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey("studies.id"))
+    trial_number: Mapped[int | None]
+    at: Mapped[datetime]
+    kind: Mapped[str] = mapped_column(String(64))
+    message: Mapped[str] = mapped_column(AnyText)

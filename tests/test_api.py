@@ -1,0 +1,489 @@
+"""The API as a client meets it: over HTTP, on both databases. Every answer must be declared in the OpenAPI document."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import event, func, select, update
+
+from api.app import openapi_text
+from orchestrator import leases
+from orchestrator.artifacts import ArtifactStore
+from orchestrator.database import Database
+from orchestrator.lifecycle import Outcome
+from orchestrator.study import Artifact, AttemptResult, Claim
+from orchestrator.tables import ArtifactRow, Base
+from worker.recipes import load_recipe, recipe_names
+from worker.report import TrialResult
+from worker.spec import GangConfig
+
+TTL = timedelta(minutes=5)
+GOLDEN = Path(__file__).with_name("openapi.json")
+STUDY: dict[str, Any] = {
+    "name": "sweep",
+    "recipe": "laptop",
+    "space": {
+        "sharing.lora.rank": {"choice": [0, 2, 4]},
+        "sharing.unique_blocks": {"low": 1, "high": 6},
+        "sharing.tying": {"choice": ["cycle", "sequence"]},
+    },
+    "cap_bytes": 1_000_000,
+}
+TOO_LARGE = {"overrides": {"model.width": 960, "sharing.unique_blocks": 6, "sharing.tying": "sequence"}}
+
+
+class Declared:
+    """Checks that every answer is one that the OpenAPI document declares for its route, in the media type it says."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.routes = [(path.split("/"), operations) for path, operations in document["paths"].items()]
+
+    def __call__(self, answer: httpx.Response) -> None:
+        media = answer.headers.get("content-type", "").partition(";")[0]
+        if answer.status_code >= 400:
+            assert media == "application/problem+json", answer.url
+        declared = self._responses(answer.request)
+        if declared is not None:
+            assert str(answer.status_code) in declared, (
+                f"{answer.request.method} {answer.url} said {answer.status_code}"
+            )
+            assert media in declared[str(answer.status_code)].get("content", {media: {}})
+
+    def _responses(self, request: httpx.Request) -> dict[str, Any] | None:
+        parts = request.url.raw_path.decode().partition("?")[0].split("/")
+        for route, operations in self.routes:
+            same = len(route) == len(parts) and all(a == b or a[:1] == "{" for a, b in zip(route, parts, strict=True))
+            if same and request.method.lower() in operations:
+                found: dict[str, Any] = operations[request.method.lower()]["responses"]
+                return found
+        return None
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def declared() -> Declared:
+    return Declared(json.loads(openapi_text()))
+
+
+@pytest.fixture
+def http(
+    database: Database, serve: Callable[..., str], artifacts: ArtifactStore, declared: Declared
+) -> Iterator[httpx.Client]:
+    url = serve(database, artifacts=artifacts.root, dashboard=False)
+    with httpx.Client(base_url=url, timeout=30, event_hooks={"response": [declared]}) as client:
+        yield client
+
+
+@pytest.fixture
+def study(http: httpx.Client) -> str:
+    assert http.post("/v1/studies", json=STUDY).status_code == 201
+    return "/v1/studies/sweep"
+
+
+@pytest.fixture
+def finish(
+    database: Database, artifacts: ArtifactStore, trial_result: Callable[..., TrialResult], now: datetime
+) -> Callable[..., Claim]:
+    """Claims the first queued run and ends it in success, with an artifact; keywords replace the result's fields."""
+
+    def run(**fields: Any) -> Claim:
+        with database.write() as session:
+            claim = leases.claim(session, GangConfig(), "host", now, TTL)
+            assert claim is not None
+        model = f"model of trial {claim.trial_number}".encode()
+        result = trial_result(model_bytes=len(model), **fields)
+        with database.write() as session:
+            ended = AttemptResult(Outcome.SUCCEEDED, result=result, artifact=artifacts.put(model))
+            leases.finish(session, claim.lease, ended, now)
+        return claim
+
+    return run
+
+
+def rows(database: Database) -> dict[str, int]:
+    """How many rows each table has."""
+    with database.read() as session:
+        return {t.name: session.scalar(select(func.count()).select_from(t)) or 0 for t in Base.metadata.sorted_tables}
+
+
+def problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
+    """The problem that an answer is, checked for what every problem has."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    found: dict[str, Any] = answer.json()
+    assert found["type"] == f"urn:caddie:problem:{kind}"
+    assert found["status"] == status
+    assert found["title"]
+    assert found["detail"]
+    return found
+
+
+def test_the_openapi_document_is_the_golden_one() -> None:
+    regenerate = "python -c 'from api.app import openapi_text; print(openapi_text(), end=\"\")' > tests/openapi.json"
+    assert openapi_text() == GOLDEN.read_text(), f"if the change is meant: {regenerate}"
+
+
+# Bad input: (what is sent to POST /v1/studies instead of STUDY, the field that the problem names)
+BAD_STUDIES: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"name": "Über"}, "name"),
+    ({"name": "../etc"}, "name"),
+    ({"name": "a\u0000b"}, "name"),
+    ({"name": "\ud800"}, "name"),
+    ({"nmae": "x"}, "nmae"),
+    ({"recipe": "no-such"}, "recipe"),
+    ({"recipe": None}, "base"),
+    ({"base": {}}, "base"),
+    ({"sampler": "grid"}, "sampler"),
+    ({"max_trials": -1}, "max_trials"),
+    ({"cap_bytes": 0}, "cap_bytes"),
+    ({"cap_bytes": 10**30}, "cap_bytes"),
+    ({"overrides": {"model.heads": 7}}, "overrides.model.heads"),
+    ({"overrides": {"sharing.tying": [0, 1, 1, 0, 1, 3]}}, "overrides.sharing.tying.map"),
+    ({"overrides": {"sharing.unique_blocks": 7}}, "overrides.sharing.unique_blocks"),
+    ({"overrides": {"sharing.lora.rank": 97}}, "overrides.sharing.lora.rank"),
+    ({"overrides": {"sharing.lora.rang": 1}}, "overrides.sharing.lora.rang"),
+    ({"overrides": {"model.rope_base": float("nan")}}, "overrides.model.rope_base"),
+    ({"overrides": {"data.dataset": "../../etc/passwd"}}, "overrides.data.dataset"),
+    ({"space": {"sharing.lora.rank": {"low": 4, "high": 2}}}, "space.sharing.lora.rank.low"),
+    ({"space": {"sharing.lora.rang": {"choice": [1]}}}, "space.sharing.lora.rang"),
+    ({"space": {"model.width": {"choice": ["wide"]}}}, "space.model.width"),
+    ({"space": {"model.width": {"from": 1}}}, "space.model.width.from"),
+    ({"gangs": [{"ranks": 3}]}, "gangs.0.ranks"),
+)
+
+
+def test_a_study_that_cannot_be_is_refused_by_field_and_leaves_nothing(http: httpx.Client, database: Database) -> None:
+    for change, field in BAD_STUDIES:
+        body = {key: value for key, value in {**STUDY, **change}.items() if value is not None}
+        answer = http.post("/v1/studies", content=json.dumps(body), headers={"Content-Type": "application/json"})
+        found = problem(answer, 422, "invalid-input")
+        assert field in [one["field"] for one in found["problems"]], change
+        assert all(one["message"] for one in found["problems"]), change
+    assert not any(rows(database).values())
+
+
+BAD_TRIALS: tuple[tuple[dict[str, Any], str, Any], ...] = (
+    ({}, "spec", None),
+    ({"spec": {}, "recipe": "laptop"}, "recipe", "laptop"),
+    ({"recipe": "no-such"}, "recipe", "no-such"),
+    ({"spec": {"sharing": {"virtual_layers": 6, "unique_blocks": 9}}}, "spec.sharing.unique_blocks", 9),
+    ({"spec": {"model": {"width": 100, "heads": 8}}}, "spec.model.heads", 8),
+    ({"spec": {"sharing": {"tying": {"pattern": "cycle", "patern": 1}}}}, "spec.sharing.tying.patern", 1),
+    ({"spec": {"data": {"sequence_length": -1}}}, "spec.data.sequence_length", -1),
+    ({"params": {"model.width": 64}}, "params.model.width", 64),
+    ({"params": {"sharing.lora.rank": 3}}, "params.sharing.lora.rank", 3),
+    ({"params": {"sharing.unique_blocks": 2.5}}, "params.sharing.unique_blocks", 2.5),
+    ({"overrides": {"sharing.lora.rank": -1}}, "overrides.sharing.lora.rank", -1),
+    ({"overrides": {"seed": "\ud800"}}, "overrides.seed", "\\ud800"),
+    ({"overrides": {"": 1}}, "overrides.", 1),
+    ({"overrides": {"seed.x": 1}}, "seed", "{'x': 1}"),
+    ({"spec": []}, "spec", []),
+    ({"overrides": {"seed": 10**40}}, "overrides.seed", str(10**40)),
+    ({"allow_duplicate": "perhaps", "recipe": "laptop"}, "allow_duplicate", "perhaps"),
+)
+
+
+def test_a_trial_that_cannot_be_is_refused_by_field_and_value_and_leaves_nothing(
+    http: httpx.Client, database: Database, study: str
+) -> None:
+    before = rows(database)
+    headers = {"Content-Type": "application/json", "Idempotency-Key": "k"}
+    for body, field, value in BAD_TRIALS:
+        answer = http.post(f"{study}/trials", content=json.dumps(body), headers=headers)
+        found = problem(answer, 422, "invalid-input")
+        assert (field, value) in [(one["field"], one["value"]) for one in found["problems"]], body
+        assert rows(database) == before
+    # The key is not used up by a refusal.
+    assert http.post(f"{study}/trials", json={"overrides": {"seed": 5}}, headers=headers).status_code == 201
+
+
+def test_a_body_that_is_not_json_is_malformed(http: httpx.Client, study: str, database: Database) -> None:
+    before = rows(database)
+    as_json = {"Content-Type": "application/json"}
+    for path in ("/v1/studies", f"{study}/trials", "/v1/preview"):
+        for text in ("{", "", "nonsense", '{"spec": ' + "[" * 100_000):
+            answer = http.post(path, content=text, headers=as_json)
+            assert answer.status_code in (400, 422)
+            assert answer.status_code == 400 or not text
+        assert problem(http.post(path, content="{'a': 1}", headers=as_json), 400, "malformed-body")[
+            "detail"
+        ].startswith("the body is not JSON")
+        problem(http.post(path, content="a=1", headers={"Content-Type": "text/plain"}), 415, "unsupported-media-type")
+    assert rows(database) == before
+
+
+def test_what_does_not_exist_is_not_found(http: httpx.Client, study: str) -> None:
+    for path in ("/v1/studies/none", "/v1/studies/none/leaderboard", f"{study}/trials/7", f"{study}/trials/7/artifact"):
+        problem(http.get(path), 404, "not-found")
+    for path in (
+        "/v1/studies/a%00b",
+        "/v1/studies/%ED%A0%80/trials",
+        "/v1/studies/..%2F..",
+        f"/v1/studies/{'x' * 500}",
+    ):
+        problem(http.get(path), 404, "not-found")
+    for path in ("/v1/studies/none/pause", "/v1/studies/none/trials/0/cancel", f"{study}/trials/0/cancel"):
+        problem(http.post(path), 404, "not-found")
+    for path in ("/v1/studies/none/events", f"{study}/trials/7/measurements/stream", "/v1/nothing", "/studies/none"):
+        problem(http.get(path), 404, "not-found")
+    problem(http.post("/v1/preview", json={"study": "none", "recipe": "laptop"}), 404, "not-found")
+    problem(http.post("/v1/studies/none/trials", json={"recipe": "laptop"}), 404, "not-found")
+    assert problem(http.delete(study), 405, "method-not-allowed")["detail"] == "Method Not Allowed"
+
+
+def test_a_page_that_cannot_be_is_refused(http: httpx.Client, study: str) -> None:
+    for query in ("limit=0", "limit=501", "limit=x", "after=-2", f"after={2**31}", f"after={10**30}", "state=done"):
+        found = problem(http.get(f"{study}/trials?{query}"), 422, "invalid-input")
+        assert found["problems"][0]["field"].startswith(f"query.{query.partition('=')[0]}"), query
+    problem(http.get(f"{study}/trials/{10**30}"), 422, "invalid-input")
+
+
+def test_a_study_is_created_read_and_listed_page_by_page(http: httpx.Client) -> None:
+    for number in range(5):
+        answer = http.post("/v1/studies", json={**STUDY, "name": f"s{number}"})
+        assert answer.status_code == 201
+        assert answer.headers["location"] == f"/v1/studies/s{number}"
+        assert http.get(answer.headers["location"]).json() == answer.json()
+    seen: list[str] = []
+    after: int | None = -1
+    while after is not None:
+        page = http.get("/v1/studies", params={"limit": 2, "after": after}).json()
+        assert len(page["items"]) <= 2
+        seen += [item["name"] for item in page["items"]]
+        after = page["next"]
+    assert seen == ["s0", "s1", "s2", "s3", "s4"]
+    found = problem(http.post("/v1/studies", json={**STUDY, "name": "s3"}), 409, "conflict")
+    assert found["existing"] == "s3"
+    assert found["problems"][0] == {"field": "name", "value": "s3", "message": "is taken by another study"}
+
+
+def test_a_study_moves_only_along_its_moves(http: httpx.Client, study: str) -> None:
+    assert http.post(f"{study}/pause").json()["state"] == "paused"
+    assert "only one that is running can" in problem(http.post(f"{study}/pause"), 409, "illegal-move")["detail"]
+    assert http.post(f"{study}/resume").json()["state"] == "running"
+    queued = http.post(f"{study}/trials", json={"overrides": {"seed": 1}}).json()["number"]
+    assert http.post(f"{study}/stop").json()["counts"] == {"cancelled": 1}
+    assert http.get(f"{study}/trials/{queued}").json()["state"] == "cancelled"
+    problem(http.post(f"{study}/resume"), 409, "illegal-move")
+    problem(http.post(f"{study}/trials", json={"overrides": {"seed": 2}}), 409, "illegal-move")
+    assert [one["name"] for one in http.get("/v1/studies?state=stopped&state=paused").json()["items"]] == ["sweep"]
+    assert http.get("/v1/studies?state=running").json()["items"] == []
+
+
+def test_a_trial_is_submitted_in_each_of_the_ways(http: httpx.Client, study: str) -> None:
+    ways: tuple[dict[str, Any], ...] = (
+        {"params": {"sharing.lora.rank": 2, "sharing.tying": "sequence"}},
+        {"params": {"sharing.lora.rank": 0}, "overrides": {"budget.steps": 60}},
+        {"overrides": {"sharing.lora.rank": 7}},
+        {"spec": load_recipe("laptop"), "overrides": {"model.width": 48}},
+        {"recipe": "laptop", "overrides": {"budget": {"seconds": 5}}},
+    )
+    trials = []
+    for number, body in enumerate(ways):
+        answer = http.post(f"{study}/trials", json=body)
+        assert answer.status_code == 201, answer.text
+        assert answer.headers["location"] == f"{study}/trials/{number}"
+        trials.append(answer.json())
+        assert http.get(answer.headers["location"]).json() == answer.json()
+    assert [trial["number"] for trial in trials] == list(range(5))
+    assert {trial["state"] for trial in trials} == {"queued"}
+    assert trials[0]["params"] == {"sharing.lora.rank": 2, "sharing.unique_blocks": 3, "sharing.tying": "sequence"}
+    assert trials[0]["tying_map"] == [0, 0, 1, 1, 2, 2]
+    assert trials[1]["spec"]["budget"]["steps"] == 60
+    assert "sharing.lora.rank" not in trials[2]["params"]
+    assert trials[3]["spec"]["model"]["width"] == 48
+    assert trials[4]["spec"]["budget"] == {"steps": None, "seconds": 5.0, "tokens": None}
+    assert [run["state"] for run in trials[0]["runs"]] == ["queued"]
+    pages = [http.get(f"{study}/trials", params={"limit": 3, "after": after}).json() for after in (-1, 2)]
+    assert [[trial["number"] for trial in page["items"]] for page in pages] == [[0, 1, 2], [3, 4]]
+    assert [page["next"] for page in pages] == [2, None]
+
+
+def test_a_trial_that_cannot_fit_is_kept_as_infeasible_and_never_runs(http: httpx.Client, study: str) -> None:
+    answer = http.post(f"{study}/trials", json=TOO_LARGE)
+    assert answer.status_code == 201
+    trial = answer.json()
+    assert trial["state"] == "infeasible"
+    assert trial["verdict"] == "cannot_fit"
+    assert trial["runs"] == []
+    assert "1,000,000" in trial["reason"]
+    assert trial["prediction"]["artifact_bytes_low"] > 1_000_000
+    assert http.get(study).json()["counts"] == {"infeasible": 1}
+
+
+def test_a_configuration_that_exists_is_a_conflict_unless_allowed(
+    http: httpx.Client, study: str, database: Database
+) -> None:
+    first = {"overrides": {"sharing.tying": "cycle", "seed": 1}}
+    assert http.post(f"{study}/trials", json=first).status_code == 201
+    # The same sharing said otherwise, at another seed.
+    same = {"overrides": {"sharing.tying": [2, 0, 1, 2, 0, 1], "seed": 2}}
+    before = rows(database)
+    found = problem(http.post(f"{study}/trials", json=same), 409, "conflict")
+    assert found["existing"] == f"{study}/trials/0"
+    assert rows(database) == before
+    allowed = http.post(f"{study}/trials", json={**same, "allow_duplicate": True})
+    assert allowed.status_code == 201
+    assert allowed.json()["number"] == 1
+
+
+def test_the_same_key_is_the_same_trial(http: httpx.Client, study: str) -> None:
+    headers = {"Idempotency-Key": "retry-1"}
+    body = {"overrides": {"sharing.lora.rank": 1}}
+    first = http.post(f"{study}/trials", json=body, headers=headers)
+    again = http.post(f"{study}/trials", json=body, headers=headers)
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert "idempotent-replay" not in first.headers
+    assert again.headers["idempotent-replay"] == "true"
+    assert again.json() == first.json()
+    other = http.post(f"{study}/trials", json={"overrides": {"sharing.lora.rank": 2}}, headers=headers)
+    assert problem(other, 409, "conflict")["existing"] == f"{study}/trials/0"
+    for key in ("", "x" * 256, "with space"):
+        refused = http.post(f"{study}/trials", json=body, headers={"Idempotency-Key": key})
+        assert problem(refused, 422, "invalid-input")["problems"][0]["field"] == "header.Idempotency-Key"
+    # It replays after the study was stopped too: the client asks what became of its request.
+    http.post(f"{study}/stop")
+    assert http.post(f"{study}/trials", json=body, headers=headers).json()["state"] == "cancelled"
+
+
+@pytest.mark.parametrize("headers", [{"Idempotency-Key": "one"}, {}], ids=["one key", "no key"])
+def test_many_submissions_at_once_of_one_configuration_make_one_trial(
+    http: httpx.Client, study: str, database: Database, headers: dict[str, str]
+) -> None:
+    together = threading.Barrier(12)
+
+    def send(_number: int) -> httpx.Response:
+        together.wait()
+        return http.post(f"{study}/trials", json={"overrides": {"sharing.lora.rank": 3}}, headers=headers)
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(send, range(12)))
+    others = 200 if headers else 409
+    assert Counter(answer.status_code for answer in answers) == {201: 1, others: 11}
+    assert len(http.get(f"{study}/trials").json()["items"]) == 1
+    assert rows(database)["runs"] == 1
+    assert rows(database)["events"] == 2
+
+
+def test_nothing_is_said_to_be_done_before_it_is_committed(http: httpx.Client, study: str, database: Database) -> None:
+    before = rows(database)
+
+    def fail(_connection: object) -> None:
+        raise OSError("no space left on device")
+
+    event.listen(database.engine, "commit", fail)
+    try:
+        problem(httpx.post(f"{http.base_url}{study}/trials", json={"overrides": {"seed": 9}}), 500, "internal-error")
+        problem(httpx.post(f"{http.base_url}{study}/pause"), 500, "internal-error")
+    finally:
+        event.remove(database.engine, "commit", fail)
+    assert rows(database) == before
+    assert http.get(study).json()["state"] == "running"
+
+
+def test_a_finished_trial_shows_what_it_did_and_cannot_be_cancelled(
+    http: httpx.Client, study: str, finish: Callable[..., Claim]
+) -> None:
+    http.post(f"{study}/trials", json={"overrides": {"sharing.lora.rank": 1}})
+    http.post(f"{study}/trials", json={"overrides": {"sharing.lora.rank": 2}})
+    finish(val_bpb=2.25, diagnostics={"gammas": {"mlp": [0.5] * 6}})
+    trial = http.get(f"{study}/trials/0").json()
+    assert trial["state"] == "complete"
+    assert trial["result"]["val_bpb"] == trial["val_bpb"] == 2.25
+    assert [attempt["outcome"] for run in trial["runs"] for attempt in run["attempts"]] == ["succeeded"]
+    assert (
+        "only one that is queued or running can"
+        in problem(http.post(f"{study}/trials/0/cancel"), 409, "illegal-move")["detail"]
+    )
+    assert http.post(f"{study}/trials/1/cancel").json()["state"] == "cancelled"
+    problem(http.post(f"{study}/trials/1/cancel"), 409, "illegal-move")
+
+
+def test_the_leaderboard_ranks_only_what_fits_the_cap(
+    http: httpx.Client, study: str, finish: Callable[..., Claim]
+) -> None:
+    for rank in range(4):
+        http.post(f"{study}/trials", json={"overrides": {"sharing.lora.rank": 10 + rank}})
+    for bpb, size in ((2.5, 900_000), (2.1, 1_000_001), (2.4, 1_000_000), (2.3, 500_000)):
+        finish(val_bpb=bpb, artifact_bytes=size)
+    board = http.get(f"{study}/leaderboard").json()
+    assert board["cap_bytes"] == 1_000_000
+    assert [(row["rank"], row["number"], row["val_bpb"]) for row in board["rows"]] == [
+        (1, 3, 2.3), (2, 2, 2.4), (3, 0, 2.5), (None, 1, 2.1),
+    ]  # fmt: skip
+    assert http.get(study).json()["best_bpb"] == 2.3
+    assert len(http.get(f"{study}/leaderboard?limit=2").json()["rows"]) == 2
+
+
+def test_an_artifact_is_downloaded_whole_or_in_part_with_its_digest(
+    http: httpx.Client, study: str, finish: Callable[..., Claim], artifacts: ArtifactStore, database: Database
+) -> None:
+    http.post(f"{study}/trials", json={"overrides": {"sharing.lora.rank": 1}})
+    problem(http.get(f"{study}/trials/0/artifact"), 404, "not-found")
+    finish()
+    path = f"{study}/trials/0/artifact"
+    model = b"model of trial 0"
+    whole = http.get(path)
+    assert whole.content == model
+    digest = base64.b64encode(hashlib.sha256(model).digest()).decode()
+    assert whole.headers["repr-digest"] == f"sha-256=:{digest}:"
+    part = httpx.get(f"{http.base_url}{path}", headers={"Range": "bytes=6-7"})
+    assert (part.status_code, part.content) == (206, b"of")
+
+    artifacts.path(
+        Artifact(f"sha256/{(name := hashlib.sha256(model).hexdigest())[:2]}/{name}", len(model), name)
+    ).unlink()
+    problem(http.get(path), 410, "damaged-artifact")
+    for uri in ("/etc/passwd", "file:///etc/passwd", "../../../../etc/passwd", "sha256/../../etc/passwd"):
+        with database.write() as session:
+            session.execute(update(ArtifactRow).values(uri=uri))
+        problem(http.get(path), 410, "damaged-artifact")
+
+
+def test_a_preview_predicts_and_stores_nothing(http: httpx.Client, study: str, database: Database) -> None:
+    before = rows(database)
+    for name in recipe_names():
+        shown = http.post("/v1/preview", json={"recipe": name})
+        assert shown.status_code == 200
+        answer = shown.json()
+        assert sum(answer["parameters_by_class"].values()) == answer["prediction"]["parameters"]
+        low, high = answer["prediction"]["artifact_bytes_low"], answer["prediction"]["artifact_bytes_high"]
+        assert low <= answer["prediction"]["artifact_bytes"] <= high
+        assert answer["cap_bytes"] == 16_000_000
+    inside = http.post("/v1/preview", json={"study": "sweep", "overrides": TOO_LARGE["overrides"]}).json()
+    assert (inside["verdict"], inside["cap_bytes"]) == ("cannot_fit", 1_000_000)
+    roomy = http.post("/v1/preview", json={"study": "sweep", "cap_bytes": 10**9, **TOO_LARGE}).json()
+    assert (roomy["verdict"], roomy["reason"]) == ("fits", None)
+    problem(http.post("/v1/preview", json={"params": {"sharing.lora.rank": 2}}), 422, "invalid-input")
+    problem(http.post("/v1/preview", json={"overrides": {"seed": 1}}), 422, "invalid-input")
+    assert rows(database) == before
+    assert [recipe["name"] for recipe in http.get("/v1/recipes").json()["items"]] == list(recipe_names())
+
+
+def test_readiness_is_the_databases(http: httpx.Client, serve: Callable[..., str]) -> None:
+    assert http.get("/healthz").json() == http.get("/readyz").json() == {"status": "ok"}
+    away = Database("postgresql://nobody@127.0.0.1:1/none?connect_timeout=2")
+    url = serve(away, dashboard=False)
+    assert httpx.get(f"{url}/healthz").status_code == 200
+    assert "does not answer" in problem(httpx.get(f"{url}/readyz"), 503, "not-ready")["detail"]
+    away.close()
+
+
+def test_a_database_that_is_not_migrated_is_not_ready(empty_database_url: str, serve: Callable[..., str]) -> None:
+    database = Database(empty_database_url)
+    answer = httpx.get(f"{serve(database, dashboard=False)}/readyz")
+    assert "caddie migrate" in problem(answer, 503, "not-ready")["detail"]
+    database.close()

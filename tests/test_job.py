@@ -1,0 +1,205 @@
+"""One attempt end to end: the result is about the bytes, the bytes are all there is, and equal jobs give equal ones."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+import worker
+from worker.artifact import load
+from worker.evaluate import evaluate, open_validation
+from worker.job import Job, run
+from worker.recipes import load_recipe
+from worker.report import Directive, TrialResult
+from worker.shape import FieldError
+from worker.shards import DataError, open_dataset
+from worker.sharing import tensor_inventory
+from worker.source import MODULES, code_bytes
+from worker.spec import TrialSpec, override, parse_spec
+from worker.world import World
+
+TINY = {
+    "model": {"vocab_size": 512, "width": 32, "heads": 4, "kv_heads": 2, "mlp_multiple": 2},
+    "data.dataset": "topics_sp512",
+    "data.sequence_length": 64,
+    "data.batch_tokens": 512,
+    "budget": {"steps": 12},
+    "quantisation.half_below": 500,
+    "evaluation": {"validations": 2, "validation_tokens": 512, "batch_sequences": 16},
+}
+
+
+def tiny_spec(**changes: object) -> TrialSpec:
+    return parse_spec(override(override(load_recipe("laptop"), TINY), changes))
+
+
+class Notes:
+    """A reporter that keeps what it is told, and asks to stop from a step on."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+        self.phases: list[str] = []
+        self.measurements: list[tuple[int, dict[str, float]]] = []
+
+    def measure(self, step: int, elapsed_seconds: float, metrics: Mapping[str, float]) -> Directive:
+        self.measurements.append((step, dict(metrics)))
+        return Directive.STOP if self.stop_at is not None and step >= self.stop_at else Directive.CONTINUE
+
+    def directive(self) -> Directive:
+        return Directive.CONTINUE
+
+    def phase(self, name: str) -> None:
+        self.phases.append(name)
+
+
+@pytest.fixture(scope="module")
+def finished(small_data_root: Path) -> tuple[TrialSpec, TrialResult, bytes, Notes]:
+    notes, spec = Notes(), tiny_spec()
+    outcome = run(Job(spec, small_data_root), notes)
+    assert outcome is not None
+    return spec, *outcome, notes
+
+
+def test_the_results_fields_agree(finished: tuple[TrialSpec, TrialResult, bytes, Notes]) -> None:
+    spec, result, artifact, notes = finished
+    assert result.artifact_bytes == result.model_bytes + result.code_bytes
+    assert (result.model_bytes, result.code_bytes) == (len(artifact), code_bytes())
+    assert (result.steps, result.tokens, result.stopped) == (12, 12 * 512, False)
+    assert result.parameters == sum(tensor.elements for tensor in tensor_inventory(spec.model, spec.sharing))
+    assert result.parameters == sum(parameter.numel() for parameter in load(artifact).parameters())
+    assert sum(result.bytes_by_class.values()) > result.model_bytes / 2
+    assert result.val_bpb == pytest.approx(result.val_bpb_prequant, rel=0.05)
+    assert result.val_bpb != result.val_bpb_prequant
+    assert min(result.train_seconds, result.evaluate_seconds, result.pack_seconds, result.step_seconds) > 0
+    assert [len(gammas) for gammas in result.diagnostics["gammas"].values()] == [6, 6]
+    assert TrialResult.model_validate_json(result.model_dump_json()) == result
+    assert notes.phases == ["data", "train", "evaluate", "pack", "evaluate"]
+    assert [step for step, metrics in notes.measurements if "val_bpb" in metrics] == [6, 12]
+
+
+def test_training_makes_the_text_cheaper(finished: tuple[TrialSpec, TrialResult, bytes, Notes]) -> None:
+    _, result, _, notes = finished
+    losses = [metrics["train_loss"] for _, metrics in notes.measurements if "train_loss" in metrics]
+    assert losses[-1] < losses[0] - 0.5
+    assert result.val_bpb < 9 * result.diagnostics["val_tokens"] / result.diagnostics["val_bytes"]  # log2(512) a token
+
+
+def test_the_score_is_that_of_the_artifacts_bytes(
+    finished: tuple[TrialSpec, TrialResult, bytes, Notes], small_data_root: Path
+) -> None:
+    spec, result, artifact, _ = finished
+    validation = open_validation(open_dataset(small_data_root, spec.data.dataset), 512, 64, 16)
+    score = evaluate(load(artifact), validation, World(0, 1, torch.device("cpu")))
+    assert (score.bpb, score.loss) == (result.val_bpb, result.val_loss)
+
+
+def test_equal_jobs_give_bit_identical_artifacts(
+    finished: tuple[TrialSpec, TrialResult, bytes, Notes], small_data_root: Path
+) -> None:
+    spec, result, artifact, _ = finished
+    outcome = run(Job(spec, small_data_root), Notes())
+    assert outcome is not None
+    assert outcome[1] == artifact
+    assert outcome[0].artifact_sha256 == result.artifact_sha256
+    assert outcome[0].val_bpb == result.val_bpb
+    other = run(Job(spec.model_copy(update={"seed": 2}), small_data_root), Notes())
+    assert other is not None
+    assert other[1] != artifact
+
+
+def test_a_directive_to_stop_still_ends_with_a_score(small_data_root: Path) -> None:
+    outcome = run(Job(tiny_spec(**{"budget.steps": 1000}), small_data_root), Notes(stop_at=3))
+    assert outcome is not None
+    result, artifact = outcome
+    assert result.stopped
+    assert 3 <= result.steps <= 100
+    assert result.val_bpb > 0
+    assert len(artifact) == result.model_bytes
+
+
+def test_code_bytes_are_the_files_that_score_an_artifact_alone(
+    finished: tuple[TrialSpec, TrialResult, bytes, Notes], small_data_root: Path, tmp_path: Path
+) -> None:
+    spec, result, artifact, _ = finished
+    source = Path(worker.__file__).parent
+    (tmp_path / "worker").mkdir()
+    for module in MODULES:
+        shutil.copy(source / f"{module}.py", tmp_path / "worker")
+    (tmp_path / "model.bin").write_bytes(artifact)
+    (tmp_path / "score.py").write_text(_SCORE)
+    command = [sys.executable, "-W", "error", "score.py", str(small_data_root), spec.data.dataset]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["bpb"] == result.val_bpb
+    assert answer["modules"] == sorted(["worker", *(f"worker.{module}" for module in MODULES if module != "__init__")])
+    assert answer["bytes"] == result.code_bytes
+
+
+_SCORE = """
+import json, os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import worker
+from worker.artifact import load
+from worker.evaluate import evaluate, open_validation
+from worker.shards import open_dataset
+from worker.world import World
+
+here = Path(__file__).resolve().parent
+assert Path(worker.__file__).resolve().parent == here / "worker"
+model = load((here / "model.bin").read_bytes())
+validation = open_validation(open_dataset(Path(sys.argv[1]), sys.argv[2]), model.config.vocab_size, 64, 16)
+score = evaluate(model, validation, World(0, 1, torch.device("cpu")))
+names = sorted(name for name in sys.modules if name.split(".")[0] == "worker")
+size = sum(path.stat().st_size for path in (here / "worker").glob("*.py"))
+print(json.dumps({"bpb": score.bpb, "modules": names, "bytes": size}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.vocab_size": 1024}, r"model\.vocab_size is 1024: must be 512"),
+        ({"data.dataset": "nothing"}, r"dataset 'nothing' is not in manifest\.json .*listed: topics_sp512"),
+        ({"gang.ranks": 2}, r"gang\.ranks is 2: must be the number of processes that run it, 1"),
+        (
+            {"data.sequence_length": 65_536, "data.batch_tokens": 65_536},
+            r"data\.sequence_length is 65536: must be below",
+        ),
+    ],
+)
+def test_a_spec_that_does_not_suit_the_data_is_refused_before_training(
+    small_data_root: Path, changes: dict[str, object], message: str
+) -> None:
+    notes = Notes()
+    with pytest.raises((FieldError, DataError), match=message):
+        run(Job(tiny_spec(**changes), small_data_root), notes)
+    assert "train" not in notes.phases
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(small_data_root: Path) -> None:
+    with pytest.raises(FieldError, match=r"gang\.device is 'gpu': no CUDA device is available here; use cpu"):
+        run(Job(tiny_spec(**{"gang.device": "gpu"}), small_data_root), Notes())
+
+
+def test_the_demo_corpus_is_built_where_it_is_missing(tmp_path: Path) -> None:
+    smallest = {
+        "sharing": {"virtual_layers": 1, "unique_blocks": 1},
+        "model": {"width": 16, "heads": 2, "kv_heads": 1, "mlp_multiple": 1},
+        "data.dataset": "stdlib_sp1024",
+        "data.batch_tokens": 512,
+        "budget": {"steps": 2},
+        "evaluation.validations": 0,
+    }
+    outcome = run(Job(parse_spec(override(load_recipe("laptop"), smallest)), tmp_path / "data"), Notes())
+    assert outcome is not None
+    assert 4.0 < outcome[0].diagnostics["order0_bpb"] < 5.5
+    assert open_dataset(tmp_path / "data", "stdlib_sp1024").stats["val_bytes"] >= outcome[0].diagnostics["val_bytes"]

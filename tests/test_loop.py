@@ -1,0 +1,318 @@
+"""The loop over a real database and real gangs, killed between any two of its steps. Time is an argument."""
+
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from orchestrator import leases, store
+from orchestrator.artifacts import ArtifactStore
+from orchestrator.database import Database
+from orchestrator.launcher import Assignment
+from orchestrator.lifecycle import Outcome, StudyState, TrialState
+from orchestrator.local_launcher import LocalLauncher
+from orchestrator.loop import Loop
+from orchestrator.study import NewStudy, NewTrial, Study, Trial
+from orchestrator.tables import MeasurementRow
+from worker.recipes import load_recipe
+from worker.spec import GangConfig, override
+
+TTL = timedelta(seconds=30)
+TICK = timedelta(milliseconds=200)
+TICKS = 3000  # each lasts at least PAUSE: a bound on how long a busy machine may take
+PAUSE = 0.05
+ON_SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # the store's own suite runs on both
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the loop may catch it."""
+
+
+class Scene:
+    """A study, and orchestrators that come and go over one database while time passes by hand."""
+
+    def __init__(self, database: Database, folder: Path, now: datetime, new: NewStudy) -> None:
+        self.database, self.folder, self.now = database, folder, now
+        with database.write() as session:
+            self.study = store.create_study(session, new, now)
+        self.artifacts = ArtifactStore(folder / "artifacts")
+        self.loops: list[Loop] = []
+
+    def orchestrator(self, ranks: int = 3) -> Loop:
+        name = f"orchestrator-{len(self.loops)}"
+        launcher = LocalLauncher(
+            self.folder / name, self.folder, ranks, "trainers:run", import_path=[Path(__file__).parent]
+        )
+        self.loops.append(Loop(self.database, launcher, self.artifacts, name, TTL))
+        return self.loops[-1]
+
+    def run(self, loop: Loop, until: Callable[[], bool], pause: Callable[[float], Any]) -> None:
+        for _ in range(TICKS):
+            loop.tick(self.now)
+            if until():
+                return
+            pause(PAUSE)
+            self.now += TICK
+        pytest.fail(f"after {TICKS} ticks: {self.trials()}")
+
+    def kill(self, loop: Loop) -> None:
+        """What the end of its process does: its gangs die with it, its leases run out."""
+        loop.launcher.close()
+        self.now += TTL + TICK
+
+    def trials(self) -> tuple[Trial, ...]:
+        with self.database.read() as session:
+            return store.list_trials(session, self.study.id)
+
+    def current(self) -> Study:
+        with self.database.read() as session:
+            return store.get_study(session, self.study.name)
+
+    def states(self) -> list[TrialState]:
+        return [trial.state for trial in self.trials()]
+
+    def outcomes(self, number: int) -> list[Outcome | None]:
+        with self.database.read() as session:
+            trial = store.get_trial(session, self.study.id, number)
+            return [attempt.outcome for attempt in store.list_attempts(session, trial.id)]
+
+    def submit(self, trial: NewTrial) -> Trial:
+        with self.database.write() as session:
+            added = store.add_trial(session, self.study.id, trial, self.now)
+        assert added is not None
+        return added
+
+    def complete(self) -> bool:
+        return self.current().state is StudyState.COMPLETE
+
+
+@pytest.fixture
+def pause() -> Callable[[float], Any]:
+    """Lets real gangs get on between two ticks; no result depends on how long it is."""
+    return threading.Event().wait
+
+
+@pytest.fixture
+def scene(
+    database: Database, tmp_path: Path, now: datetime, new_study: Callable[..., NewStudy]
+) -> Iterator[Callable[..., Scene]]:
+    made: list[Scene] = []
+
+    def build(**fields: Any) -> Scene:
+        overrides = {"data.dataset": fields.pop("dataset", "count"), "budget.steps": 3}
+        base = override(load_recipe("laptop"), overrides)
+        made.append(Scene(database, tmp_path, now, new_study(base=base, **fields)))
+        return made[-1]
+
+    yield build
+    for each in made:
+        for loop in each.loops:
+            loop.launcher.close()
+
+
+def test_a_study_runs_to_its_end_on_gangs_of_both_shapes(scene: Callable[..., Scene], pause: Any) -> None:
+    stage = scene(max_trials=5, gangs=[{"ranks": 1}, {"ranks": 2}])
+    stage.run(stage.orchestrator(), stage.complete, pause)
+    trials = stage.trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 5
+    assert {trial.spec.gang.ranks for trial in trials} == {1, 2}
+    assert len({trial.spec_hash for trial in trials}) == 5
+    assert stage.current().reason == "all proposed trials are finished"
+    with stage.database.read() as session:
+        for trial in trials:
+            (attempt,) = store.list_attempts(session, trial.id)
+            assert attempt.artifact is not None
+            assert len(stage.artifacts.get(attempt.artifact)) == attempt.artifact.bytes
+            measured = [progress.measurement for progress in store.list_measurements(session, trial.id)]
+            assert [each.step for each in measured] == [1, 2, 3]
+
+
+STEPS = [
+    ("launcher", "start"),
+    ("launcher", "poll"),
+    ("launcher", "artifact"),
+    ("launcher", "release"),
+    ("artifacts", "put"),
+    ("database", "write"),
+]
+
+
+class Trap:
+    """Stands before or after one step of an orchestrator, and kills it there at its n-th passing."""
+
+    def __init__(self, step: Callable[..., Any], after: bool, passing: int) -> None:
+        self.step, self.after, self.left = step, after, passing
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise Killed
+        made = self.step(*arguments, **keywords)
+        if self.left == 0:
+            raise Killed
+        return made
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("part", "step"), STEPS)
+def test_killed_around_any_step_every_trial_still_ends_exactly_once(
+    scene: Callable[..., Scene], pause: Any, part: str, step: str, after: bool
+) -> None:
+    stage = scene(max_trials=2)
+    doomed = stage.orchestrator()
+    setattr(getattr(doomed, part), step, Trap(getattr(getattr(doomed, part), step), after, passing=2))
+    with pytest.raises(Killed):
+        stage.run(doomed, stage.complete, pause)
+    stage.kill(doomed)
+
+    stage.run(stage.orchestrator(), stage.complete, pause)
+    assert stage.states() == [TrialState.COMPLETE] * 2
+    for trial in stage.trials():
+        assert stage.outcomes(trial.number).count(Outcome.SUCCEEDED) == 1
+        assert None not in stage.outcomes(trial.number)
+
+
+@ON_SQLITE
+def test_a_cancel_frees_the_gang_and_nothing_is_recorded_afterwards(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0, dataset="hang")
+    trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
+    loop = stage.orchestrator(ranks=1)
+
+    def measured() -> bool:
+        with stage.database.read() as session:
+            return bool(session.scalar(select(MeasurementRow.number)))
+
+    stage.run(loop, measured, pause)
+    assert loop.launcher.free(GangConfig()) == 0
+    with stage.database.write() as session:
+        store.cancel_trial(session, stage.study.id, trial.number, stage.now)
+    loop.tick(stage.now)
+    assert loop.launcher.free(GangConfig()) == 1
+    assert not loop.held
+    assert stage.states() == [TrialState.CANCELLED]
+    assert stage.outcomes(trial.number) == [Outcome.STOPPED]
+
+
+@ON_SQLITE
+def test_a_stop_hands_attempts_back_and_the_next_orchestrator_goes_on_at_once(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
+    first = stage.orchestrator()
+    stage.run(first, lambda: bool(first.held), pause)
+    first.hand_back(stage.now)
+    assert stage.states() == [TrialState.QUEUED]
+    assert first.launcher.free(GangConfig()) == 3
+    second = stage.orchestrator()
+    second.tick(stage.now)
+    assert [held.claim.trial_number for held in second.held.values()] == [trial.number]
+    assert stage.outcomes(trial.number) == [Outcome.PREEMPTED, None]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("dataset", "attempts"), [("vanishes", 3), ("diverged", 1), ("bad-data", 1)])
+def test_a_failure_is_tried_again_unless_it_would_end_the_same_way(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial], dataset: str, attempts: int
+) -> None:
+    stage = scene(max_trials=0)
+    trial = stage.submit(new_trial({"data.dataset": dataset}, origin="submitted"))
+    stage.run(stage.orchestrator(), lambda: stage.states() == [TrialState.FAILED], pause)
+    assert stage.outcomes(trial.number) == [Outcome.FAILED] * attempts
+    assert stage.trials()[0].reason
+
+
+@ON_SQLITE
+def test_a_paused_study_starts_nothing_and_goes_on_when_resumed(scene: Callable[..., Scene], pause: Any) -> None:
+    stage = scene(max_trials=2)
+    loop = stage.orchestrator()
+    with stage.database.write() as session:
+        store.move_study(session, stage.study.id, StudyState.PAUSED, stage.now)
+    for _ in range(3):
+        loop.tick(stage.now)
+    assert stage.trials() == ()
+    with stage.database.write() as session:
+        store.move_study(session, stage.study.id, StudyState.RUNNING, stage.now)
+    stage.run(loop, stage.complete, pause)
+    assert stage.states() == [TrialState.COMPLETE] * 2
+
+
+@ON_SQLITE
+def test_a_study_with_nothing_left_to_propose_completes_and_says_why(scene: Callable[..., Scene], pause: Any) -> None:
+    stage = scene(max_trials=50, space={"sharing.lora.rank": {"choice": [0, 2]}})
+    stage.run(stage.orchestrator(), stage.complete, pause)
+    assert stage.states() == [TrialState.COMPLETE] * 2
+    assert "no point left to try" in str(stage.current().reason)
+
+
+@ON_SQLITE
+def test_a_study_whose_whole_space_is_over_the_cap_says_so_without_running(
+    scene: Callable[..., Scene], pause: Any
+) -> None:
+    stage = scene(max_trials=5, cap_bytes=1000)
+    stage.run(stage.orchestrator(), stage.complete, pause)
+    assert stage.trials() == ()
+    assert "certain not to fit the cap of 1,000 bytes" in str(stage.current().reason)
+    assert stage.current().refused > 0
+
+
+def test_two_orchestrators_on_one_study_execute_no_run_twice(scene: Callable[..., Scene], pause: Any) -> None:
+    stage = scene(max_trials=6)
+    first, second = stage.orchestrator(ranks=1), stage.orchestrator(ranks=1)
+
+    def both() -> bool:
+        second.tick(stage.now)
+        return stage.complete()
+
+    stage.run(first, both, pause)
+    with stage.database.read() as session:
+        attempts = [attempt for trial in stage.trials() for attempt in store.list_attempts(session, trial.id)]
+    assert [attempt.outcome for attempt in attempts] == [Outcome.SUCCEEDED] * 6
+    assert {attempt.owner for attempt in attempts} == {"orchestrator-0", "orchestrator-1"}
+
+
+@ON_SQLITE
+def test_an_expired_attempt_is_dropped_by_the_orchestrator_that_was_away(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
+    away, other = stage.orchestrator(), stage.orchestrator()
+    stage.run(away, lambda: bool(away.held), pause)
+    stage.now += TTL + TICK
+    with stage.database.write() as session:
+        assert leases.expire(session, stage.now) == 1
+    other.tick(stage.now)
+    away.tick(stage.now)
+    assert not away.held
+    assert away.launcher.free(GangConfig()) == 3
+    assert stage.outcomes(trial.number) == [Outcome.LOST, None]
+
+
+@ON_SQLITE
+def test_a_run_cancelled_while_its_gang_starts_is_released(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
+    loop = stage.orchestrator()
+    start = loop.launcher.start
+
+    def start_and_cancel(assignment: Assignment) -> str:
+        name = start(assignment)
+        with stage.database.write() as session:
+            store.cancel_trial(session, stage.study.id, trial.number, stage.now)
+        return name
+
+    loop.launcher.start = start_and_cancel  # type: ignore[method-assign]
+    loop.tick(stage.now)
+    assert not loop.held
+    assert loop.launcher.free(GangConfig()) == 3
+    assert stage.states() == [TrialState.CANCELLED]

@@ -1,0 +1,114 @@
+"""The migration history: it builds exactly the tables that the code describes, on both databases."""
+
+import multiprocessing
+from collections.abc import Iterator
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy.engine.interfaces import ReflectedIndex
+
+from orchestrator.database import Database, alembic_config
+from orchestrator.tables import Base
+
+
+@pytest.fixture
+def empty(empty_database_url: str) -> Iterator[Database]:
+    database = Database(empty_database_url)
+    yield database
+    database.close()
+
+
+def test_upgrading_an_empty_database_builds_exactly_the_tables_of_the_code(empty: Database) -> None:
+    empty.migrate()
+    with empty.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_the_migrations_build_every_constraint_of_the_code(empty: Database) -> None:
+    empty.migrate()
+    migrated = _constraints(empty.engine)
+    with empty.engine.begin() as connection:
+        Base.metadata.drop_all(connection)
+        Base.metadata.create_all(connection)
+    assert migrated == _constraints(empty.engine)
+    assert "ck_attempts_lease_token" in {name for names in migrated.values() for name in names}
+
+
+def test_downgrading_to_base_leaves_no_table_of_ours_and_upgrading_again_works(empty: Database) -> None:
+    empty.migrate()
+    with empty.engine.connect() as connection, connection.begin():
+        _downgrade(connection)
+    assert inspect(empty.engine).get_table_names() == ["alembic_version"]
+    empty.migrate()
+    assert set(inspect(empty.engine).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_a_database_needs_migration_until_it_is_at_the_head(empty: Database) -> None:
+    assert empty.needs_migration()
+    empty.migrate()
+    assert not empty.needs_migration()
+    with empty.engine.connect() as connection, connection.begin():
+        _downgrade(connection)
+    assert empty.needs_migration()
+
+
+def test_migrating_again_changes_nothing(empty: Database) -> None:
+    empty.migrate()
+    before = _constraints(empty.engine)
+    empty.migrate()
+    assert _constraints(empty.engine) == before
+
+
+def test_a_migration_that_fails_leaves_the_database_as_it_was(empty: Database) -> None:
+    with empty.engine.begin() as connection:
+        connection.execute(text("CREATE TABLE artifacts (mine INTEGER)"))
+    with pytest.raises(Exception, match="artifacts"):
+        empty.migrate()
+    assert inspect(empty.engine).get_table_names() == ["artifacts"]
+
+
+def test_processes_that_migrate_at_once_all_succeed(empty_database_url: str) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(2)
+    processes = [spawn.Process(target=_migrate_together, args=(empty_database_url, barrier)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    database = Database(empty_database_url)
+    assert not database.needs_migration()
+    database.close()
+
+
+def _migrate_together(url: str, barrier: "multiprocessing.synchronize.Barrier") -> None:
+    database = Database(url)
+    barrier.wait()
+    database.migrate()
+    database.close()
+
+
+def _downgrade(connection: Connection) -> None:
+    with alembic_config(connection) as config:
+        command.downgrade(config, "base")
+
+
+def _definition(index: ReflectedIndex) -> str:
+    where = {option: str(condition) for option, condition in index.get("dialect_options", {}).items()}
+    return f"{index['column_names']} {index['unique']} {where}"
+
+
+def _constraints(engine: Engine) -> dict[str, dict[str, str]]:
+    """Table -> name -> definition, of everything that alembic's own comparison leaves out."""
+    inspector = inspect(engine)
+    found: dict[str, dict[str, str]] = {}
+    for table in Base.metadata.tables:
+        checks = {str(check["name"]): str(check["sqltext"]) for check in inspector.get_check_constraints(table)}
+        indexes = {str(index["name"]): _definition(index) for index in inspector.get_indexes(table)}
+        keys = {str(key["name"]): str(key) for key in inspector.get_foreign_keys(table)}
+        found[table] = {**checks, **indexes, **keys}
+    return found

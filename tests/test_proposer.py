@@ -1,0 +1,307 @@
+"""Proposals: legal, new, reproducible, and honest about when there are none left."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.feasibility import judge, predict
+from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
+from orchestrator.proposer import SAMPLES, UNIFORM_SAMPLES, Proposed, Proposer
+from orchestrator.space import apply
+from orchestrator.study import CAP_BYTES, NewStudy, NewTrial, Prediction, Study, Trial
+from worker.recipes import load_recipe
+from worker.report import TrialResult
+from worker.spec import GangConfig, parse_spec
+
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+ONE, TWO = GangConfig(), GangConfig(ranks=2)
+SMALL: dict[str, Any] = {
+    "sharing.lora.rank": {"choice": [0, 2]},
+    "sharing.unique_blocks": {"low": 1, "high": 3},
+    "sharing.tying": {"choice": ["cycle", "sequence", {"pattern": "tail", "after": 1}]},
+}
+WIDE: dict[str, Any] = {
+    "sharing.lora.rank": {"low": 0, "high": 16},
+    "sharing.unique_blocks": {"low": 1, "high": 8},
+    "sharing.tying": {"choice": ["cycle", "sequence", "palindrome", [0, 1, 2, 2, 1, 0], [0, 0, 1, 1, 2, 2]]},
+    "optimizer.matrix_lr": {"low": 0.005, "high": 0.2, "log": True},
+    "schedule.warmdown_fraction": {"low": 0.1, "high": 0.8, "step": 0.1},
+}
+
+
+def make_study(space: Mapping[str, Any], sampler: str = "tpe", seed: int = 0, cap_bytes: int = CAP_BYTES) -> Study:
+    base = {"base": load_recipe("laptop"), "space": space, "cap_bytes": cap_bytes}
+    definition = NewStudy.model_validate({"name": "study", "sampler": sampler, "seed": seed, **base})
+    return Study(1, "study", StudyState.RUNNING, definition, 0, 0, None, NOW, NOW)
+
+
+def as_trial(number: int, new: NewTrial, state: TrialState = TrialState.QUEUED, val_bpb: float | None = None) -> Trial:
+    """A proposal as the row that it becomes, in any later state; with a result where there is a score."""
+    result = None
+    if val_bpb is not None:
+        code, model = new.prediction.code_bytes, new.prediction.artifact_bytes - new.prediction.code_bytes
+        result = TrialResult(
+            val_bpb=val_bpb, val_bpb_prequant=val_bpb, val_loss=2.5, parameters=1, model_bytes=model, code_bytes=code,
+            artifact_bytes=model + code, artifact_sha256="0" * 64, steps=10, tokens=1000, train_seconds=1.0,
+            evaluate_seconds=1.0, pack_seconds=1.0, step_seconds=0.1, stopped=False, bytes_by_class={}, diagnostics={},
+        )  # fmt: skip
+    return Trial(
+        number + 1, 1, number, state, new.origin, new.spec, new.spec.canonical_hash, new.params, new.prediction,
+        new.verdict, new.reason, result, NOW, None if state is TrialState.QUEUED else NOW,
+        None if state in OPEN_TRIALS else NOW,
+    )  # fmt: skip
+
+
+def submitted(number: int, study: Study, params: dict[str, Any], val_bpb: float, **changes: Any) -> Trial:
+    """A finished explicit trial: the base under `params`, with other fields changed too."""
+    paths = {name.replace("__", "."): value for name, value in changes.items()}
+    spec = apply(study.definition.base, {**params, **paths})
+    prediction = predict(spec)
+    new = NewTrial(spec, params, "submitted", prediction, judge(prediction, study.definition.cap_bytes)[0])
+    return as_trial(number, new, TrialState.COMPLETE, val_bpb)
+
+
+def search(
+    study: Study, count: int, score: Callable[[NewTrial], float], gangs: Sequence[GangConfig] = (ONE,)
+) -> list[Trial]:
+    """The study's first trials, each scored before the next is proposed."""
+    proposer, history = Proposer(study), list[Trial]()
+    for number in range(count):
+        new = must(proposer.propose(history, gangs[number % len(gangs)]))
+        history.append(as_trial(number, new, TrialState.COMPLETE, score(new)))
+    return history
+
+
+def must(proposed: Proposed) -> NewTrial:
+    assert proposed.trial is not None, proposed.reason
+    return proposed.trial
+
+
+def by_learning_rate(new: NewTrial) -> float:
+    return 1 + abs(float(new.params["optimizer.matrix_lr"]) - 0.03) * 10
+
+
+@settings(max_examples=8)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    sampler=st.sampled_from(["tpe", "random"]),
+    space=st.sampled_from([SMALL, WIDE]),
+    states=st.lists(st.sampled_from(list(TrialState)), min_size=15, max_size=15),
+)
+def test_every_proposal_is_legal_new_and_reproducible(
+    seed: int, sampler: str, space: dict[str, Any], states: list[TrialState]
+) -> None:
+    study, noise = make_study(space, sampler, seed), random.Random(seed)
+    proposer, history = Proposer(study), list[Trial]()
+    for number, state in enumerate(states):
+        gang = (ONE, TWO)[number % 2]
+        proposed = proposer.propose(history, gang)
+        assert proposed == Proposer(study).propose(history, gang), "what a proposer keeps is only a cache"
+        if proposed.trial is None:
+            assert space is SMALL
+            break
+        new = proposed.trial
+        assert proposed.reason is None
+        assert new.spec == parse_spec(new.spec.model_dump(mode="json"))
+        assert new.spec == apply({**study.definition.base, "gang": gang.model_dump()}, new.params)
+        assert set(new.params) == set(space)
+        assert all(study.definition.space[path].contains(value) for path, value in new.params.items())
+        assert new.spec.canonical_hash not in {trial.spec_hash for trial in history}
+        assert new.verdict != "cannot_fit"
+        scored = state in (TrialState.COMPLETE, TrialState.PRUNED)
+        history.append(as_trial(number, new, state, noise.random() if scored else None))
+        changed = noise.randrange(len(history))  # open trials move on while others are proposed
+        if history[changed].state is TrialState.QUEUED:
+            history[changed] = replace(history[changed], state=TrialState.RUNNING, started_at=NOW)
+
+
+def test_another_study_seed_searches_elsewhere() -> None:
+    first, second = (search(make_study(WIDE, seed=seed), 3, by_learning_rate) for seed in (0, 1))
+    assert [trial.params for trial in first] != [trial.params for trial in second]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_small_space_is_searched_to_its_last_point_and_then_said_to_be_exhausted(sampler: str) -> None:
+    study = make_study(SMALL, sampler)
+    proposer, history = Proposer(study), list[Trial]()
+    while (proposed := proposer.propose(history, (ONE, TWO)[len(history) % 2])).trial is not None:
+        history.append(as_trial(len(history), proposed.trial, TrialState.COMPLETE, 1.5))
+    points = set()
+    for rank in (0, 2):
+        for blocks in (1, 2, 3):
+            for tying in SMALL["sharing.tying"]["choice"]:
+                params = {"sharing.lora.rank": rank, "sharing.unique_blocks": blocks, "sharing.tying": tying}
+                if not (blocks == 1 and isinstance(tying, dict)):  # `after` must leave a block to tie
+                    points.add(apply(study.definition.base, params).canonical_hash)
+    alike = [apply({**study.definition.base, "gang": ONE.model_dump()}, trial.params) for trial in history]
+    assert {spec.canonical_hash for spec in alike} == points
+    assert len(history) == len(points)
+    assert proposed.reason is not None
+    assert "no point left" in proposed.reason
+    assert "18 points" in proposed.reason
+    assert "2 not a valid spec" in proposed.reason
+
+
+def test_a_space_whose_smallest_point_is_over_the_cap_says_so() -> None:
+    proposed = Proposer(make_study(SMALL, cap_bytes=100_000)).propose([], ONE)
+    assert proposed.trial is None
+    assert proposed.refused == SAMPLES
+    assert proposed.reason is not None
+    assert "certain not to fit the cap of 100,000 bytes" in proposed.reason
+
+
+def test_a_continuous_space_where_nothing_fits_is_given_up_after_a_bounded_number_of_samples() -> None:
+    proposed = Proposer(make_study(WIDE, cap_bytes=100_000)).propose([], ONE)
+    assert proposed.trial is None
+    assert proposed.refused == SAMPLES + UNIFORM_SAMPLES
+    assert proposed.reason is not None
+    assert f"{SAMPLES + UNIFORM_SAMPLES} samples" in proposed.reason
+
+
+def test_asking_again_without_news_refuses_nothing_more() -> None:
+    proposer = Proposer(make_study(SMALL, cap_bytes=100_000))
+    first, again = proposer.propose([], ONE), proposer.propose([], ONE)
+    assert first.refused > 0
+    assert again == Proposed(None, 0, first.reason)
+
+
+def test_what_cannot_fit_is_never_proposed_and_what_may_fit_is() -> None:
+    space = {"model.width": {"low": 48, "high": 384, "step": 24}}
+    cap = predict(apply(load_recipe("laptop"), {"model.width": 192})).artifact_bytes
+    study = make_study(space, "random", cap_bytes=cap)
+    proposer, history = Proposer(study), list[Trial]()
+    while (proposed := proposer.propose(history, ONE)).trial is not None:
+        history.append(as_trial(len(history), proposed.trial))
+    widths = {trial.params["model.width"]: trial.verdict for trial in history}
+    assert widths[192] == "grey"
+    assert widths[48] == "fits"
+    assert 384 not in widths
+    assert all((trial.reason is None) == (trial.verdict == "fits") for trial in history)
+
+
+def test_values_that_are_lists_or_objects_come_back_as_they_stand_in_the_space() -> None:
+    history = search(make_study(WIDE, "random"), 25, by_learning_rate)
+    assert [0, 1, 2, 2, 1, 0] in [trial.params["sharing.tying"] for trial in history]
+
+
+def test_stepped_values_carry_no_rounding_errors() -> None:
+    history = search(make_study(WIDE, "random"), 25, by_learning_rate)
+    values = {trial.params["schedule.warmdown_fraction"] for trial in history}
+    assert len(values) > 4
+    assert values <= {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8}
+
+
+def test_equal_points_under_other_names_are_one_point() -> None:
+    space = {"sharing.lora.rank": {"choice": [0]}, "sharing.lora.penalty": {"choice": [0.1, 0.2, 0.3]}}
+    proposer = Proposer(make_study(space))
+    first = must(proposer.propose([], ONE))
+    proposed = proposer.propose([as_trial(0, first)], ONE)
+    assert proposed.trial is None
+    assert proposed.reason is not None
+    assert "3 tried already" in proposed.reason
+
+
+def test_tpe_learns_where_scores_are_good() -> None:
+    tpe, uniform = (search(make_study(WIDE, name, seed=3), 45, by_learning_rate) for name in ("tpe", "random"))
+
+    def late(history: list[Trial]) -> float:
+        return sum(trial.result.val_bpb for trial in history[-20:] if trial.result is not None) / 20
+
+    assert late(tpe) < late(uniform) - 0.05
+
+
+def proposals(study: Study, histories: Sequence[list[Trial]]) -> list[dict[str, Any]]:
+    return [must(Proposer(study).propose(history, ONE)).params for history in histories]
+
+
+def test_a_submitted_trial_teaches_exactly_when_it_is_a_point_of_the_space() -> None:
+    study = make_study(WIDE)
+    history, scores = search(study, 14, by_learning_rate), (0.5, 9.0)
+    point = {
+        "sharing.lora.rank": 3, "sharing.unique_blocks": 2, "sharing.tying": "cycle", "optimizer.matrix_lr": 0.0123,
+        "schedule.warmdown_fraction": 0.3,
+    }  # fmt: skip
+    in_space = [[*history, submitted(14, study, point, score)] for score in scores]
+    reseeded = [[*history, submitted(14, study, point, score, seed=5)] for score in scores]
+    other_base = [[*history, submitted(14, study, point, score, data__batch_tokens=3072)] for score in scores]
+    partly = {path: value for path, value in point.items() if path != "optimizer.matrix_lr"}
+    other_value = [[*history, submitted(14, study, partly, score, optimizer__matrix_lr=0.9)] for score in scores]
+    taught = [proposals(study, pair) for pair in (in_space, reseeded, other_base, other_value)]
+    assert [first != second for first, second in taught] == [True, True, False, False]
+
+
+def test_a_submitted_trial_is_not_proposed_again_though_its_params_are_not_in_the_space() -> None:
+    space = {"sharing.unique_blocks": {"choice": [1, 2]}, "sharing.lora.rank": {"choice": [0]}}
+    study = make_study(space)
+    outside = submitted(0, study, {}, 1.5, sharing__unique_blocks=2, sharing__lora__rank=0, sharing__tying=[0, 1] * 3)
+    assert must(Proposer(study).propose([outside], ONE)).params["sharing.unique_blocks"] == 1
+
+
+def followed(study: Study, history: list[Trial], count: int) -> list[Trial]:
+    """The next proposals while none of them has finished."""
+    proposer, waiting = Proposer(study), list[Trial]()
+    while len(waiting) < count:
+        waiting.append(as_trial(len(history) + len(waiting), must(proposer.propose([*history, *waiting], ONE))))
+    return waiting
+
+
+def test_failed_and_cancelled_trials_teach_nothing_and_infeasible_ones_do() -> None:
+    study = make_study(WIDE)
+    history = search(study, 14, by_learning_rate)
+    ended = [replace(trial, finished_at=NOW) for trial in followed(study, history, 8)]
+    failed, cancelled, infeasible = proposals(
+        study,
+        [
+            [*history, *(replace(trial, state=TrialState.FAILED) for trial in ended)],
+            [*history, *(replace(trial, state=TrialState.CANCELLED) for trial in ended)],
+            [*history, *(replace(trial, state=TrialState.INFEASIBLE, prediction=over(trial)) for trial in ended)],
+        ],
+    )
+    assert failed == cancelled
+    assert failed != infeasible
+
+
+def over(trial: Trial) -> Prediction:
+    return replace(trial.prediction, artifact_bytes=CAP_BYTES + 50_000)
+
+
+def test_open_trials_repel_whether_queued_or_running() -> None:
+    study = make_study(WIDE)
+    history = search(study, 14, by_learning_rate)
+    waiting = followed(study, history, 8)
+    queued, running, failed = proposals(
+        study,
+        [
+            [*history, *waiting],
+            [*history, *(replace(trial, state=TrialState.RUNNING, started_at=NOW) for trial in waiting)],
+            [*history, *(replace(trial, state=TrialState.FAILED, finished_at=NOW) for trial in waiting)],
+        ],
+    )
+    assert queued == running
+    assert queued != failed
+
+
+def test_a_trial_over_the_cap_is_no_good_example() -> None:
+    study = make_study(WIDE)
+    history = search(study, 20, by_learning_rate)
+    best = min(history, key=lambda trial: trial.result.val_bpb if trial.result else 9.0)
+    assert best.result is not None
+    heavier = replace(best, result=best.result.model_copy(update={"artifact_bytes": CAP_BYTES + 1}))
+    changed = [heavier if trial is best else trial for trial in history]
+    first, second = proposals(study, [history, changed])
+    assert first != second
+
+
+def test_a_history_that_does_not_continue_the_last_one_starts_afresh() -> None:
+    study = make_study(WIDE)
+    history = search(study, 16, by_learning_rate)
+    proposer = Proposer(study)
+    proposer.propose(history, ONE)
+    assert proposer.propose(history[:12], ONE) == Proposer(study).propose(history[:12], ONE)
+    assert proposer.propose(history, TWO) == Proposer(study).propose(history, TWO)

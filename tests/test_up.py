@@ -1,0 +1,164 @@
+"""`caddie up` as a user runs it: one process tree, driven over HTTP alone, killed and started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+STEPS = 40
+
+
+class Up:
+    """A running `caddie up`. `kill` ends its first process as the kernel's out-of-memory killer would."""
+
+    def __init__(self, home: Path, data: Path, database_url: str, launcher: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("CADDIE_")} | {
+            "CADDIE_HOME": str(home),
+            "CADDIE_DATA": str(data),
+            "CADDIE_DATABASE_URL": database_url,
+            "CADDIE_RANKS": "3",
+            "CADDIE_PORT": str(self.port),
+            "CADDIE_LAUNCHER": launcher,
+            "CADDIE_LEASE_SECONDS": "4",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.home = home
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> float:
+        """Start and wait for the API; the seconds it took."""
+        began = time.monotonic()
+        with (self.home / "up.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "api.cli", "up"], env=self.environment, stdout=log, stderr=log
+            )
+        wait_for(lambda: self.answers(), 60, "the API to answer")
+        return time.monotonic() - began
+
+    def answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, (self.home / "up.log").read_text()
+        try:
+            return self.http.get("/healthz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def tree(self) -> list[psutil.Process]:
+        assert self.process is not None
+        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until nothing of the tree is left."""
+        assert self.process is not None
+        family = self.tree()
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        wait_for(lambda: not any(alive(process) for process in family), 60, "every process of the tree to end")
+
+    def stop(self) -> None:
+        """Ctrl-C, and wait until nothing of the tree is left."""
+        assert self.process is not None
+        family = self.tree() if self.process.poll() is None else []
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        self.process.wait(timeout=60)
+        wait_for(lambda: not any(alive(process) for process in family), 60, "every process of the tree to end")
+
+    def get(self, path: str) -> Any:
+        answer = self.http.get(path)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def post(self, path: str, body: Any = None, status: int = 201) -> Any:
+        answer = self.http.post(path, json=body)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(params=["ray", "local"])
+def up(request: pytest.FixtureRequest, tmp_path: Path, data_root: Path, database_url: str) -> Iterator[Up]:
+    if request.param == "local" and "postgresql" in database_url:
+        pytest.skip("the local launcher knows no database: SQLite shows it")
+    running = Up(tmp_path, data_root, database_url, request.param)
+    running.start()
+    yield running
+    running.stop()
+    running.http.close()
+
+
+@pytest.mark.timeout(400)
+def test_every_trial_ends_exactly_once_though_caddie_is_killed_in_the_middle(up: Up) -> None:
+    up.post("/v1/studies", study("sweep", max_trials=3))
+    submitted = up.post("/v1/studies/sweep/trials", {"overrides": {"sharing.lora.rank": 1}})["number"]
+    wait_for(lambda: measured(up, submitted), 120, "the first measurement")
+
+    up.kill()
+    up.start()
+
+    extra = up.post("/v1/studies/sweep/trials", {"overrides": {"sharing.lora.rank": 3, "budget.steps": 100_000}})[
+        "number"
+    ]
+    wait_for(lambda: measured(up, extra), 180, "the long trial to train")
+    up.post(f"/v1/studies/sweep/trials/{extra}/cancel", status=200)
+    wait_for(lambda: up.get("/v1/studies/sweep")["state"] == "complete", 240, "the study to complete")
+
+    trials = [
+        up.get(f"/v1/studies/sweep/trials/{trial['number']}") for trial in up.get("/v1/studies/sweep/trials")["items"]
+    ]
+    assert [trial["number"] for trial in trials] == list(range(5))
+    for trial in trials:
+        ended = [attempt["outcome"] for run in trial["runs"] for attempt in run["attempts"]]
+        assert None not in ended
+        assert ended.count("succeeded") == (0 if trial["number"] == extra else 1)
+        assert trial["state"] == ("cancelled" if trial["number"] == extra else "complete")
+    retried = [attempt["outcome"] for run in trials[submitted]["runs"] for attempt in run["attempts"]]
+    assert retried[-1] == "succeeded"
+    board = up.get("/v1/studies/sweep/leaderboard")["rows"]
+    assert [row["val_bpb"] for row in board] == sorted(row["val_bpb"] for row in board)
+    assert {row["number"] for row in board} == {trial["number"] for trial in trials} - {extra}
+
+
+def study(name: str, max_trials: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "recipe": "laptop",
+        "overrides": {
+            "budget.steps": STEPS,
+            "evaluation.validation_tokens": 2048,
+            "model.width": 48,
+            "quantisation.level": 3,
+        },
+        "space": {"sharing.lora.rank": {"choice": [0, 2, 4]}, "sharing.tying": {"choice": ["cycle", "sequence"]}},
+        "max_trials": max_trials,
+        "gangs": [{"ranks": 1}, {"ranks": 2}],
+    }
+
+
+def measured(up: Up, number: int) -> bool:
+    return bool(up.get(f"/v1/studies/sweep/trials/{number}/measurements")["items"])

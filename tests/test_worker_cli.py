@@ -1,0 +1,169 @@
+"""`python -m worker`: one spec from a file to an artifact, alone and under torchrun; bad input is one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import worker
+from worker.__main__ import main
+from worker.artifact import load
+from worker.recipes import load_recipe
+from worker.spec import override, parse_spec
+
+TINY = {
+    "model": {"vocab_size": 512, "width": 32, "heads": 4, "kv_heads": 2, "mlp_multiple": 2},
+    "data.dataset": "topics_sp512",
+    "data.sequence_length": 64,
+    "data.batch_tokens": 512,
+    "budget": {"steps": 8},
+    "quantisation.half_below": 500,
+    "evaluation": {"validations": 1, "validation_tokens": 512, "batch_sequences": 16},
+}
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(override(load_recipe("laptop"), TINY)))
+    return path
+
+
+def test_a_spec_file_becomes_an_artifact_and_a_result(
+    spec_file: Path, small_data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([str(spec_file), "--data", str(small_data_root), "--out", str(out), "--set", "seed=7"]) == 0
+    printed = capsys.readouterr()
+    record = json.loads((out / "result.json").read_text())
+    artifact = (out / "artifact.bin").read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == ["artifact.bin", "result.json"]
+    assert parse_spec(record["spec"]).seed == 7
+    assert len(artifact) == record["result"]["model_bytes"]
+    assert load(artifact).config.width == 32
+    for part in (f"{record['result']['val_bpb']:.4f}", f"{record['result']['val_bpb_prequant']:.4f}", "0 1 2 0 1 2"):
+        assert part in printed.out
+    for name, size in record["result"]["bytes_by_class"].items():
+        assert f"{name} {size:,}" in printed.out
+    assert "train_loss" in printed.err
+    assert "val_bpb" in printed.err
+
+
+def test_two_ranks_under_torchrun_score_as_one_rank_does(
+    spec_file: Path, small_data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(spec_file), "--data", str(small_data_root), "--json"]
+    assert main(arguments) == 0
+    results = {1: json.loads(capsys.readouterr().out)["result"]}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "worker"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(worker.__file__).parents[1])}
+    command = [*torchrun, *arguments, "--set", "gang.ranks=2"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=110
+    )
+    assert done.returncode == 0, done.stderr
+    results[2] = json.loads(done.stdout)["result"]
+    assert results[2]["val_bpb"] == pytest.approx(results[1]["val_bpb"], rel=2e-3)
+    assert results[2]["val_bpb_prequant"] == pytest.approx(results[1]["val_bpb_prequant"], rel=1e-3)
+    assert results[2]["tokens"] == results[1]["tokens"]
+    assert results[2]["diagnostics"]["val_bytes"] == results[1]["diagnostics"]["val_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a spec file or a --recipe, and not both"),
+        (["no-such.yaml"], "spec file no-such.yaml cannot be read: No such file or directory"),
+        (["--recipe", "huge"], "recipe: must be one of"),
+        (["--recipe", "laptop", "--sets", "a=1"], "unrecognized arguments: --sets"),
+        (["--recipe", "laptop", "--set", "seed"], "--set is 'seed': must be PATH=VALUE"),
+        (["--recipe", "laptop", "--set", "seed=[1"], "--set seed is no YAML"),
+        (["--recipe", "laptop", "--set", "model.widht=64"], "model.widht: is not a known key (got 64)"),
+        (["--recipe", "laptop", "--set", "sharing.tying=[0, 0, 1, 1, 3, 3]"], "sharing.tying.map: skips block 2"),
+        (["--recipe", "laptop", "--set", "model.heads=5"], "model.heads: must divide the width, 96 (got 5)"),
+        (
+            ["--recipe", "laptop", "--set", "sharing.lora.rank=200"],
+            "sharing.lora.rank: must be at most model.width, 96",
+        ),
+        (
+            ["--recipe", "laptop", "--set", "gang.ranks=2"],
+            "gang.ranks is 2: must be the number of processes, 1; or use torchrun",
+        ),
+        (
+            ["--recipe", "laptop", "--set", "data.dataset=missing"],
+            "manifest.json is missing: build or fetch a dataset first",
+        ),
+        (["--recipe", "laptop", "--out", "file/inside"], "file is not a folder that can be written to"),
+        (["data"], "the following arguments are required: action"),
+        (["data", "list"], "manifest.json is missing: build or fetch a dataset first"),
+        (["data", "fetch", "--variant", "sp7"], "variant is 'sp7': must be one of sp1024"),
+        (["data", "fetch", "--train-shards", "many"], "argument --train-shards: invalid int value: 'many'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CADDIE_DATA", str(tmp_path / "data"))
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if not line.startswith("--")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert printed.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("text", ["3", "- a\n- b", "", "a: [1"])
+def test_a_spec_file_that_is_no_mapping_is_refused(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    assert main([str(tmp_path / "spec.yaml")]) == 2
+    printed = capsys.readouterr().err
+    assert "spec.yaml" in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_training_that_diverges_exits_with_1_and_writes_nothing(
+    spec_file: Path, small_data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--set", "optimizer.embedding_lr=1.0e+38", "--set", "optimizer.scalar_lr=1.0e+38"]
+    assert main([str(spec_file), *changes, "--data", str(small_data_root), "--out", str(tmp_path / "out")]) == 1
+    assert "error: training diverged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_datasets_are_listed_with_what_is_wrong_with_them(
+    small_data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "list", "--data", str(small_data_root)]) == 0
+    assert "topics_sp512: " in capsys.readouterr().out
+    manifest = {"datasets": [{"name": "gone", "tokenizer_name": "t"}], "tokenizers": []}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["data", "list", "--data", str(tmp_path)]) == 0
+    assert "gone: not usable: " in capsys.readouterr().out
+
+
+def test_building_the_demo_corpus_again_does_nothing(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "build", "--data", str(data_root)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"stdlib_sp1024 is in {data_root}\n"
+    assert printed.err == ""
+
+
+def test_help_says_where_data_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "$CADDIE_DATA, else ~/.cache/caddie/data" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,178 @@
+"""Trainers for the launchers' tests, chosen by the spec's dataset name: some train nothing well, some end badly."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from worker import job
+from worker.job import Job
+from worker.report import Directive, Reporter, TrialResult
+
+Produced = tuple[TrialResult, bytes] | None
+
+
+def run(job: Job, reporter: Reporter) -> Produced:
+    """Leave this process's id in the data root, then do as the dataset's name says."""
+    process_file(job.data_root, job.spec.seed, job.rank).write_text(str(os.getpid()))
+    return TRAINERS[job.spec.data.dataset](job, reporter)
+
+
+def process_file(data_root: Path, seed: int, rank: int) -> Path:
+    return data_root / f"{seed}-{rank}.pid"
+
+
+def count(job: Job, reporter: Reporter) -> Produced:
+    """One measurement a step, whose `total` is what the ranks added up together."""
+    assert job.spec.budget.steps is not None
+    if job.rank == 0:
+        reporter.phase("train")
+    for step in range(1, job.spec.budget.steps + 1):
+        total = torch.tensor(step * (job.rank + 1))
+        if job.ranks > 1:
+            dist.all_reduce(total)
+        if job.rank == 0:
+            reporter.measure(step, step / 10, {"total": float(total), "threads": float(torch.get_num_threads())})
+    return produced(job, stopped=False)
+
+
+def until_stopped(job: Job, reporter: Reporter) -> Produced:
+    """Step until told to stop; rank 0 alone is told, and tells the others."""
+    step, told = 0, torch.tensor(0)
+    while not told:
+        step += 1
+        if job.rank == 0:
+            directive = reporter.measure(step, step / 10, {"loss": 1 / step}) if step == 1 else reporter.directive()
+            told = torch.tensor(int(directive is Directive.STOP))
+        if job.ranks > 1:
+            dist.broadcast(told, src=0)
+    return produced(job, stopped=True)
+
+
+def hang(job: Job, reporter: Reporter) -> Produced:
+    """Start a child of its own, measure once all ranks are there, then wait for ever."""
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    if job.ranks > 1:
+        dist.barrier()
+    if job.rank == 0:
+        reporter.measure(1, 0.1, {"child": float(child.pid)})
+    threading.Event().wait()
+    return None
+
+
+def killed(job: Job, reporter: Reporter) -> Produced:
+    """The last rank is killed while the others wait for it."""
+    if job.rank == job.ranks - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+    return None
+
+
+def diverged(job: Job, reporter: Reporter) -> Produced:
+    """The last rank fails, after a measurement, while the others wait for it."""
+    if job.rank == 0:
+        reporter.measure(1, 0.1, {"loss": 1.0})
+    if job.rank == job.ranks - 1:
+        raise FloatingPointError("the loss is nan\nat step 1")
+    dist.barrier()
+    return None
+
+
+def out_of_memory(job: Job, reporter: Reporter) -> Produced:
+    raise MemoryError("no 64 GiB left")
+
+
+def bad_data(job: Job, reporter: Reporter) -> Produced:
+    raise ValueError(f"data.dataset is {job.spec.data.dataset!r}")
+
+
+def exits(job: Job, reporter: Reporter) -> Produced:
+    sys.exit("tired")
+
+
+def vanishes(job: Job, reporter: Reporter) -> Produced:
+    os._exit(7)
+
+
+class Held:
+    """Something in a reference cycle, as a model is."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+HELD: list["weakref.ref[Held]"] = []
+
+
+def keeps(job: Job, reporter: Reporter) -> Produced:
+    held = Held()
+    HELD.append(weakref.ref(held))
+    return produced(job, stopped=False)
+
+
+def keeps_and_fails(job: Job, reporter: Reporter) -> Produced:
+    held = Held()
+    HELD.append(weakref.ref(held))
+    raise RuntimeError(f"the traceback holds the frame that holds {type(held).__name__}")
+
+
+def silent(job: Job, reporter: Reporter) -> Produced:
+    return None
+
+
+def unspeakable(job: Job, reporter: Reporter) -> Produced:
+    """A result that JSON cannot hold."""
+    made = produced(job, stopped=False)
+    assert made is not None
+    return made[0].model_copy(update={"diagnostics": {"what": object()}}), made[1]
+
+
+def produced(job: Job, *, stopped: bool) -> Produced:
+    if job.rank:
+        return None
+    artifact = hashlib.sha256(str(job.spec.seed).encode()).digest() * 1000
+    result = TrialResult(
+        val_bpb=2.0,
+        val_bpb_prequant=1.9,
+        val_loss=1.4,
+        parameters=10,
+        model_bytes=len(artifact),
+        code_bytes=0,
+        artifact_bytes=len(artifact),
+        artifact_sha256=hashlib.sha256(artifact).hexdigest(),
+        steps=1,
+        tokens=1,
+        train_seconds=0.1,
+        evaluate_seconds=0.1,
+        pack_seconds=0.1,
+        step_seconds=0.1,
+        stopped=stopped,
+        bytes_by_class={"mlp": len(artifact)},
+        diagnostics={"process": os.getpid()},
+    )
+    return result, artifact
+
+
+TRAINERS = {
+    "count": count,
+    "until-stopped": until_stopped,
+    "hang": hang,
+    "killed": killed,
+    "diverged": diverged,
+    "out-of-memory": out_of_memory,
+    "bad-data": bad_data,
+    "exits": exits,
+    "vanishes": vanishes,
+    "keeps": keeps,
+    "keeps-and-fails": keeps_and_fails,
+    "silent": silent,
+    "unspeakable": unspeakable,
+    "topics_sp512": job.run,  # the real one
+}

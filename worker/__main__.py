@@ -1,0 +1,259 @@
+"""`python -m worker`: train one spec without a server, alone or under torchrun; and look after the data root."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from worker.recipes import load_recipe, recipe_names
+from worker.report import Directive, TrialResult
+from worker.shape import FieldError
+from worker.shards import DataError, open_dataset, read_manifest
+from worker.spec import TrialSpec, override, parse_spec
+
+BAD_INPUT = 2
+FAILED = 1
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 the training failed, 2 the input was wrong, 130 interrupted.
+
+    What is wrong is said in one line on stderr, and nothing is left behind then.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _data_command(words[1:]) if words[:1] == ["data"] else _train_command(words)
+    except ValueError as error:  # InvalidSpec, FieldError, DataError: each names what is wrong and what would be right
+        _say(f"error: {error}")
+        return BAD_INPUT
+    except ArithmeticError as error:  # Diverged
+        _say(f"error: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        _say("interrupted: nothing was written")
+        return INTERRUPTED
+
+
+class Console:
+    """The reporter of a run without an orchestrator: the curve, a line a measurement, on stderr."""
+
+    def measure(self, step: int, elapsed_seconds: float, metrics: Mapping[str, float]) -> Directive:
+        """Print the measurement. Nothing here ever asks to stop."""
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "fraction")
+        share = f"{metrics['fraction']:4.0%}" if "fraction" in metrics else "    "
+        _say(f"{share}  step {step:6}  {elapsed_seconds:7.1f} s  {numbers}")
+        return Directive.CONTINUE
+
+    def directive(self) -> Directive:
+        """Always to go on."""
+        return Directive.CONTINUE
+
+    def phase(self, name: str) -> None:
+        """Print what the run does now."""
+        _say(f"-- {name}")
+
+
+def _train_command(words: list[str]) -> int:
+    options = _train_parser().parse_args(words)
+    spec = _spec(options)
+    rank, ranks = _place_in_gang(spec)
+    if options.out is not None:
+        _require_writable(options.out)
+    outcome = _run(spec, _data_root(options.data), rank, ranks)
+    if outcome is None:
+        return 0
+    result, artifact = outcome
+    record = {"spec": spec.model_dump(mode="json"), "result": result.model_dump(mode="json")}
+    if options.out is not None:
+        _write(options.out, "artifact.bin", artifact)
+        _write(options.out, "result.json", (json.dumps(record, indent=2) + "\n").encode())
+    print(json.dumps(record) if options.json else _summary(spec, result))
+    return 0
+
+
+def _data_command(words: list[str]) -> int:
+    options = _data_parser().parse_args(words)
+    root = _data_root(options.data)
+    if options.action == "list":
+        for line in _listing(root):
+            print(line)
+        return 0
+    if options.action == "build":
+        from worker.corpus import DEMO_DATASET, build_demo  # here: what the others need not wait for
+
+        build_demo(root, _say)
+        print(f"{DEMO_DATASET} is in {root}")
+        return 0
+    from worker.fineweb import DATASETS, fetch  # here, for the same
+
+    fetch(root, options.variant, options.train_shards, _say)
+    print(f"{DATASETS[options.variant]} is in {root}")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is a ValueError, so that it becomes one line like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m worker",
+        description="Train, pack and score one spec, alone or under torchrun (one process for each of gang.ranks).",
+        epilog="The demo corpus is built where it is missing. Other datasets: python -m worker data --help.",
+    )
+    parser.add_argument("spec", nargs="?", type=Path, help="a spec as YAML or JSON")
+    parser.add_argument("--recipe", help=f"start from a recipe instead: {', '.join(recipe_names())}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. model.width=128; repeatable"
+    )
+    parser.add_argument("--out", type=Path, help="a folder for artifact.bin and result.json (default: write nothing)")
+    parser.add_argument("--json", action="store_true", help="print spec and result as one JSON object on stdout")
+    _add_data_root(parser)
+    return parser
+
+
+def _data_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m worker data", description="Build, fetch and list datasets.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    build = actions.add_parser("build", help="build stdlib_sp1024 from this Python's standard library; no download")
+    fetch = actions.add_parser("fetch", help="fetch the challenge's FineWeb shards and tokenizer")
+    fetch.add_argument("--variant", default="sp1024", help="which tokenizer's shards (default: sp1024)")
+    fetch.add_argument(
+        "--train-shards", type=int, default=1, help="how many, 200 MB each (default: 1; the challenge: 80)"
+    )
+    for action in (build, fetch, actions.add_parser("list", help="list the datasets of the data root")):
+        _add_data_root(action)
+    return parser
+
+
+def _add_data_root(parser: argparse.ArgumentParser) -> None:
+    where = "the data root (default: $CADDIE_DATA, else ~/.cache/caddie/data)"
+    parser.add_argument("--data", type=Path, metavar="DIR", help=where)
+
+
+def _data_root(given: Path | None) -> Path:
+    return given or Path(os.environ.get("CADDIE_DATA") or Path.home() / ".cache" / "caddie" / "data")
+
+
+def _spec(options: argparse.Namespace) -> TrialSpec:
+    if (options.spec is None) == (options.recipe is None):
+        raise ValueError("name a spec file or a --recipe, and not both")
+    plain = load_recipe(options.recipe) if options.recipe is not None else _read_spec(options.spec)
+    changes: dict[str, Any] = {}
+    for assignment in options.set:
+        path, equals, value = assignment.partition("=")
+        if not path or not equals:
+            raise ValueError(f"--set is {assignment!r}: must be PATH=VALUE, such as sharing.lora.rank=4")
+        changes[path] = _yaml(value, f"--set {path}")
+    return parse_spec(override(plain, changes))
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    try:
+        plain = _yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ValueError(f"spec file {path} cannot be read: {error.strerror}") from None
+    if not isinstance(plain, dict):
+        raise ValueError(f"spec file {path} holds a {type(plain).__name__}: must be a mapping such as 'sharing: ...'")
+    return plain
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+
+
+def _place_in_gang(spec: TrialSpec) -> tuple[int, int]:
+    """(rank, ranks) as torchrun says in the environment; alone without it."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks != spec.gang.ranks:
+        command = f"torchrun --nproc-per-node {spec.gang.ranks} -m worker"
+        raise FieldError("gang.ranks", spec.gang.ranks, f"must be the number of processes, {ranks}; or use {command}")
+    return int(os.environ.get("RANK", "0")), ranks
+
+
+def _run(spec: TrialSpec, data_root: Path, rank: int, ranks: int) -> tuple[TrialResult, bytes] | None:
+    import torch  # here: it takes seconds to load, and neither bad input nor --help should wait for them
+    import torch.distributed as dist
+
+    from worker.job import Job, run
+    from worker.world import backends
+
+    if spec.gang.device == "gpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if ranks == 1:
+        return run(Job(spec, data_root), Console())
+    dist.init_process_group(backends(torch.device("cuda" if spec.gang.device == "gpu" else "cpu")))
+    try:
+        return run(Job(spec, data_root, rank, ranks), Console())
+    finally:
+        dist.destroy_process_group()
+
+
+def _require_writable(folder: Path) -> None:
+    """Raises ValueError, before hours of training, where the results could not be written."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--out is {str(folder)!r}: {existing} is not a folder that can be written to")
+
+
+def _write(folder: Path, name: str, data: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.partial"
+    temporary.write_bytes(data)
+    temporary.replace(folder / name)
+
+
+def _summary(spec: TrialSpec, result: TrialResult) -> str:
+    order0 = result.diagnostics.get("order0_bpb")
+    classes = "  ".join(f"{name} {size:,}" for name, size in sorted(result.bytes_by_class.items()))
+    lines = [
+        f"bits per byte   {result.val_bpb:.4f}  (before quantisation {result.val_bpb_prequant:.4f}"
+        + (f"; byte frequencies alone {order0:.4f})" if order0 is not None else ")"),
+        f"artifact        {result.artifact_bytes:,} bytes = model {result.model_bytes:,} + code {result.code_bytes:,}",
+        f"stored          {classes}  (bytes before compression)",
+        f"parameters      {result.parameters:,}",
+        f"tying map       {' '.join(map(str, spec.sharing.tying_map))}  LoRA rank {spec.sharing.lora.rank}",
+        f"trained         {result.steps:,} steps, {result.tokens:,} tokens, {result.train_seconds:.1f} s"
+        f" ({1000 * result.step_seconds:.0f} ms a step){', stopped early' if result.stopped else ''}",
+        f"then            evaluated in {result.evaluate_seconds:.1f} s, packed in {result.pack_seconds:.1f} s",
+    ]
+    for path, gammas in result.diagnostics.get("gammas", {}).items():
+        lines.append(f"gates {path:9} {' '.join(f'{gamma:.3f}' for gamma in gammas)}")
+    lines.append(f"SHA-256         {result.artifact_sha256}")
+    return "\n".join(lines)
+
+
+def _listing(root: Path) -> list[str]:
+    """A line a dataset: what it holds, or what is wrong with it."""
+    lines = []
+    for entry in read_manifest(root)["datasets"]:
+        name = str(entry.get("name"))
+        try:
+            dataset = open_dataset(root, name)
+        except DataError as error:
+            lines.append(f"{name}: not usable: {error}")
+            continue
+        train, val = (sum(shard.tokens for shard in shards) for shards in (dataset.train, dataset.val))
+        lines.append(f"{name}: {train:,} training and {val:,} validation tokens, tokenizer {dataset.tokenizer.name}")
+    return lines
+
+
+def _say(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""One rank of a gang: joins its process group once, then runs jobs one after another.
+
+`python -m worker.gang` is one rank's process of orchestrator.local_launcher: one job, spoken for in a folder.
+"""
+
+import argparse
+import gc
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from worker.job import Job
+from worker.mailbox import Closing, FileMailbox, Mailbox
+from worker.report import Reporter, TrialResult
+from worker.spec import GangConfig, TrialSpec
+from worker.world import backends
+
+Trainer = Callable[[Job, Reporter], tuple[TrialResult, bytes] | None]
+
+PATIENCE = timedelta(hours=2)
+"""How long a collective waits. Ranks wait while rank 0 packs alone; hangs are the orchestrator's to notice."""
+TRACEBACK_LINES = 20
+REASON_LENGTH = 500
+
+
+class Rank:
+    """This process as one rank of a gang. With several ranks they share one process group for as long as they live."""
+
+    def __init__(
+        self, rank: int, gang: GangConfig, open_store: Callable[[], Store], trainer: str = "worker.job:run"
+    ) -> None:
+        """`trainer` is `module:function`, with worker.job.run's signature.
+
+        `open_store` gives the gang's rendezvous; where there are several ranks, the first job calls it, in its thread.
+        """
+        self._rank = rank
+        self._gang = gang
+        self._open_store = open_store
+        self._trainer_name = trainer
+        self._trainer: Trainer | None = None
+
+    def run(self, spec: TrialSpec, data_root: Path, mailbox: Mailbox) -> bool:
+        """Run one job to its end and close its mailbox; whether it went well.
+
+        A failure of any kind is a closing, never an exception. The gang is then of no further use: other ranks may be
+        waiting in a collective that this one has left. Nothing that the job held is held afterwards.
+        """
+        try:
+            trainer = self._join()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the attempt's ending
+            mailbox.close(_failed(error, permanent=False))
+            return False
+        try:
+            produced = trainer(Job(spec=spec, data_root=data_root, rank=self._rank, ranks=self._gang.ranks), mailbox)
+            mailbox.close(*self._closing(produced))
+            return True
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
+            mailbox.close(_failed(error, permanent=isinstance(error, ValueError | ArithmeticError)))
+            return False
+        finally:
+            gc.collect()
+            if self._gang.device == "gpu":
+                torch.cuda.empty_cache()
+
+    def leave(self) -> None:
+        """Leave the process group, if it was joined."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _join(self) -> Trainer:
+        """The trainer, in a process that is ready for it. Everything but the trainer's lookup happens once."""
+        if self._trainer is None:
+            torch.set_num_threads(_threads(self._gang))
+            device = torch.device("cuda" if self._gang.device == "gpu" else "cpu")
+            if device.type == "cuda":
+                torch.cuda.set_device(0)  # the launcher shows each rank one GPU, its own
+            if self._gang.ranks > 1:
+                dist.init_process_group(
+                    backends(device),
+                    store=self._open_store(),
+                    rank=self._rank,
+                    world_size=self._gang.ranks,
+                    timeout=PATIENCE,
+                )
+            self._trainer = find_trainer(self._trainer_name)
+            gc.freeze()  # what is imported stays: without it, each collection after a job takes a tenth of a second
+        return self._trainer
+
+    def _closing(self, produced: tuple[TrialResult, bytes] | None) -> tuple[Closing, bytes | None]:
+        if self._rank:
+            return Closing(outcome="succeeded"), None
+        if produced is None:
+            raise TypeError(f"{self._trainer_name} returned no result on rank 0")
+        result, artifact = produced
+        return Closing(outcome="stopped" if result.stopped else "succeeded", result=result), artifact
+
+
+def find_trainer(name: str) -> Trainer:
+    """The function that `module:function` names. Raises ImportError or AttributeError where there is none."""
+    module, _, function = name.partition(":")
+    trainer: Trainer = getattr(importlib.import_module(module), function)
+    return trainer
+
+
+def serve_store(ranks: int) -> TCPStore:
+    """A rendezvous for `ranks` ranks on this machine, on a free port (its `port`), held by the process that called."""
+    return TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
+
+
+def join_store(port: int, ranks: int) -> TCPStore:
+    """The rendezvous that another process of this machine serves on `port`."""
+    return TCPStore("127.0.0.1", port, ranks, is_master=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one job from a spec file, speaking in a FileMailbox. Dies with the process that holds its standard input.
+
+    A rank that failed stays until it is killed: its peers then wait, and have no error of their own to hide its own.
+    """
+    parser = argparse.ArgumentParser(prog="python -m worker.gang", description="One rank's process of a gang.")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--spec", type=Path, required=True, help="TrialSpec as JSON")
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--mailbox", type=Path, required=True, help="folder")
+    parser.add_argument("--rendezvous", type=Path, required=True, help="file that the ranks meet in")
+    parser.add_argument("--trainer", required=True, help="module:function")
+    options = parser.parse_args(arguments)
+    orphaned = _die_with_parent()
+    mailbox = FileMailbox(options.mailbox)
+    spec = TrialSpec.model_validate_json(options.spec.read_bytes())
+    rank = Rank(options.rank, spec.gang, lambda: FileStore(str(options.rendezvous), spec.gang.ranks), options.trainer)
+    if not rank.run(spec, options.data_root, mailbox):
+        orphaned.join()
+    rank.leave()
+    return 0
+
+
+def _die_with_parent() -> threading.Thread:
+    """Kill this process, and its group where it leads one, once standard input ends.
+
+    The kernel closes the other end of the pipe however the parent died, SIGKILL included, on every POSIX system.
+    """
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    thread = threading.Thread(target=watch, name="parent-watch", daemon=True)
+    thread.start()
+    return thread
+
+
+def _failed(error: BaseException, *, permanent: bool) -> Closing:
+    lines = traceback.format_exception(error)
+    sys.stderr.writelines(lines)
+    sys.stderr.flush()
+    message = " ".join(str(error).split())
+    reason = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    last = "".join(lines).splitlines()[-TRACEBACK_LINES:]
+    return Closing(outcome="failed", reason=reason[:REASON_LENGTH], permanent=permanent, traceback="\n".join(last))
+
+
+def _threads(gang: GangConfig) -> int:
+    """Intra-op threads of a rank: one on CPUs, where a rank is placed as one core; a GPU rank's share of the host."""
+    if gang.device == "cpu":
+        return 1
+    return max(1, min(8, (os.cpu_count() or 1) // gang.ranks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Mailboxes: where one rank leaves what it says, and others read it, in memory or as files. Torch-free."""
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+from worker.report import Directive, Measurement, Reporter, TrialResult
+from worker.shape import Frozen
+
+
+class Closing(Frozen):
+    """The last thing a rank says about a job. `result` is set on rank 0, unless the job failed.
+
+    `permanent` says that the job would fail the same way again: on bad input (ValueError) or by diverging
+    (ArithmeticError). `traceback` holds the last lines of a failure's, for a log.
+    """
+
+    outcome: Literal["succeeded", "stopped", "failed"]
+    reason: str = ""
+    permanent: bool = False
+    traceback: str = ""
+    result: TrialResult | None = None
+
+
+class Mail(Frozen):
+    """What a rank has said: the phase it is in, the measurements asked for, and its closing once there is one."""
+
+    phase: str = "start"
+    measurements: tuple[Measurement, ...] = ()
+    closing: Closing | None = None
+
+
+class Mailbox(Reporter, Protocol):
+    """One job's mailbox in one rank. The job writes to it as its Reporter; whoever started the job reads."""
+
+    def close(self, closing: Closing, artifact: bytes | None = None) -> None:
+        """Say how the job ended; nothing may be said after it. Raises PydanticSerializationError, saying nothing, where
+        the result holds something that JSON cannot."""
+        ...
+
+    def read(self, after: int) -> Mail:
+        """Everything said, with the measurements numbered above `after`. Reading changes nothing."""
+        ...
+
+    def stop(self) -> None:
+        """Answer STOP from now on."""
+        ...
+
+    def artifact(self) -> bytes:
+        """The artifact left with the closing. Raises KeyError where there is none."""
+        ...
+
+
+class MemoryMailbox:
+    """A mailbox within one process, for any number of threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._mail = Mail()
+        self._measurements: list[Measurement] = []
+        self._directive = Directive.CONTINUE
+        self._artifact: bytes | None = None
+
+    def measure(self, step: int, elapsed_seconds: float, metrics: Mapping[str, float]) -> Directive:
+        with self._lock:
+            number = len(self._measurements) + 1
+            self._measurements.append(
+                Measurement(number=number, step=step, elapsed_seconds=elapsed_seconds, metrics=dict(metrics))
+            )
+            return self._directive
+
+    def directive(self) -> Directive:
+        return self._directive
+
+    def phase(self, name: str) -> None:
+        with self._lock:
+            self._mail = self._mail.model_copy(update={"phase": name})
+
+    def close(self, closing: Closing, artifact: bytes | None = None) -> None:
+        said = Closing.model_validate_json(closing.model_dump_json())  # what a reader elsewhere would get, from here on
+        with self._lock:
+            self._artifact = artifact
+            self._mail = self._mail.model_copy(update={"closing": said})
+
+    def read(self, after: int) -> Mail:
+        with self._lock:
+            return self._mail.model_copy(update={"measurements": tuple(self._measurements[after:])})
+
+    def stop(self) -> None:
+        self._directive = Directive.STOP
+
+    def artifact(self) -> bytes:
+        if self._artifact is None:
+            raise KeyError("this mailbox holds no artifact")
+        return self._artifact
+
+
+class FileMailbox:
+    """A mailbox in a folder, for one writing process and any reading ones. Survives the writer's death at any moment.
+
+    `measurements.jsonl` grows by whole lines; every other file appears complete, under its name, or not at all; the
+    closing is written last.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Makes the folder where it is missing. What lies in it already counts as said."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._measurements: list[Measurement] = []
+        self._offset = 0
+
+    def measure(self, step: int, elapsed_seconds: float, metrics: Mapping[str, float]) -> Directive:
+        self._catch_up()
+        measurement = Measurement(
+            number=len(self._measurements) + 1, step=step, elapsed_seconds=elapsed_seconds, metrics=dict(metrics)
+        )
+        with (self._directory / "measurements.jsonl").open("ab") as file:
+            file.write(measurement.model_dump_json().encode() + b"\n")
+        return self.directive()
+
+    def directive(self) -> Directive:
+        return Directive.STOP if os.path.exists(self._directory / "stop") else Directive.CONTINUE
+
+    def phase(self, name: str) -> None:
+        self._write("phase", name.encode())
+
+    def close(self, closing: Closing, artifact: bytes | None = None) -> None:
+        said = closing.model_dump_json().encode()
+        if artifact is not None:
+            self._write("artifact", artifact)
+        self._write("closing.json", said)
+
+    def read(self, after: int) -> Mail:
+        closing = self._read("closing.json")  # first: what was said before it is then there to be read
+        self._catch_up()
+        return Mail(
+            phase=(self._read("phase") or b"start").decode(),
+            measurements=tuple(self._measurements[after:]),
+            closing=None if closing is None else Closing.model_validate_json(closing),
+        )
+
+    def stop(self) -> None:
+        self._write("stop", b"")
+
+    def artifact(self) -> bytes:
+        artifact = self._read("artifact")
+        if artifact is None:
+            raise KeyError(f"{self._directory} holds no artifact")
+        return artifact
+
+    def _catch_up(self) -> None:
+        """Take in the measurements written since the last time, as far as their lines are whole."""
+        try:
+            with (self._directory / "measurements.jsonl").open("rb") as file:
+                file.seek(self._offset)
+                fresh = file.read()
+        except FileNotFoundError:
+            return
+        whole = fresh[: fresh.rfind(b"\n") + 1]
+        self._measurements += [Measurement.model_validate_json(line) for line in whole.splitlines()]
+        self._offset += len(whole)
+
+    def _write(self, name: str, data: bytes) -> None:
+        unfinished = self._directory / f".{name}"
+        unfinished.write_bytes(data)
+        unfinished.replace(self._directory / name)
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return (self._directory / name).read_bytes()
+        except FileNotFoundError:
+            return None

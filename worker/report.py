@@ -1,0 +1,70 @@
+"""What a worker says: measurements while it trains, and one result at the end. Torch-free."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Protocol
+
+from worker.shape import Frozen
+
+
+class Directive(StrEnum):
+    """The orchestrator's answer to a measurement."""
+
+    CONTINUE = "continue"
+    STOP = "stop"
+
+
+class Measurement(Frozen):
+    """Metrics at one step of one attempt. `number` counts from 1 within the attempt and never repeats."""
+
+    number: int
+    step: int
+    elapsed_seconds: float
+    metrics: dict[str, float]
+    """By name: train_loss (nats, penalty included), val_bpb, lr_multiplier, fraction (of the budget), ..."""
+
+
+class Reporter(Protocol):
+    """Where rank 0 speaks. Other ranks say nothing."""
+
+    def measure(self, step: int, elapsed_seconds: float, metrics: Mapping[str, float]) -> Directive:
+        """Deliver metrics in order and learn whether to go on."""
+        ...
+
+    def directive(self) -> Directive:
+        """Whether to go on, without delivering anything. Cheap enough to ask every step."""
+        ...
+
+    def phase(self, name: str) -> None:
+        """Say what the attempt is doing now: data, train, evaluate or pack."""
+        ...
+
+
+class TrialResult(Frozen):
+    """What one attempt produced. Bytes are bytes, seconds are seconds, BPB is bits per byte of validation text."""
+
+    val_bpb: float
+    """Of the model loaded back from the artifact's bytes: the score."""
+    val_bpb_prequant: float
+    val_loss: float
+    """Nats per token behind `val_bpb`."""
+    parameters: int
+    model_bytes: int
+    code_bytes: int
+    artifact_bytes: int
+    """model_bytes + code_bytes: what the byte cap is about."""
+    artifact_sha256: str
+    """Of the model bytes."""
+    steps: int
+    tokens: int
+    train_seconds: float
+    evaluate_seconds: float
+    pack_seconds: float
+    step_seconds: float
+    """Median wallclock of a training step."""
+    stopped: bool
+    """True where a directive ended training before the budget did."""
+    bytes_by_class: dict[str, int]
+    """Uncompressed stored bytes by tensor class."""
+    diagnostics: dict[str, Any]
+    """Gammas by path and virtual layer, and whatever else the trained model reveals about its sharing."""

@@ -1,0 +1,196 @@
+"""Training: one spec's model on one gang's data until its budget is spent."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from statistics import median
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from worker.model import Model
+from worker.optim import Optimizer
+from worker.report import Directive, Reporter
+from worker.schedule import Progress, learning_rate_multiplier
+from worker.spec import TrialSpec
+from worker.world import World
+
+REPORTS = 25  # points of the training curve, at equal fractions of the budget
+LAG_STEPS = 3  # how far a GPU's host runs ahead of the losses that it reads
+
+
+class Diverged(ArithmeticError):
+    """Training produced a loss, a score or a weight that is not a finite number. `step` counts from 1."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"training diverged: the loss is {loss} at step {step}; a lower learning rate may hold")
+        self.step = step
+        self.loss = loss
+
+
+class BatchSource(Protocol):
+    """Where a rank's data comes from."""
+
+    def batch(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of step `step` (from 0): micro-batches of tokens and targets, each (b, T) int64."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What training took. Tokens are those of all ranks; seconds exclude validation."""
+
+    steps: int
+    tokens: int
+    train_seconds: float
+    step_seconds: float
+    """Median wallclock of a step."""
+    stopped: bool
+    """True where a directive ended training before the budget did."""
+    train_loss: float
+    """Of the last step, in nats, penalty included."""
+
+
+def train(
+    model: Model,
+    spec: TrialSpec,
+    data: BatchSource,
+    world: World,
+    reporter: Reporter,
+    validate: Callable[[Model], float],
+    clock: Callable[[], float] = time.perf_counter,
+) -> TrainingSummary:
+    """Train `model` in place, the same on every rank of `world`. Raises Diverged, within LAG_STEPS, on every rank.
+
+    `validate` gives a score in bits per byte, with all ranks taking part. Rank 0 alone uses `reporter`, and its `clock`
+    (in seconds) counts. Equal specs, data and initial weights give equal losses, bit for bit, on a CPU of one kind
+    wherever the budget is not in seconds.
+    """
+    optimizer, losses, watch = Optimizer(model, spec.optimizer), _Losses(world.device), _Stopwatch(world.device, clock)
+    reports, validations = _Milestones(REPORTS), _Milestones(spec.evaluation.validations)
+    progress, fraction, told, stopped = Progress(), 0.0, Directive.CONTINUE, False
+    step_seconds: list[float] = []
+    while fraction < 1 and not stopped:
+        multiplier = learning_rate_multiplier(spec, progress)
+        loss = _backward(model, spec, data.batch(progress.steps), world)
+        optimizer.step(progress.steps, multiplier)
+        losses.add(progress.steps + 1, loss)
+
+        if world.leads and reporter.directive() is Directive.STOP:
+            told = Directive.STOP
+        seconds, stop = world.lead(watch.seconds(), told is Directive.STOP)
+        step_seconds.append(seconds - progress.seconds)
+        progress = Progress(progress.steps + 1, seconds, progress.tokens + spec.data.batch_tokens)
+        fraction = progress.fraction(spec.budget)
+        stopped = bool(stop) and fraction < 1
+
+        metrics: dict[str, float] = {}
+        if reports.reached(fraction) or progress.steps == 1 or stopped:
+            metrics |= {"train_loss": losses.latest(), "lr_multiplier": multiplier, "fraction": min(fraction, 1.0)}
+        if validations.reached(fraction) and not stopped:
+            losses.latest()  # a model that has diverged is not scored
+            with watch.paused():
+                metrics["val_bpb"] = _finite(progress.steps, validate(model))
+        if world.leads and metrics and reporter.measure(progress.steps, progress.seconds, metrics) is Directive.STOP:
+            told = Directive.STOP
+    _require_finite(model, progress.steps)
+    step_time = median(step_seconds)
+    return TrainingSummary(progress.steps, progress.tokens, progress.seconds, step_time, stopped, losses.latest())
+
+
+def _backward(model: Model, spec: TrialSpec, batch: Iterator[tuple[Tensor, Tensor]], world: World) -> Tensor:
+    """Leave in every parameter the gradient of the global batch's mean loss, and return that loss.
+
+    A micro-batch counts by its sequences, so the mean is the same however ranks and micro-batches cut the batch.
+    """
+    share = spec.data.batch_sequences // world.ranks
+    total, sequences = torch.zeros((), device=world.device), 0
+    for tokens, targets in batch:
+        tokens, targets = tokens.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True)
+        loss = (model(tokens, targets) + model.penalty()) * (len(tokens) / share)
+        loss.backward()
+        total += loss.detach()
+        sequences += len(tokens)
+    assert sequences == share, f"the data gave {sequences} sequences of {share}"
+    world.all_reduce_mean([total, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    return total
+
+
+class _Losses:
+    """Each step's loss, on a GPU read only LAG_STEPS later, so that the host need not wait for the step just begun."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._latest = float("nan")
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """Take a step's loss. Raises Diverged for one that can be read by now and is not finite."""
+        host, event = loss.to("cpu", non_blocking=True), None
+        if self._device.type == "cuda":
+            event = torch.cuda.current_stream(self._device).record_event()
+        self._unread.append((step, host, event))
+        self._read(LAG_STEPS if event is not None else 0)
+
+    def latest(self) -> float:
+        """The last loss taken. Waits for it; raises Diverged if it, or one before it, is not finite."""
+        self._read(0)
+        return self._latest
+
+    def _read(self, leave: int) -> None:
+        while len(self._unread) > leave:
+            step, host, event = self._unread.popleft()
+            if event is not None:
+                event.synchronize()
+            self._latest = _finite(step, host.item())
+
+
+class _Stopwatch:
+    """Seconds since it was made, without those spent inside `paused`."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
+        self._device, self._clock = device, clock
+        self._start = self._now()
+
+    def seconds(self) -> float:
+        """May run up to LAG_STEPS steps ahead of a GPU."""
+        return self._clock() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = self._now()
+        yield
+        self._start += self._now() - began
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._clock()
+
+
+class _Milestones:
+    """`count` equal fractions of a whole, the last of them 1."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._passed = count, 0
+
+    def reached(self, fraction: float) -> bool:
+        """Whether `fraction` has passed a milestone that no earlier call had passed."""
+        before, self._passed = self._passed, min(int(fraction * self._count + 1e-9), self._count)
+        return self._passed > before
+
+
+def _finite(step: int, value: float) -> float:
+    if not isfinite(value):
+        raise Diverged(step, value)
+    return value
+
+
+def _require_finite(model: Model, step: int) -> None:
+    """The last update has no loss after it that would show what it did."""
+    for parameter in model.parameters():
+        _finite(step, float(parameter.detach().sum()))
