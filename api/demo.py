@@ -114,7 +114,7 @@ def _report(console: Console, settings: Settings, caddie: Caddie) -> None:
     console.print(leaderboard_table(board.rows, f"Leaderboard (cap {DEMO['cap_bytes']:,} bytes, code included)"))
     refused = [trial for trial in caddie.trials(STUDY) if trial.state == "infeasible"]
     for trial in refused:
-        console.print(f"refused before training: trial {trial.number}, {trial.reason}")
+        console.print(f"trial {trial.number} was refused before training: {trial.reason}")
     if board.rows:
         best = caddie.trial(STUDY, board.rows[0].number).result
         assert best is not None, "a trial on the leaderboard has a result"

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 
 from api.app import create_app
 from api.server import Server
@@ -40,11 +42,17 @@ def up(settings: Settings, environment: Mapping[str, str]) -> None:
         flush=True,
     )
     print(f"database {database.url.render_as_string(hide_password=True)}, log {orchestrator.log_path}", flush=True)
+    # uvicorn gives a signal back once it has closed; by default SIGTERM would then end us before the orchestrator.
+    signal.signal(signal.SIGTERM, _exit)
     try:
         serve(settings, database)
     finally:
         orchestrator.stop()
         database.close()
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def require_free_port(settings: Settings) -> None:

@@ -245,3 +245,12 @@ def serve() -> Iterator[Callable[..., str]]:
         server.should_exit = True
         thread.join(timeout=30)
         assert not thread.is_alive(), "the server did not end"
+
+
+SLOWEST_FIRST = ("test_up.py", "test_launcher_process.py", "test_launcher.py", "test_loop.py", "test_pages.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that wait for processes come first, so that no worker is left alone with one at the end."""
+    order = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

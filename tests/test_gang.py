@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from pydantic import ValidationError
@@ -53,11 +54,12 @@ def spec_for(trainer: str) -> TrialSpec:
     return parse_spec(override(load_recipe("laptop"), {"data.dataset": trainer, "budget.steps": 3}))
 
 
+def no_store() -> NoReturn:
+    raise AssertionError("a gang of one has no rendezvous")
+
+
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
-    def no_store() -> None:
-        raise AssertionError("a gang of one has no rendezvous")
-
     monkeypatch.syspath_prepend(HERE)
     return Rank(0, GangConfig(), no_store, "trainers:run")
 
@@ -177,7 +179,7 @@ def test_what_a_job_held_is_gone_before_the_next(rank: Rank, tmp_path: Path, tra
 
 def test_a_trainer_that_does_not_exist_is_a_failure_that_may_pass(tmp_path: Path) -> None:
     mailbox = MemoryMailbox()
-    assert not Rank(0, GangConfig(), lambda: None, "worker.job:walk").run(spec_for("count"), tmp_path, mailbox)
+    assert not Rank(0, GangConfig(), no_store, "worker.job:walk").run(spec_for("count"), tmp_path, mailbox)
     closing = mailbox.read(0).closing
     assert closing is not None
     assert (closing.permanent, closing.reason) == (False, "AttributeError: module 'worker.job' has no attribute 'walk'")

@@ -109,7 +109,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 def test_measurements_arrive_once_and_in_order(bench: Bench) -> None:
-    attempt = bench.start("count", **{"budget.steps": 20})
+    attempt = bench.start("count", ONE, **{"budget.steps": 20})
     seen: list[Measurement] = []
     while True:
         update = bench.launcher.poll(attempt.attempt_id, len(seen))
@@ -123,7 +123,7 @@ def test_measurements_arrive_once_and_in_order(bench: Bench) -> None:
 
 
 def test_asking_again_with_the_same_cursor_gives_the_same(bench: Bench) -> None:
-    attempt = bench.start("count", **{"budget.steps": 5})
+    attempt = bench.start("count", ONE, **{"budget.steps": 5})
     ended = bench.until(attempt, lambda update: update.ending is not None)
     assert len(ended.measurements) == 5
     assert bench.launcher.poll(attempt.attempt_id, 0) == ended
@@ -262,7 +262,7 @@ def test_room_is_counted_in_ranks_and_a_start_without_room_starts_nothing(bench:
 
 
 def test_a_gpu_gang_has_no_room_where_there_is_no_gpu(bench: Bench) -> None:
-    if bench.kind == "ray" and ray.cluster_resources().get("GPU"):
+    if bench.kind == "ray" and ray.cluster_resources().get("GPU"):  # type: ignore[no-untyped-call]
         pytest.skip("this machine has GPUs, which Ray finds")
     assert bench.launcher.free(GangConfig(ranks=1, device="gpu")) == 0
     with pytest.raises(NoRoom):
