@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
 def open_launcher(settings: Settings) -> Launcher:
     """The launcher that the settings name. Nothing is started yet."""
     if settings.launcher == "local":
-        return LocalLauncher(settings.home / "gangs", settings.data, settings.ranks)
+        gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return LocalLauncher(settings.home / "gangs", settings.data, settings.ranks, gpus=gpus)
     return RayLauncher(settings.ray_address, settings.data, settings.ranks)
 
 

@@ -24,12 +24,13 @@ class ArtifactStore:
         digest = hashlib.sha256(data).hexdigest()
         artifact = Artifact(f"sha256/{digest[:2]}/{digest}", len(data), digest)
         path = self.path(artifact)
-        if path.exists() and path.stat().st_size == len(data):
+        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
             return artifact
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
         try:
             with os.fdopen(handle, "wb") as file:
+                os.fchmod(handle, 0o644)  # the API may run as another user
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

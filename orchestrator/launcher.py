@@ -50,6 +50,10 @@ class Launcher(Protocol):
         """How many gangs of this shape could start an attempt right now, idle ones of the shape included."""
         ...
 
+    def capacity(self, gang: GangConfig) -> int:
+        """How many gangs of this shape could run here if nothing else did; 0 says that one would wait for ever."""
+        ...
+
     def start(self, assignment: Assignment) -> str:
         """Give the attempt to a gang of spec.gang's shape and return the gang's name. Raises NoRoom."""
         ...

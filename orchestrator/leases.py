@@ -22,7 +22,7 @@ from worker.report import Measurement, TrialResult
 from worker.spec import GangConfig, TrialSpec
 
 MAX_ATTEMPTS = 3  # charged ones: failures that were the run's own
-MAX_UNCHARGED = 20  # lost or preempted ones: beyond this, something is wrong with the run after all
+MAX_LOST = 20  # uncharged, but beyond this something is wrong with the run after all
 
 
 def claim(session: Session, gang: GangConfig, owner: str, now: datetime, ttl: timedelta) -> Claim | None:
@@ -66,8 +66,8 @@ def claim(session: Session, gang: GangConfig, owner: str, now: datetime, ttl: ti
 
 
 def renew(session: Session, lease: Lease, now: datetime, ttl: timedelta, **changes: Any) -> None:
-    """Extend a lease that has not expired, and set the attempt's `gang` or `phase` where given. Raises LeaseLost."""
-    _write(session, lease, now, lease_expires_at=now + ttl, **changes)
+    """Extend a lease that nobody has taken, and set the attempt's `gang` or `phase` where given. Raises LeaseLost."""
+    _write(session, lease, lease_expires_at=now + ttl, **changes)
 
 
 def still_held(session: Session, held: Sequence[Lease]) -> set[int]:
@@ -102,7 +102,7 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
     """
     _lock(session, AttemptRow.id == lease.attempt_id)
     _write(
-        session, lease, now, outcome=ended.outcome, reason=ended.reason or None, permanent=ended.permanent,
+        session, lease, outcome=ended.outcome, reason=ended.reason or None, permanent=ended.permanent,
         result=None if ended.result is None else ended.result.model_dump(mode="json"),
         finished_at=now, lease_token=None, lease_expires_at=None,
     )  # fmt: skip
@@ -147,10 +147,12 @@ def _lock(session: Session, *which: ColumnElement[bool]) -> Sequence[int]:
     return ids
 
 
-def _write(session: Session, lease: Lease, now: datetime, **values: Any) -> None:
-    held = (AttemptRow.lease_token == lease.token, AttemptRow.lease_expires_at > now)
+def _write(session: Session, lease: Lease, **values: Any) -> None:
+    # Not on the expiry: a lease that ran out is ours until `expire` takes it, and a gang that trains on is not thrown
+    # away because the database was away for longer than a lease.
+    held = (AttemptRow.id == lease.attempt_id, AttemptRow.outcome.is_(None), AttemptRow.lease_token == lease.token)
     written = session.scalar(
-        update(AttemptRow).where(AttemptRow.id == lease.attempt_id, AttemptRow.outcome.is_(None), *held).values(values)
+        update(AttemptRow).where(*held).values(values)
         .returning(AttemptRow.id).execution_options(synchronize_session=False)
     )  # fmt: skip
     if written is None:
@@ -188,8 +190,8 @@ def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[R
     if ended.outcome is Outcome.STOPPED:
         return RunState.STOPPED, TrialState.PRUNED
     outcomes = [Outcome(o) for o in session.scalars(select(AttemptRow.outcome).where(AttemptRow.run_id == run_id)) if o]
-    uncharged = sum(outcome in UNCHARGED for outcome in outcomes)
-    if ended.permanent or len(outcomes) - uncharged >= MAX_ATTEMPTS or uncharged >= MAX_UNCHARGED:
+    charged = sum(outcome not in UNCHARGED for outcome in outcomes)
+    if ended.permanent or charged >= MAX_ATTEMPTS or outcomes.count(Outcome.LOST) >= MAX_LOST:
         return RunState.FAILED, TrialState.FAILED
     return RunState.QUEUED, TrialState.QUEUED
 

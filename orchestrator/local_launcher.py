@@ -64,6 +64,9 @@ class LocalLauncher:
         used = sum(held.shape.ranks for held in self._gangs.values() if held.shape.device == "cpu")
         return max(0, self._ranks - used) // gang.ranks
 
+    def capacity(self, gang: GangConfig) -> int:
+        return (len(self._gpus) if gang.device == "gpu" else self._ranks) // gang.ranks
+
     def start(self, assignment: Assignment) -> str:
         attempt_id, shape = assignment.attempt_id, assignment.spec.gang
         if attempt_id in self._gangs:

@@ -4,7 +4,7 @@ Every step can be repeated.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -32,6 +32,8 @@ class Held:
     renewed_at: datetime
     after: int = 0
     phase: str = "queue"
+    unstored: bool = False
+    """Whether its artifact could not be written so far."""
 
 
 @dataclass
@@ -45,13 +47,11 @@ class Loop:
     ttl: timedelta
     held: dict[int, Held] = field(default_factory=dict)
     searches: dict[int, tuple[Proposer, History]] = field(default_factory=dict)
+    told: set[tuple[int, GangConfig]] = field(default_factory=set)
+    """Studies and shapes of which it was said that nothing here can hold them."""
 
     def tick(self, now: datetime) -> None:
         """Everything that is due at `now`, once."""
-        with self.database.write() as session:
-            lost = leases.expire(session, now)
-        if lost:
-            log.warning("%d attempts lost their lease and were queued again", lost)
         self._drop_lost()
         for held in list(self.held.values()):
             try:
@@ -61,6 +61,11 @@ class Loop:
             except Exception as error:  # one gang must not stop the others
                 log.exception("attempt %d could not be polled", held.claim.lease.attempt_id)
                 self._finish(held, AttemptResult(Outcome.FAILED, f"{type(error).__name__}: {error}"), now)
+        # After our own were renewed: a lease that ran out while we could not write is ours until someone takes it.
+        with self.database.write() as session:
+            lost = leases.expire(session, now)
+        if lost:
+            log.warning("%d attempts lost their lease and were queued again", lost)
         with self.database.read() as session:
             studies = store.list_studies(session, (StudyState.RUNNING,))
         gave_up = {study.id: self._feed(study, now) for study in studies}
@@ -68,9 +73,14 @@ class Loop:
             self._complete(study, gave_up[study.id], now)
 
     def hand_back(self, now: datetime) -> None:
-        """End every attempt of ours as preempted, which queues its run again without charge, and free the gangs."""
-        for attempt_id in list(self.held):
-            self._finish(self.held[attempt_id], AttemptResult(Outcome.PREEMPTED, "the orchestrator was stopped"), now)
+        """Record what has ended, queue the rest again without charge, and free every gang."""
+        for attempt_id, held in list(self.held.items()):
+            try:
+                self._poll(held, now)
+            except Exception:
+                log.exception("attempt %d could not be polled a last time", attempt_id)
+            if attempt_id in self.held:
+                self._finish(held, AttemptResult(Outcome.PREEMPTED, "the orchestrator was stopped"), now)
 
     def _drop_lost(self) -> None:
         """Kill the gangs whose attempt is no longer ours: cancelled, or expired while we were away."""
@@ -91,8 +101,16 @@ class Loop:
                 return
             held.after = update.measurements[-1].number if update.measurements else held.after
             held.phase, held.renewed_at = update.phase, now
-        if update.ending is not None:
-            self._finish(held, self._keep(lease.attempt_id, update.ending), now)
+        if update.ending is None:
+            return
+        try:
+            result = self._keep(lease.attempt_id, update.ending)
+        except OSError as error:  # a full disk, say: the gang has the only copy and keeps it until there is room
+            if not held.unstored:
+                log.error("the artifact of attempt %d cannot be stored, trying again: %s", lease.attempt_id, error)
+            held.unstored = True
+            return
+        self._finish(held, result, now)
 
     def _keep(self, attempt_id: int, ending: Ending) -> AttemptResult:
         """The ending with its artifact stored: on disk first, so that no row ever names a file that is not there."""
@@ -117,28 +135,33 @@ class Loop:
     def _feed(self, study: Study, now: datetime) -> str | None:
         """Keep a proposal waiting for each shape while free gangs take runs, widest first; why none is left to make."""
         shapes = sorted(study.definition.shapes, key=lambda gang: -gang.ranks)
+        gave_up: dict[GangConfig, str] = {}
         started = True
-        gave_up: str | None = None
         while started:
             with self.database.read() as session:
                 queued = store.count_queued(session, study.id)
             for gang in shapes:
-                if not queued.get(gang) and gave_up is None:
-                    gave_up = self._propose(study, gang, now)
+                if not queued.get(gang) and gang not in gave_up and (why := self._propose(study, gang, now)):
+                    gave_up[gang] = why
             waiting = sorted({*shapes, *queued}, key=lambda gang: -gang.ranks)
             started = sum(self._start(gang, now) for gang in waiting) > 0
-        return gave_up
+        self._tell_of_no_room(study, queued, now)
+        return "; ".join(dict.fromkeys(gave_up.values())) if len(gave_up) == len(shapes) else None
 
     def _propose(self, study: Study, gang: GangConfig, now: datetime) -> str | None:
         """Add one proposal to the queue; the reason where there is none to make."""
         if study.proposed >= study.definition.max_trials or not study.definition.space:
             return None
-        proposer, history = self.searches.setdefault(study.id, (Proposer(study), History(study.id)))
-        with self.database.read() as session:
-            trials = history.read(session)
         try:
+            if study.id not in self.searches:
+                self.searches[study.id] = (Proposer(study), History(study.id))
+            proposer, history = self.searches[study.id]
+            with self.database.read() as session:
+                trials = history.read(session)
             proposed = proposer.propose(trials, gang)
-        except Exception as error:
+        except OperationalError:
+            raise
+        except Exception as error:  # one study must not stop the others
             log.exception("the proposer of study %s failed", study.name)
             self._move(study, StudyState.PAUSED, f"the proposer failed: {type(error).__name__}: {error}", now)
             return "the proposer failed"
@@ -160,13 +183,16 @@ class Loop:
             claim = leases.claim(session, gang, self.owner, now, self.ttl)
         if claim is None:
             return False
-        held = self.held[claim.lease.attempt_id] = Held(claim, now)
+        held = self.held[claim.lease.attempt_id] = Held(claim, now, phase="start")
         try:
             name = self.launcher.start(Assignment(claim.lease.attempt_id, claim.spec))
         except NoRoom as error:
             self._finish(held, AttemptResult(Outcome.PREEMPTED, str(error)), now)
             return False
-        held.phase = "start"
+        except Exception as error:  # one gang must not stop the others
+            log.exception("attempt %d could not be started", claim.lease.attempt_id)
+            self._finish(held, AttemptResult(Outcome.FAILED, f"{type(error).__name__}: {error}"), now)
+            return False
         try:
             with self.database.write() as session:
                 leases.renew(session, claim.lease, now, self.ttl, gang=name, phase=held.phase)
@@ -174,6 +200,18 @@ class Loop:
             self._release(claim.lease.attempt_id, "lost its lease before it began")
         log.info("trial %d started on %s", claim.trial_number, name)
         return True
+
+    def _tell_of_no_room(self, study: Study, queued: Mapping[GangConfig, int], now: datetime) -> None:
+        """Say once, as an event of the study, that runs wait for a shape that nothing here can ever hold."""
+        for gang in queued:
+            if (study.id, gang) in self.told or self.launcher.capacity(gang):
+                continue
+            self.told.add((study.id, gang))
+            shape = f"{gang.ranks} {gang.device} ranks"
+            why = f"Runs wait for a gang of {shape}: {self.owner} has no node that could hold one"
+            log.warning("study %s: %s", study.name, why)
+            with self.database.write() as session:
+                store.add_event(session, study.id, None, "study.waiting", why, now)
 
     def _complete(self, study: Study, gave_up: str | None, now: datetime) -> None:
         """Complete a study whose proposals are made (or exhausted) and whose trials are all finished."""
@@ -201,13 +239,15 @@ def run(loop: Loop, clock: Callable[[], datetime], wait: Callable[[float], bool]
     The database may be away for a while.
     """
     failures = 0
-    while True:
-        try:
-            loop.tick(clock())
-            failures = 0
-        except OperationalError as error:
-            failures += 1
-            log.warning("the database does not answer, trying again: %s", error.orig)
-        if wait(min(tick_seconds * 2**failures, 10.0)):
-            break
-    loop.hand_back(clock())
+    try:
+        while True:
+            try:
+                loop.tick(clock())
+                failures = 0
+            except OperationalError as error:
+                failures += 1
+                log.warning("the database does not answer, trying again: %s", error.orig)
+            if wait(min(tick_seconds * 2 ** min(failures, 6), 10.0)):
+                break
+    finally:
+        loop.hand_back(clock())

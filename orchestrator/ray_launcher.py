@@ -109,6 +109,10 @@ class RayLauncher:
         spare = _spare([*self._busy(), *alike])
         return sum(idle.node in spare for idle in alike) + sum(_fit(gang, *room) for room in spare.values())
 
+    def capacity(self, gang: GangConfig) -> int:
+        self._connect()
+        return sum(_fit(gang, *room) for room in _spare(()).values())
+
     def start(self, assignment: Assignment) -> str:
         attempt_id, shape = assignment.attempt_id, assignment.spec.gang
         if attempt_id in self._held:

@@ -102,7 +102,7 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
     idempotency key, or two proposals of the same spec, meet: the transaction is then void.
     """
     infeasible = new.verdict == "cannot_fit"
-    number = _next_number(session, study_id, new.origin, now)
+    number = _next_number(session, study_id, new.origin)
     if number is None:
         return None
     row = TrialRow(
@@ -124,11 +124,23 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
         )
     )  # fmt: skip
     session.flush()
+    if new.origin == "submitted":
+        _reopen(session, study_id, now)
     add_event(session, study_id, number, "trial.queued", f"Trial {number} was {new.origin}", now)
     return _trial(row)
 
 
-def _next_number(session: Session, study_id: int, origin: str, now: datetime) -> int | None:
+def _reopen(session: Session, study_id: int, now: datetime) -> None:
+    """Let a complete study run on."""
+    name = session.scalar(
+        update(StudyRow).where(StudyRow.id == study_id, StudyRow.state == StudyState.COMPLETE)
+        .values(state=StudyState.RUNNING, reason=None, changed_at=now).returning(StudyRow.name)
+    )  # fmt: skip
+    if name is not None:
+        add_event(session, study_id, None, "study.running", f"Study {name} is running again", now)
+
+
+def _next_number(session: Session, study_id: int, origin: str) -> int | None:
     proposal = origin == "proposed"
     open_states = (StudyState.RUNNING,) if proposal else (StudyState.RUNNING, StudyState.PAUSED, StudyState.COMPLETE)
     take = update(StudyRow).where(StudyRow.id == study_id, StudyRow.state.in_(open_states))
@@ -142,11 +154,6 @@ def _next_number(session: Session, study_id: int, origin: str, now: datetime) ->
         if row is None:
             raise NotFound("study", study_id)
         raise IllegalMove(f"study {row.name}", row.state, "take trials", tuple(open_states))
-    if number is not None and not proposal:
-        session.execute(
-            update(StudyRow).where(StudyRow.id == study_id, StudyRow.state == StudyState.COMPLETE)
-            .values(state=StudyState.RUNNING, reason=None, changed_at=now)
-        )  # fmt: skip
     return None if number is None else number - 1
 
 

@@ -14,7 +14,7 @@ from orchestrator.database import Database
 from orchestrator.errors import LeaseLost
 from orchestrator.leases import (
     MAX_ATTEMPTS,
-    MAX_UNCHARGED,
+    MAX_LOST,
     claim,
     expire,
     finish,
@@ -174,7 +174,7 @@ def test_every_run_has_exactly_one_winner_among_racing_claimants(
 # Leases
 
 
-def test_a_lease_is_renewed_until_it_expires(database: Database, held: Claim, now: datetime) -> None:
+def test_a_lease_that_ran_out_is_renewed_until_someone_takes_it(database: Database, held: Claim, now: datetime) -> None:
     last = now + TTL - SECOND
     with database.write() as session:
         renew(session, held.lease, last, TTL, gang="g1")
@@ -183,8 +183,11 @@ def test_a_lease_is_renewed_until_it_expires(database: Database, held: Claim, no
         assert still_held(session, [held.lease]) == {held.lease.attempt_id}
     _, _, (attempt,) = look(database, held)
     assert attempt.gang == "g1"
-    with pytest.raises(LeaseLost), database.write() as session:
+    with database.write() as session:
         renew(session, held.lease, last + 3 * TTL, TTL)
+        assert expire(session, last + 4 * TTL) == 1
+    with pytest.raises(LeaseLost), database.write() as session:
+        renew(session, held.lease, last + 4 * TTL, TTL)
 
 
 def test_measurements_delivered_again_are_kept_once(database: Database, held: Claim, now: datetime) -> None:
@@ -204,24 +207,20 @@ def test_a_long_silence_is_recorded_in_one_go(database: Database, held: Claim, n
         assert [progress.measurement for progress in list_measurements(session, held.trial_id)] == said
 
 
-def expired(held: Claim, now: datetime) -> tuple[Lease, datetime]:
-    return held.lease, now + TTL
+def forged(held: Claim) -> Lease:
+    return Lease(held.lease.attempt_id, "f" * 32)
 
 
-def forged(held: Claim, now: datetime) -> tuple[Lease, datetime]:
-    return Lease(held.lease.attempt_id, "f" * 32), now
+def of_no_attempt(held: Claim) -> Lease:
+    return Lease(held.lease.attempt_id + 1, held.lease.token)
 
 
-def of_no_attempt(held: Claim, now: datetime) -> tuple[Lease, datetime]:
-    return Lease(held.lease.attempt_id + 1, held.lease.token), now
-
-
-@pytest.mark.parametrize("bad", [expired, forged, of_no_attempt])
+@pytest.mark.parametrize("bad", [forged, of_no_attempt])
 def test_who_holds_no_lease_changes_nothing(
-    bad: Callable[[Claim, datetime], tuple[Lease, datetime]],
+    bad: Callable[[Claim], Lease],
     database: Database, held: Claim, trial_result: Results, now: datetime,
 ) -> None:  # fmt: skip
-    lease, at = bad(held, now)
+    lease, at = bad(held), now
     before = everything(database)
     with pytest.raises(LeaseLost), database.write() as session:
         renew(session, lease, at, TTL, gang="g2")
@@ -347,20 +346,23 @@ def test_a_permanent_failure_is_not_tried_again(database: Database, held: Claim,
     assert look(database, held)[:2] == (TrialState.FAILED, RunState.FAILED)
 
 
-def test_lost_and_preempted_attempts_cost_a_run_nothing_but_do_not_go_on_for_ever(
+def test_lost_and_preempted_attempts_cost_a_run_nothing_but_losses_do_not_go_on_for_ever(
     database: Database, held: Claim, now: datetime
 ) -> None:
     with database.write() as session:
         won = held
-        for n in range(MAX_UNCHARGED - 1):
-            finish(session, won.lease, AttemptResult((Outcome.PREEMPTED, Outcome.LOST)[n % 2]), now)
-            won = claimed(session, now)
+        for _ in range(MAX_LOST - 1):
+            for outcome in (Outcome.PREEMPTED, Outcome.LOST):
+                finish(session, won.lease, AttemptResult(outcome), now)
+                won = claimed(session, now)
         for _ in range(MAX_ATTEMPTS - 1):
             finish(session, won.lease, AttemptResult(Outcome.FAILED), now)
             won = claimed(session, now)
     assert look(database, held)[0] is TrialState.RUNNING
     with database.write() as session:
         finish(session, won.lease, AttemptResult(Outcome.PREEMPTED), now)
+        won = claimed(session, now)
+        finish(session, won.lease, AttemptResult(Outcome.LOST), now)
     assert look(database, held)[:2] == (TrialState.FAILED, RunState.FAILED)
 
 

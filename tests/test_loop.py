@@ -15,7 +15,7 @@ from orchestrator.database import Database
 from orchestrator.launcher import Assignment
 from orchestrator.lifecycle import Outcome, StudyState, TrialState
 from orchestrator.local_launcher import LocalLauncher
-from orchestrator.loop import Loop
+from orchestrator.loop import Loop, run
 from orchestrator.study import NewStudy, NewTrial, Study, Trial
 from orchestrator.tables import MeasurementRow
 from worker.recipes import load_recipe
@@ -316,3 +316,103 @@ def test_a_run_cancelled_while_its_gang_starts_is_released(
     assert not loop.held
     assert loop.launcher.free(GangConfig()) == 3
     assert stage.states() == [TrialState.CANCELLED]
+
+
+@ON_SQLITE
+def test_an_outage_longer_than_a_lease_costs_nothing(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
+    loop = stage.orchestrator()
+    stage.run(loop, lambda: bool(loop.held), pause)
+    stage.now += 3 * TTL
+    loop.tick(stage.now)
+    assert [held.claim.trial_number for held in loop.held.values()] == [trial.number]
+    assert stage.outcomes(trial.number) == [None]
+
+
+@ON_SQLITE
+def test_a_gang_that_cannot_start_fails_its_own_attempt_alone(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    running = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
+    loop = stage.orchestrator()
+    stage.run(loop, lambda: bool(loop.held), pause)
+    (stage.folder / "orchestrator-0" / "2").write_text("where the second attempt's folder should be")
+    broken = stage.submit(new_trial({"data.dataset": "count"}, origin="submitted"))
+    stage.run(loop, lambda: len(stage.outcomes(broken.number)) > 1, pause)
+    assert stage.outcomes(broken.number)[0] is Outcome.FAILED
+    assert stage.outcomes(running.number) == [None]
+
+
+@ON_SQLITE
+def test_a_result_whose_artifact_cannot_be_stored_waits_until_there_is_room(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    trial = stage.submit(new_trial({"data.dataset": "count"}, origin="submitted"))
+    loop = stage.orchestrator()
+    stage.artifacts.root.write_text("not a folder")
+    stage.run(loop, lambda: any(held.unstored for held in loop.held.values()), pause)
+    for _ in range(3):
+        stage.now += TTL / 2
+        loop.tick(stage.now)
+    assert stage.outcomes(trial.number) == [None]
+    stage.artifacts.root.unlink()
+    stage.run(loop, lambda: stage.states() == [TrialState.COMPLETE], pause)
+    assert stage.outcomes(trial.number) == [Outcome.SUCCEEDED]
+
+
+@ON_SQLITE
+def test_what_ended_since_the_last_look_is_recorded_before_a_stop(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    trial = stage.submit(new_trial({"data.dataset": "count"}, origin="submitted"))
+    loop = stage.orchestrator()
+    stage.run(loop, lambda: bool(loop.held), pause)
+    (attempt,) = loop.held
+    while loop.launcher.poll(attempt, 0).ending is None:
+        pause(PAUSE)
+    loop.hand_back(stage.now)
+    assert stage.outcomes(trial.number) == [Outcome.SUCCEEDED]
+
+
+@ON_SQLITE
+def test_a_study_goes_on_for_one_shape_when_another_has_nothing_left(scene: Callable[..., Scene], pause: Any) -> None:
+    space = {"data.batch_tokens": {"choice": [128, 256, 384, 512]}}  # 1 to 4 sequences: 2 ranks divide two of them
+    stage = scene(max_trials=20, space=space, gangs=[{"ranks": 1}, {"ranks": 2}])
+    stage.run(stage.orchestrator(), stage.complete, pause)
+    assert len(stage.trials()) == 4
+    assert set(stage.states()) == {TrialState.COMPLETE}
+
+
+@ON_SQLITE
+def test_runs_that_nothing_here_can_hold_are_told_of_once(
+    scene: Callable[..., Scene], new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    stage.submit(new_trial({"gang.device": "gpu"}, origin="submitted"))
+    loop = stage.orchestrator()
+    for _ in range(3):
+        loop.tick(stage.now)
+    with stage.database.read() as session:
+        told = [event.message for event in store.list_events(session) if event.kind == "study.waiting"]
+    assert told == ["Runs wait for a gang of 1 gpu ranks: orchestrator-0 has no node that could hold one"]
+
+
+@ON_SQLITE
+def test_whatever_ends_the_loop_hands_the_attempts_back(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
+    loop = stage.orchestrator()
+    stage.run(loop, lambda: bool(loop.held), pause)
+    loop.database.read = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        run(loop, lambda: stage.now, lambda seconds: True)
+    del loop.database.read
+    assert stage.states() == [TrialState.QUEUED]
