@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from api.context import STUDY_NAME
 from orchestrator.space import Parameter
 from orchestrator.study import CAP_BYTES, NewStudy
 from worker.recipes import load_recipe
@@ -44,9 +45,9 @@ class StudyIn(Input):
             return NewStudy.model_validate({**fields, "base": override(base, self.overrides)})
         except ValidationError as error:
             found = problems_of(error)
-            raise InvalidSpec(
-                tuple(_placed(problem, "base", {"overrides": self.overrides}) for problem in found)
-            ) from None
+        except InvalidSpec as error:
+            found = tuple(problem.within("base") for problem in error.problems)
+        raise InvalidSpec(tuple(_placed(problem, "base", {"overrides": self.overrides}) for problem in found))
 
 
 class SpecIn(Input):
@@ -112,7 +113,7 @@ class TrialIn(SpecIn):
 class PreviewIn(SpecIn):
     """A configuration to predict without running it; in a study, by what its trials have shown, against its cap."""
 
-    study: str | None = None
+    study: str | None = Field(default=None, pattern=f"^{STUDY_NAME.pattern}$")
     cap_bytes: int | None = Field(default=None, ge=1, le=2**53)
 
 

@@ -11,14 +11,16 @@ import typer
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
+from sqlalchemy.exc import DBAPIError
 
 from api.client import ApiError, Caddie, Unreachable
+from api.program import environment_of, program
 from api.schemas import PreviewOut
 from api.terminal import leaderboard_table, preview_lines, studies_table, trial_lines, watch_study
 from orchestrator.feasibility import judge, predict
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import CAP_BYTES
-from worker.recipes import load_recipe, recipe_names
+from worker.recipes import load_recipe, read_yaml, recipe_names
 from worker.shape import FieldError
 from worker.spec import InvalidSpec, Problem, override, parse_spec, problems_of
 
@@ -49,6 +51,10 @@ def main() -> None:
         _fail(str(error), 2 if error.status < 500 else 1)
     except Unreachable as error:
         _fail(f"{error}; is `caddie up` running?", 1)
+    except DBAPIError as error:  # a database that does not answer, or that refuses
+        _fail(f"the database: {' '.join(str(error.orig).split())}", 1)
+    except OSError as error:  # a folder that cannot be made or written to
+        _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
@@ -61,7 +67,7 @@ def up(
     launcher: Annotated[str | None, typer.Option(help=KNOWN["CADDIE_LAUNCHER"])] = None,
 ) -> None:
     """Run the API, the loop, a local Ray and the database: one process tree, until Ctrl-C."""
-    from api.up import environment_of, up  # the server's imports take a second that no other command should pay
+    from api.up import up  # the server's imports take a second that no other command should pay
 
     flags = {"CADDIE_HOME": home, "CADDIE_PORT": port, "CADDIE_RANKS": ranks, "CADDIE_LAUNCHER": launcher}
     chosen = {name: str(value) for name, value in flags.items() if value is not None}
@@ -77,13 +83,16 @@ def api() -> None:
 
     settings = Settings.read(os.environ)
     require_free_port(settings)
-    serve(settings, Database(settings.database_url))
+    database = Database(settings.database_url)
+    database.needs_migration()  # whether it answers at all: /readyz says whether the schema is ours
+    serve(settings, database)
 
 
 @app.command()
 def orchestrator() -> None:
     """Run the loop and its launcher alone, as docker-compose.yml does. Settings come from CADDIE_* variables."""
-    os.execv(sys.executable, [sys.executable, "-m", "orchestrator"])  # not a child: signals must reach the loop
+    environment = environment_of(Settings.read(os.environ))
+    os.execve(sys.executable, program("orchestrator"), environment)  # not a child: signals must reach the loop
 
 
 @app.command()
@@ -108,9 +117,8 @@ def demo() -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def data(context: typer.Context) -> None:
     """Build, fetch or list datasets: `caddie data build | fetch | list`."""
-    settings = Settings.read(os.environ)
-    environment = os.environ | {"CADDIE_DATA": str(settings.data)}
-    sys.exit(subprocess.call([sys.executable, "-m", "worker", "data", *context.args], env=environment))
+    command = program("worker", "data", *context.args)
+    sys.exit(subprocess.call(command, env=environment_of(Settings.read(os.environ))))
 
 
 @app.command()
@@ -143,7 +151,9 @@ def submit(
 ) -> None:
     """Submit one trial to a study."""
     body: dict[str, Any] = {"overrides": _overrides(overrides), "allow_duplicate": allow_duplicate}
-    if spec is not None:
+    if spec is None:
+        body["params"] = {}
+    else:
         body["spec"] = override(_spec_data(spec), body.pop("overrides"))
     with _client() as caddie:
         trial = caddie.submit(study, body, idempotency_key=key)
@@ -244,7 +254,7 @@ def _spec_data(name: str) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidSpec((Problem("file", str(path), " ".join(str(error).split())),)) from None
     if not isinstance(data, dict):
@@ -259,7 +269,7 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
         if not equals or not path:
             raise InvalidSpec((Problem("--set", pair, "must be PATH=VALUE, such as sharing.lora.rank=4"),))
         try:
-            changes[path] = yaml.safe_load(text)
+            changes[path] = read_yaml(text, path)
         except yaml.YAMLError:
             raise InvalidSpec((Problem(path, text, "is not a YAML value"),)) from None
     return changes

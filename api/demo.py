@@ -8,19 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
 from api.client import Caddie, Unreachable
+from api.program import environment_of, program
+from api.schemas import LeaderboardRow
 from api.terminal import leaderboard_table, watch_study
-from api.up import environment_of
-from orchestrator.settings import Settings
+from orchestrator.settings import KNOWN, Settings
 
-STUDY = "demo"
-DEMO = {
-    "name": STUDY,
+DEMO: dict[str, Any] = {
+    "name": "demo",
     "recipe": "laptop",
     "space": {
         "sharing.lora.rank": {"choice": [0, 2, 4, 8]},
@@ -37,39 +40,69 @@ EXPLICIT: dict[str, dict[str, Any]] = {
     "demo-over-the-cap": {"model.width": 288, "sharing.unique_blocks": 6, "sharing.tying": "sequence"},
 }
 RANKS = 3  # one gang of two ranks beside one of one, on two cores
+OBEYED = ("CADDIE_HOME", "CADDIE_PORT", "CADDIE_RANKS", "CADDIE_DATA", "CADDIE_LAUNCHER")
 PATIENCE_SECONDS = 60.0
+END_SECONDS = 60.0  # the API's 10 for open requests, the orchestrator's 20, and time to spare
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-def run_demo(console: Console) -> int:
-    """Run or resume the demo in ./demo (or CADDIE_HOME); 0 when the study is complete."""
-    settings = _settings()
+def run_demo(console: Console, demo: Mapping[str, Any] = DEMO) -> int:
+    """Run or resume the demo in ./demo (or CADDIE_HOME); 0 when the study is complete, and nothing is left running.
+
+    For a signal, 130 or SystemExit with 128 and its number. `demo` is a StudyIn whose cap no untied model fits.
+    """
+    settings = demo_settings(os.environ)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _exit)
     console.print(f"[bold]Caddie demo[/bold] in {settings.home}: how should six layers share weights?")
-    environment = environment_of(settings)
-    settings.home.mkdir(parents=True, exist_ok=True)
-    with (settings.home / "up.log").open("ab") as log:
-        server = subprocess.Popen([sys.executable, "-m", "api.cli", "up"], env=environment, stdout=log, stderr=log)
     try:
-        with Caddie(settings.url) as caddie:
+        with _caddie_up(settings) as server, Caddie(settings.url) as caddie:
             _wait_ready(caddie, server)
-            console.print(f"page {settings.url}/studies/{STUDY}")
+            console.print(f"page {settings.url}/studies/{demo['name']}")
             console.print(f"Optuna's dashboard {settings.url}/dashboard")
-            subprocess.run([sys.executable, "-m", "worker", "data", "build"], env=environment, check=True)
-            _prepare(console, caddie)
-            watch_study(console, caddie, STUDY)
-            _report(console, settings, caddie)
+            code = subprocess.call(program("worker", "data", "build"), env=environment_of(settings))
+            if code:  # it has said why
+                return code
+            _prepare(console, caddie, demo)
+            watch_study(console, caddie, demo["name"])
+            _report(console, settings, caddie, demo["name"])
     except KeyboardInterrupt:
         console.print("stopped; finished trials are kept: run it again to go on")
         return 130
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(timeout=30)
     return 0
 
 
-def _settings() -> Settings:
-    environment = {"CADDIE_HOME": "demo", "CADDIE_RANKS": str(RANKS), "CADDIE_PORT": str(_free_port()), **os.environ}
-    return Settings.read(environment)
+def demo_settings(environment: Mapping[str, str]) -> Settings:
+    """A demo's own settings: of the user's, which may be those of an installation in use, only what OBEYED names."""
+    given = {name: value for name, value in environment.items() if name in OBEYED or name not in KNOWN}
+    defaults = {"CADDIE_HOME": "demo", "CADDIE_RANKS": str(RANKS), "CADDIE_PORT": str(_free_port())}
+    return Settings.read(defaults | given)
+
+
+@contextmanager
+def _caddie_up(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+    """A `caddie up` with these settings. Afterwards it has ended, and everything that it started."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with (settings.home / "up.log").open("ab") as log:
+        # In a session of its own: a Ctrl-C at the terminal reaches us alone, and we ask it once.
+        server = subprocess.Popen(
+            program("api.cli", "up"), env=environment_of(settings), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield server
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()  # its orchestrator and gangs end with it
+            server.wait()
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _free_port() -> int:
@@ -97,43 +130,51 @@ def _wait_ready(caddie: Caddie, server: subprocess.Popen[bytes]) -> None:
     raise Unreachable("the API did not answer: see up.log in the demo's folder")
 
 
-def _prepare(console: Console, caddie: Caddie) -> None:
+def _prepare(console: Console, caddie: Caddie, demo: Mapping[str, Any]) -> None:
     """Create the study and its two explicit trials; where they exist, nothing is added."""
-    if STUDY in {study.name for study in caddie.studies()}:
+    if demo["name"] in {study.name for study in caddie.studies()}:
         console.print("resuming the study; remove the folder to start over")
     else:
-        caddie.create_study(DEMO)
+        caddie.create_study(demo)
     for key, overrides in EXPLICIT.items():
-        trial = caddie.submit(STUDY, {"overrides": overrides, "allow_duplicate": True}, idempotency_key=key)
+        trial = caddie.submit(demo["name"], {"overrides": overrides, "allow_duplicate": True}, idempotency_key=key)
         console.print(f"submitted over REST as {key}: trial {trial.number} is {trial.state}")
 
 
-def _report(console: Console, settings: Settings, caddie: Caddie) -> None:
-    board = caddie.leaderboard(STUDY)
+def _report(console: Console, settings: Settings, caddie: Caddie, name: str) -> None:
+    board = caddie.leaderboard(name)
     console.print()
-    console.print(leaderboard_table(board.rows, f"Leaderboard (cap {DEMO['cap_bytes']:,} bytes, code included)"))
-    refused = [trial for trial in caddie.trials(STUDY) if trial.state == "infeasible"]
+    console.print(leaderboard_table(board.rows, f"Leaderboard (cap {board.cap_bytes:,} bytes, code included)"))
+    refused = [trial for trial in caddie.trials(name) if trial.state == "infeasible"]
     for trial in refused:
         console.print(f"trial {trial.number} was refused before training: {trial.reason}")
-    if board.rows:
-        best = caddie.trial(STUDY, board.rows[0].number).result
-        assert best is not None, "a trial on the leaderboard has a result"
-        order0 = best.diagnostics["order0_bpb"]
-        share = f"{best.val_bpb / order0:.0%} of the {order0:.4f} that an order-0 byte coder of the same text needs"
-        console.print(f"best {best.val_bpb:.4f} BPB: {share}")
+    console.print(_best(caddie, name, board.rows))
     console.print(f"database   {settings.database_url}")
     console.print(f"artifacts  {settings.artifacts}")
-    console.print(f"page       {_picture(settings)}")
+    console.print(f"page       {_picture(settings, name)}")
 
 
-def _picture(settings: Settings) -> str:
+def _best(caddie: Caddie, name: str, rows: Sequence[LeaderboardRow]) -> str:
+    first = next((row for row in rows if row.rank is not None), None)
+    if first is None:
+        return "no trial is complete with an artifact within the cap"
+    result = caddie.trial(name, first.number).result
+    assert result is not None, "a trial on the leaderboard has a result"
+    order0 = result.diagnostics["order0_bpb"]
+    share = f"{result.val_bpb / order0:.0%} of the {order0:.4f} that an order-0 byte coder of the same text needs"
+    return f"best {result.val_bpb:.4f} BPB: {share}"
+
+
+def _picture(settings: Settings, name: str) -> str:
     """Take a picture of the study's page with an installed Chromium; where it lies, or why there is none."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    page = f"{settings.url}/studies/{STUDY}"
+    page = f"{settings.url}/studies/{name}"
     if browser is None:
         return f"no picture, because no Chromium is installed; `caddie up --home {settings.home}` serves {page}"
     picture = settings.home / "page.png"
-    with tempfile.TemporaryDirectory() as profile:
+    picture.unlink(missing_ok=True)
+    # A browser that hangs, or that still writes to its profile, is no reason to fail.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, suppress(subprocess.TimeoutExpired):
         subprocess.run(
             [
                 browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",

@@ -99,7 +99,8 @@ def problem_of(error: Exception) -> ProblemDetails:
             found = (Problem(error.field, error.value, error.message),)
             return problem("conflict", str(error), found, existing=error.existing)
         case IllegalMove():
-            return problem("illegal-move", str(error))
+            found = (Problem("state", error.state, f"must be {' or '.join(error.allowed)} to {error.move}"),)
+            return problem("illegal-move", str(error), found)
         case DamagedArtifact():
             return problem("damaged-artifact", str(error))
         case NotReady():

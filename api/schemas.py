@@ -168,6 +168,8 @@ class PredictionOut(BaseModel):
     """What a spec will cost, before it runs. Artifact bytes include code; `low` and `high` bound them."""
 
     parameters: int
+    model_bytes: int
+    """The model's expected share of `artifact_bytes`."""
     code_bytes: int
     artifact_bytes: int
     artifact_bytes_low: int
@@ -175,7 +177,11 @@ class PredictionOut(BaseModel):
 
     @classmethod
     def of(cls, prediction: Prediction) -> "PredictionOut":
-        return cls.model_validate(prediction, from_attributes=True)
+        return cls(
+            parameters=prediction.parameters, model_bytes=prediction.artifact_bytes - prediction.code_bytes,
+            code_bytes=prediction.code_bytes, artifact_bytes=prediction.artifact_bytes,
+            artifact_bytes_low=prediction.artifact_bytes_low, artifact_bytes_high=prediction.artifact_bytes_high,
+        )  # fmt: skip
 
 
 class TrialOut(TrialSummary):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from api.client import Caddie
 from api.schemas import ActivityOut, LeaderboardRow, PreviewOut, StudyOut, TrialOut, TrialSummary
-from orchestrator.lifecycle import TrialState
+from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 POLL_SECONDS = 0.5
@@ -63,12 +63,11 @@ def trial_lines(trial: TrialOut) -> list[str]:
 def preview_lines(name: str, preview: PreviewOut) -> list[str]:
     """A preview as a person reads it."""
     prediction = preview.prediction
-    model_bytes = prediction.artifact_bytes - prediction.code_bytes
     lines = [name, f"  parameters       {prediction.parameters:,}"]
     lines += [f"    {kind:<14} {count:,}" for kind, count in preview.parameters_by_class.items()]
     lines += [
         f"  tying map        {tying_text(preview.tying_map)}",
-        f"  model bytes      {model_bytes:,} predicted",
+        f"  model bytes      {prediction.model_bytes:,} predicted",
         f"  code bytes       {prediction.code_bytes:,}",
         f"  artifact bytes   {prediction.artifact_bytes:,} predicted, "
         f"{prediction.artifact_bytes_low:,} to {prediction.artifact_bytes_high:,}",
@@ -79,7 +78,8 @@ def preview_lines(name: str, preview: PreviewOut) -> list[str]:
 
 
 def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:
-    """Show a study live until it is complete or stopped, and return it."""
+    """Show a study live until no trial of it is open and none will be proposed, and return it as it was then."""
+    caddie.study(name)  # where there is none, nothing is drawn
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
@@ -89,7 +89,7 @@ def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:
         while True:
             study = caddie.study(name)
             trials = caddie.trials(name)
-            done = [trial for trial in trials if trial.state not in ("queued", "running")]
+            done = [trial for trial in trials if trial.state not in OPEN_TRIALS]
             for trial in done:
                 if (trial.number, trial.state) not in shown:
                     shown.add((trial.number, trial.state))
@@ -100,7 +100,8 @@ def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:
             by_number = {trial.number: trial for trial in trials}
             active = [_running_line(by_number[a.trial], a) for a in caddie.activity(name) if a.trial in by_number]
             live.update(Group(bar, *active))
-            if study.state in ("complete", "stopped"):
+            ended = study.state in (StudyState.COMPLETE, StudyState.STOPPED) or not study.definition.space
+            if ended and len(done) == len(trials):
                 return study
             time.sleep(POLL_SECONDS)
 

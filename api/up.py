@@ -1,7 +1,6 @@
 """`caddie up`: the API in this process at once, the orchestrator as a child behind it, restarted should it die."""
 
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from api.app import create_app
+from api.program import program
 from api.server import Server
 from orchestrator.database import Database
 from orchestrator.settings import Settings
@@ -36,15 +36,15 @@ def up(settings: Settings, environment: Mapping[str, str]) -> None:
     database.migrate()
     settings.home.mkdir(parents=True, exist_ok=True)
     orchestrator = Orchestrator(dict(environment), settings.home / "orchestrator.log")
-    orchestrator.start()
-    print(
-        f"Caddie is up: {settings.url}  (API docs {settings.url}/docs, Optuna dashboard {settings.url}/dashboard)",
-        flush=True,
-    )
-    print(f"database {database.url.render_as_string(hide_password=True)}, log {orchestrator.log_path}", flush=True)
     # uvicorn gives a signal back once it has closed; by default SIGTERM would then end us before the orchestrator.
     signal.signal(signal.SIGTERM, _exit)
     try:
+        orchestrator.start()
+        print(
+            f"Caddie is up: {settings.url}  (API docs {settings.url}/docs, Optuna dashboard {settings.url}/dashboard)",
+            flush=True,
+        )
+        print(f"database {database.url.render_as_string(hide_password=True)}, log {orchestrator.log_path}", flush=True)
         serve(settings, database)
     finally:
         orchestrator.stop()
@@ -105,29 +105,10 @@ class Orchestrator:
                 if self._stopping.is_set():
                     return
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "orchestrator", "--with-parent"],
+                    program("orchestrator", "--with-parent"),
                     stdin=subprocess.PIPE, stdout=output, stderr=output, env=self._environment, start_new_session=True,
                 )  # fmt: skip
             code = self._process.wait()
             if self._stopping.wait(RESTART_SECONDS):
                 return
             log.error("the orchestrator ended with code %d and is started again; see %s", code, self.log_path)
-
-
-def environment_of(settings: Settings) -> dict[str, str]:
-    """The environment that gives a child process these settings."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CADDIE_")}
-    chosen = {
-        "CADDIE_HOME": settings.home,
-        "CADDIE_DATABASE_URL": settings.database_url,
-        "CADDIE_ARTIFACTS": settings.artifacts,
-        "CADDIE_DATA": settings.data,
-        "CADDIE_HOST": settings.host,
-        "CADDIE_PORT": settings.port,
-        "CADDIE_URL": settings.url,
-        "CADDIE_LAUNCHER": settings.launcher,
-        "CADDIE_RANKS": settings.ranks,
-        "CADDIE_LEASE_SECONDS": settings.lease_seconds,
-        "CADDIE_RAY_ADDRESS": settings.ray_address or "",
-    }
-    return environment | {name: str(value) for name, value in chosen.items()}

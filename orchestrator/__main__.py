@@ -9,6 +9,8 @@ import threading
 from datetime import UTC, datetime, timedelta
 from types import FrameType
 
+from sqlalchemy.exc import OperationalError
+
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.launcher import Launcher
@@ -22,7 +24,7 @@ log = logging.getLogger("orchestrator")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the loop; 0 after a stop that was asked for, 2 where the environment is wrong."""
+    """Run the loop; 0 after a stop that was asked for, 2 where the environment is wrong, 1 without a database."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator", description=__doc__)
     parser.add_argument(
         "--with-parent", action="store_true", help="stop when standard input closes: the parent has died"
@@ -35,11 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"caddie: {error}", file=sys.stderr)
         return 2
-    if database.is_sqlite:
-        database.migrate()
-    elif database.needs_migration():
-        print("caddie: the database is not at this version's schema: run `caddie migrate` first", file=sys.stderr)
-        return 2
+    try:
+        if database.is_sqlite:
+            database.migrate()
+        elif database.needs_migration():
+            print("caddie: the database is not at this version's schema: run `caddie migrate` first", file=sys.stderr)
+            return 2
+    except OperationalError as error:
+        print(f"caddie: the database does not answer: {' '.join(str(error.orig).split())}", file=sys.stderr)
+        return 1
     stop = threading.Event()
     _stop_on_signals(stop)
     if options.with_parent:

@@ -10,9 +10,18 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
+from worker.shape import FieldError
+
+DRIVERS = {
+    "sqlite": "sqlite",
+    "sqlite+pysqlite": "sqlite",
+    "postgresql": "postgresql+psycopg",
+    "postgresql+psycopg": "postgresql+psycopg",
+}
 MIGRATION_LOCK = 0x0CADD1E  # any fixed number: PostgreSQL's advisory lock for migrations
 # PostgreSQL's own default gives every statement a snapshot of its own.
 READ_ONLY = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
@@ -24,11 +33,8 @@ class Database:
     """An engine and its two kinds of session. `write` takes SQLite's one write lock at its start, never midway."""
 
     def __init__(self, url: str) -> None:
-        self.url = make_url(url)
-        if self.url.drivername == "postgresql":
-            self.url = self.url.set(drivername="postgresql+psycopg")
-        if self.url.get_backend_name() not in {"sqlite", "postgresql"}:
-            raise ValueError(f"database URL is {url!r}: must start with sqlite:/// or postgresql://")
+        """Nothing is connected to yet. Raises FieldError, naming the setting, for a URL of no database that we know."""
+        self.url = _parse(url)
         if self.is_sqlite and self.url.database and self.url.database != ":memory:":
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = _create_engine(self)
@@ -77,6 +83,17 @@ def alembic_config(connection: Connection) -> Iterator[Config]:
         config.set_main_option("script_location", str(directory).replace("%", "%%"))
         config.attributes["connection"] = connection
         yield config
+
+
+def _parse(url: str) -> URL:
+    expected = "must start with sqlite:/// or postgresql://"
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # the second for a port that is no number
+        raise FieldError("CADDIE_DATABASE_URL", url, expected) from None
+    if parsed.drivername not in DRIVERS:
+        raise FieldError("CADDIE_DATABASE_URL", parsed.render_as_string(hide_password=True), expected)
+    return parsed.set(drivername=DRIVERS[parsed.drivername])
 
 
 def _create_engine(database: Database) -> Engine:

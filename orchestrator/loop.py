@@ -8,17 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import OperationalError
 
 from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
-from orchestrator.errors import IllegalMove, LeaseLost
-from orchestrator.history import History
+from orchestrator.errors import LeaseLost
 from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom
-from orchestrator.lifecycle import OPEN_TRIALS, Outcome, StudyState
-from orchestrator.proposer import Proposer
+from orchestrator.lifecycle import Outcome, StudyState
 from orchestrator.study import AttemptResult, Claim, Study
+from orchestrator.supply import Supply
 from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
@@ -46,9 +45,12 @@ class Loop:
     owner: str
     ttl: timedelta
     held: dict[int, Held] = field(default_factory=dict)
-    searches: dict[int, tuple[Proposer, History]] = field(default_factory=dict)
     told: set[tuple[int, GangConfig]] = field(default_factory=set)
     """Studies and shapes of which it was said that nothing here can hold them."""
+    supply: Supply = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.supply = Supply(self.database)
 
     def tick(self, now: datetime) -> None:
         """Everything that is due at `now`, once."""
@@ -70,7 +72,7 @@ class Loop:
             studies = store.list_studies(session, (StudyState.RUNNING,))
         gave_up = {study.id: self._feed(study, now) for study in studies}
         for study in studies:
-            self._complete(study, gave_up[study.id], now)
+            self.supply.complete(study, gave_up[study.id], now)
 
     def hand_back(self, now: datetime) -> None:
         """Record what has ended, queue the rest again without charge, and free every gang."""
@@ -141,39 +143,12 @@ class Loop:
             with self.database.read() as session:
                 queued = store.count_queued(session, study.id)
             for gang in shapes:
-                if not queued.get(gang) and gang not in gave_up and (why := self._propose(study, gang, now)):
+                if not queued.get(gang) and gang not in gave_up and (why := self.supply.propose(study, gang, now)):
                     gave_up[gang] = why
             waiting = sorted({*shapes, *queued}, key=lambda gang: -gang.ranks)
             started = sum(self._start(gang, now) for gang in waiting) > 0
         self._tell_of_no_room(study, queued, now)
         return "; ".join(dict.fromkeys(gave_up.values())) if len(gave_up) == len(shapes) else None
-
-    def _propose(self, study: Study, gang: GangConfig, now: datetime) -> str | None:
-        """Add one proposal to the queue; the reason where there is none to make."""
-        if study.proposed >= study.definition.max_trials or not study.definition.space:
-            return None
-        try:
-            if study.id not in self.searches:
-                self.searches[study.id] = (Proposer(study), History(study.id))
-            proposer, history = self.searches[study.id]
-            with self.database.read() as session:
-                trials = history.read(session)
-            proposed = proposer.propose(trials, gang)
-        except OperationalError:
-            raise
-        except Exception as error:  # one study must not stop the others
-            log.exception("the proposer of study %s failed", study.name)
-            self._move(study, StudyState.PAUSED, f"the proposer failed: {type(error).__name__}: {error}", now)
-            return "the proposer failed"
-        try:
-            with self.database.write() as session:
-                if proposed.trial is not None:
-                    store.add_trial(session, study.id, proposed.trial, now)
-                if proposed.refused:
-                    store.count_refused(session, study.id, proposed.refused)
-        except IntegrityError:  # another orchestrator proposed the same spec first; the next tick sees it
-            log.info("a proposal of study %s was made elsewhere too; dropped", study.name)
-        return proposed.reason
 
     def _start(self, gang: GangConfig, now: datetime) -> bool:
         """Claim a run of this shape for a free gang, if there is both."""
@@ -212,25 +187,6 @@ class Loop:
             log.warning("study %s: %s", study.name, why)
             with self.database.write() as session:
                 store.add_event(session, study.id, None, "study.waiting", why, now)
-
-    def _complete(self, study: Study, gave_up: str | None, now: datetime) -> None:
-        """Complete a study whose proposals are made (or exhausted) and whose trials are all finished."""
-        with self.database.read() as session:
-            counts = store.count_trials(session, study.id)
-            study = store.get_study(session, study.name)
-        done = study.proposed >= study.definition.max_trials or gave_up is not None
-        if not study.definition.space or study.state is not StudyState.RUNNING or not done or OPEN_TRIALS & set(counts):
-            return
-        self._move(study, StudyState.COMPLETE, gave_up or "all proposed trials are finished", now)
-
-    def _move(self, study: Study, to: StudyState, why: str, now: datetime) -> None:
-        try:
-            with self.database.write() as session:
-                store.move_study(session, study.id, to, now, why)
-        except IllegalMove as error:  # someone moved it first
-            log.info("%s", error)
-        else:
-            log.info("study %s is %s: %s", study.name, to, why)
 
 
 def run(loop: Loop, clock: Callable[[], datetime], wait: Callable[[float], bool], tick_seconds: float = 0.2) -> None:

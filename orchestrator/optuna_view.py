@@ -4,7 +4,6 @@ import copy
 import threading
 from collections.abc import Container, Mapping, Sequence
 from datetime import datetime
-from decimal import Decimal
 from typing import Any, NoReturn
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -46,10 +45,9 @@ def distribution_of(parameter: Parameter) -> BaseDistribution:
     if parameter.choice is not None:
         return CategoricalDistribution(tuple(as_category(value) for value in parameter.choice))
     assert parameter.low is not None and parameter.high is not None
-    high = parameter.high
+    high: float = parameter.high
     if parameter.step is not None:  # Optuna warns of a last step that is cut short
-        low, top, step = (Decimal(str(number)) for number in (parameter.low, parameter.high, parameter.step))
-        high = type(parameter.high)(low + (top - low) // step * step)
+        high = parameter.value_at(int(parameter.count) - 1)
     if parameter.whole:
         return IntDistribution(int(parameter.low), int(high), log=parameter.log, step=int(parameter.step or 1))
     step_size = None if parameter.step is None else float(parameter.step)

@@ -5,7 +5,6 @@ import random
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from itertools import product
 from math import inf, prod
 from typing import Any, Literal
@@ -59,7 +58,8 @@ class Proposer:
         self._study_id, self._definition = study.id, study.definition
         self._space = study.definition.space
         self._distributions = distributions_of(self._space)
-        self._points = prod(map(_count, self._space.values()))  # infinite where a parameter is continuous
+        counts = [parameter.count for parameter in self._space.values()]
+        self._points = inf if inf in counts else prod(counts)
         self._forget()
 
     def propose(self, history: Sequence[Trial], gang: GangConfig) -> Proposed:
@@ -285,38 +285,16 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
 
 
-def _count(parameter: Parameter) -> int | float:
-    """How many values a parameter can take."""
-    if parameter.choice is not None:
-        return len(parameter.choice)
-    assert parameter.low is not None and parameter.high is not None
-    if parameter.low == parameter.high:
-        return 1
-    if not parameter.whole and parameter.step is None:
-        return inf
-    return int((_decimal(parameter.high) - _decimal(parameter.low)) // _decimal(parameter.step or 1)) + 1
-
-
 def _values(parameter: Parameter) -> tuple[Any, ...]:
     """Every value of a parameter that takes finitely many."""
-    if parameter.choice is not None:
-        return parameter.choice
-    assert parameter.low is not None
-    step = _decimal(parameter.step or 1)
-    values = (_decimal(parameter.low) + index * step for index in range(int(_count(parameter))))
-    return tuple(int(value) if parameter.whole else float(value) for value in values)
+    return tuple(parameter.value_at(index) for index in range(int(parameter.count)))
 
 
 def _value(parameter: Parameter, sampled: Any) -> Any:
     """A sampled value as it stands in the space: Optuna has JSON text for lists, and rounding errors in steps."""
     if parameter.choice is not None:
         return next(value for value in parameter.choice if as_category(value) == sampled)
-    if parameter.step is None or parameter.whole:
-        return sampled
-    assert parameter.low is not None
-    steps = round((sampled - parameter.low) / parameter.step)
-    return float(_decimal(parameter.low) + steps * _decimal(parameter.step))
-
-
-def _decimal(number: float) -> Decimal:
-    return Decimal(str(number))
+    assert parameter.low is not None and parameter.high is not None
+    if parameter.step is None:  # a logarithm there and back may end a little outside
+        return min(max(sampled, parameter.low), parameter.high)
+    return parameter.value_at(round(parameter.steps_to(sampled)))

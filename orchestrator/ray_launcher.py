@@ -8,7 +8,7 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,8 @@ class RayLauncher:
             "configure_logging": False,
             "logging_level": logging.WARNING,
         }
-        with _own_sigterm():
+        # Ray puts the folder that we stand in on its workers' path: a `worker` in the user's would hide ours.
+        with _own_sigterm(), chdir("/"):
             if self._address is None:
                 self._folder = _start_local(self._ranks, options)
             else:

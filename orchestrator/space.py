@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from decimal import Decimal
+from math import inf
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -10,12 +12,16 @@ from worker.shape import FieldError, Frozen
 from worker.spec import InvalidSpec, Problem, TrialSpec, override, parse_spec
 
 Scalar = bool | int | float | str | None
+LARGEST = 10**12  # above, samplers that work in floats no longer tell the logarithms of neighbours apart
+NARROWEST, TINIEST = 1e-12, 1e-100  # continuous ranges: relative to the larger end, and in all
+DIGITS = 15  # a decimal of so many is read and written as a float without loss
 
 
 class Parameter(Frozen):
     """The values of one path: `choice` of any JSON values, or numbers from `low` to `high`, both included.
 
-    Whole numbers are sampled where low, high and step are whole. `log` samples the logarithm evenly.
+    Whole numbers are sampled where low, high and step are whole. `log` samples the logarithm evenly. Values in steps
+    are exact decimals, low + n · step, the last of them at most high.
     """
 
     choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
@@ -38,11 +44,50 @@ class Parameter(Frozen):
             raise FieldError("low", self.low, f"must be at most high, {self.high}")
         if self.log and (self.low <= 0 or self.step is not None):
             raise FieldError("log", True, "needs low above 0 and no step")
+        self._check_size(self.low, self.high)
         return self
+
+    def _check_size(self, low: float, high: float) -> None:
+        """Raises FieldError where the numbers are too large, too close or too fine to be told apart as floats."""
+        for name, number in (("low", low), ("high", high), ("step", self.step or 0)):
+            if abs(number) > LARGEST:
+                raise FieldError(name, number, f"must be from -{LARGEST:.0e} to {LARGEST:.0e}")
+        if self.whole:
+            return
+        if self.step is not None:
+            finest = min(_exponent(low), _exponent(self.step))
+            largest = _decimal(max(abs(low), abs(high))).adjusted()
+            if largest - finest + 1 > DIGITS:
+                raise FieldError("step", self.step, f"must be such that every value has at most {DIGITS} digits")
+        else:
+            least = max(NARROWEST * max(abs(low), abs(high)), TINIEST)
+            if 0 < high - low < least:
+                raise FieldError("high", high, f"must be low, {low}, or above it by at least {least:.0e}")
 
     @property
     def whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
+
+    @property
+    def count(self) -> int | float:
+        """How many values it can take; infinite where it is continuous."""
+        if self.choice is not None:
+            return len(self.choice)
+        assert self.low is not None
+        assert self.high is not None
+        if self.low == self.high:
+            return 1
+        if not self.whole and self.step is None:
+            return inf
+        return int((_decimal(self.high) - _decimal(self.low)) // _decimal(self.step or 1)) + 1
+
+    def value_at(self, index: int) -> Any:
+        """Value number `index` of those that `count` counts, where it is finite."""
+        if self.choice is not None:
+            return self.choice[index]
+        assert self.low is not None
+        value = _decimal(self.low) + index * _decimal(self.step or 1)
+        return int(value) if self.whole else float(value)
 
     def contains(self, value: Any) -> bool:
         """Whether the value is one that this parameter can take."""
@@ -56,8 +101,12 @@ class Parameter(Frozen):
             return False
         if self.step is None:
             return True
-        steps = (value - self.low) / self.step
-        return abs(steps - round(steps)) < 1e-6
+        return abs(self.steps_to(value) - round(self.steps_to(value))) < 1e-6
+
+    def steps_to(self, value: float) -> Decimal:
+        """How many steps from low the value lies: a whole number at the values, hardly more at sums of floats."""
+        assert self.low is not None
+        return (_decimal(value) - _decimal(self.low)) / _decimal(self.step or 1)
 
 
 Space = Mapping[str, Parameter]
@@ -153,3 +202,15 @@ def _says(data: Mapping[str, Any], path: str, value: Any, spec: TrialSpec) -> bo
         return apply(data, {path: value}) == spec
     except InvalidSpec:
         return False
+
+
+def _decimal(number: float) -> Decimal:
+    """The number as it is written, which is what a step of 0.1 means."""
+    return Decimal(str(number))
+
+
+def _exponent(number: float) -> int:
+    """The power of ten of the number's last digit that is not 0; 0 for 0."""
+    exponent = _decimal(number).normalize().as_tuple().exponent
+    assert isinstance(exponent, int), "a parameter's numbers are finite"
+    return exponent

@@ -152,6 +152,9 @@ BAD_STUDIES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"cap_bytes": 10**30}, "cap_bytes"),
     ({"overrides": {"model.heads": 7}}, "overrides.model.heads"),
     ({"overrides": {"sharing.tying": [0, 1, 1, 0, 1, 3]}}, "overrides.sharing.tying.map"),
+    ({"overrides": {"sharing": "x", "sharing.lora.rank": 1}}, "overrides.sharing"),
+    ({"overrides": {"sharing.tying.after": 1}}, "base.sharing.tying"),
+    ({"space": {"model.width": {"low": 0, "high": 10**30}}}, "space.model.width.high"),
     ({"overrides": {"sharing.unique_blocks": 7}}, "overrides.sharing.unique_blocks"),
     ({"overrides": {"sharing.lora.rank": 97}}, "overrides.sharing.lora.rank"),
     ({"overrides": {"sharing.lora.rang": 1}}, "overrides.sharing.lora.rang"),
@@ -277,7 +280,9 @@ def test_a_study_moves_only_along_its_moves(http: httpx.Client, study: str) -> N
     queued = http.post(f"{study}/trials", json={"overrides": {"seed": 1}}).json()["number"]
     assert http.post(f"{study}/stop").json()["counts"] == {"cancelled": 1}
     assert http.get(f"{study}/trials/{queued}").json()["state"] == "cancelled"
-    problem(http.post(f"{study}/resume"), 409, "illegal-move")
+    (wrong,) = problem(http.post(f"{study}/resume"), 409, "illegal-move")["problems"]
+    allowed = "must be paused or complete to become running"
+    assert wrong == {"field": "state", "value": "stopped", "message": allowed}
     problem(http.post(f"{study}/trials", json={"overrides": {"seed": 2}}), 409, "illegal-move")
     assert [one["name"] for one in http.get("/v1/studies?state=stopped&state=paused").json()["items"]] == ["sweep"]
     assert http.get("/v1/studies?state=running").json()["items"] == []
@@ -409,7 +414,8 @@ def test_a_finished_trial_shows_what_it_did_and_cannot_be_cancelled(
         in problem(http.post(f"{study}/trials/0/cancel"), 409, "illegal-move")["detail"]
     )
     assert http.post(f"{study}/trials/1/cancel").json()["state"] == "cancelled"
-    problem(http.post(f"{study}/trials/1/cancel"), 409, "illegal-move")
+    (wrong,) = problem(http.post(f"{study}/trials/1/cancel"), 409, "illegal-move")["problems"]
+    assert wrong == {"field": "state", "value": "cancelled", "message": "must be queued or running to be cancelled"}
 
 
 def test_the_leaderboard_ranks_only_what_fits_the_cap(
@@ -469,6 +475,10 @@ def test_a_preview_predicts_and_stores_nothing(http: httpx.Client, study: str, d
     assert (roomy["verdict"], roomy["reason"]) == ("fits", None)
     problem(http.post("/v1/preview", json={"params": {"sharing.lora.rank": 2}}), 422, "invalid-input")
     problem(http.post("/v1/preview", json={"overrides": {"seed": 1}}), 422, "invalid-input")
+    for name in ("a\0b", "\ud800", "Sweep", "sweep\n", ""):
+        content = json.dumps({"study": name, "recipe": "laptop"})
+        refused = http.post("/v1/preview", content=content, headers={"Content-Type": "application/json"})
+        assert problem(refused, 422, "invalid-input")["problems"][0]["field"] == "study", name
     assert rows(database) == before
     assert [recipe["name"] for recipe in http.get("/v1/recipes").json()["items"]] == list(recipe_names())
 

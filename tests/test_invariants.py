@@ -257,7 +257,12 @@ class Play(RuleBasedStateMachine):
         self.database.close()
 
 
+@pytest.mark.parametrize(
+    ("games", "moves"), [(12, 20), pytest.param(400, 60, marks=[pytest.mark.soak, pytest.mark.timeout(0)])]
+)
 def test_whatever_is_played_each_trial_agrees_with_its_run_and_succeeds_at_most_once(
+    games: int,
+    moves: int,
     sqlite_template: Path,
     tmp_path: Path,
     new_study: NewStudies,
@@ -271,7 +276,7 @@ def test_whatever_is_played_each_trial_agrees_with_its_run_and_succeeds_at_most_
 
     # Every step writes to a disk that others may be using.
     slow = [HealthCheck.too_slow]
-    bounds = settings(max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=slow)
+    bounds = settings(max_examples=games, stateful_step_count=moves, deadline=None, suppress_health_check=slow)
     run_state_machine_as_test(start, settings=bounds)  # type: ignore[arg-type]  # a factory is documented to do
 
 

@@ -97,6 +97,22 @@ sys.stdin.read()
         assert not psutil.wait_procs(left, timeout=100)[1]
 
 
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_a_package_in_the_drivers_folder_does_not_hide_ours(tmp_path: Path, kind: str) -> None:
+    for name in ("orchestrator", "worker"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    code = f"""
+launcher = make({kind!r})
+launcher.start(assignment(1, "count"))
+ending = until(launcher, 1, lambda update: update.ending).ending
+launcher.close()
+tell(outcome=ending.outcome, reason=ending.reason)
+"""
+    with driver(tmp_path, code) as process:
+        assert heard(process, tmp_path) == {"outcome": "succeeded", "reason": "trained to the end of its budget"}
+
+
 def test_one_ray_launcher_can_follow_another(tmp_path: Path) -> None:
     code = """
 import psutil

@@ -4,15 +4,20 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from fractions import Fraction
 from io import BytesIO
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
+import httpx
 import optuna
 import pytest
+from hypothesis import given, reject
+from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState as OptunaState
 from optuna_dashboard import wsgi
+from pydantic import ValidationError
 from sqlalchemy import event
 
 from orchestrator import leases, store
@@ -136,6 +141,28 @@ def test_a_loaded_study_has_our_trials_with_their_values_states_and_parameters(e
     assert loaded.direction is optuna.study.StudyDirection.MINIMIZE
     assert loaded.metric_names == ["val_bpb"]
     assert loaded.user_attrs["cap_bytes"] == every_state.study.definition.cap_bytes
+
+
+def test_a_loaded_study_agrees_with_what_the_api_answers(every_state: Sweep, serve: Callable[..., str]) -> None:
+    address = f"{serve(every_state.database)}/v1/studies/{every_state.study.name}"
+    answers = httpx.get(f"{address}/trials").json()["items"]
+    loaded = every_state.load()
+    states = {
+        "complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL", "infeasible": "PRUNED", "cancelled": "FAIL",
+        "running": "RUNNING", "queued": "WAITING",
+    }  # fmt: skip
+    assert [answer["state"] for answer in answers] == list(states)
+    assert [trial.number for trial in loaded.trials] == [answer["number"] for answer in answers]
+    for answer, trial in zip(answers, loaded.trials, strict=True):
+        assert trial.state.name == states[answer["state"]]
+        assert trial.value == (answer["val_bpb"] if answer["state"] == "complete" else None)
+        assert trial.params == {path: as_category(value) for path, value in answer["params"].items()}
+        assert trial.user_attrs.get("val_bpb") == answer["val_bpb"]
+        assert trial.user_attrs.get("artifact_bytes") == answer["artifact_bytes"]
+        assert trial.user_attrs["tying_map"] == answer["tying_map"]
+    assert answers[0]["params"]["sharing.tying"] == [0, 0, 1, 1, 2, 2]
+    first = httpx.get(f"{address}/leaderboard").json()["rows"][0]
+    assert (loaded.best_trial.number, loaded.best_value) == (first["number"], first["val_bpb"]) == (0, 2.25)
 
 
 def test_every_trial_is_one_that_optuna_would_accept(every_state: Sweep) -> None:
@@ -288,8 +315,39 @@ def test_a_parameter_is_the_distribution_that_samples_its_values() -> None:
         (Parameter(low=0.1, high=1), FloatDistribution(0.1, 1.0)),
         (Parameter(low=0.001, high=0.1, log=True), FloatDistribution(0.001, 0.1, log=True)),
         (Parameter(low=0.1, high=0.95, step=0.2), FloatDistribution(0.1, 0.9, step=0.2)),
+        (Parameter(low=0.01, high=1, step=0.02), FloatDistribution(0.01, 0.99, step=0.02)),
+        (Parameter(low=0.25, high=2, step=0.5), FloatDistribution(0.25, 1.75, step=0.5)),
+        (Parameter(low=1, high=2, step=0.3), FloatDistribution(1.0, 1.9, step=0.3)),
     ):
         assert distribution_of(parameter) == expected
+
+
+NUMBER = st.one_of(
+    st.integers(-9, 9), st.integers(-(10**13), 10**13), st.sampled_from([0.01, 0.02, 0.1, 0.25, 0.5, 1e-5, 0.3]),
+    st.decimals(-9, 9, places=3).map(float), st.floats(-1e13, 1e13),
+)  # fmt: skip
+
+
+@given(low=NUMBER, high=NUMBER, step=st.none() | NUMBER.filter(lambda step: step > 0), log=st.booleans())
+def test_every_accepted_parameter_has_a_distribution_of_exactly_its_values(
+    low: float, high: float, step: float | None, log: bool
+) -> None:
+    try:
+        parameter = Parameter(low=low, high=high, step=step, log=log)
+    except ValidationError:
+        reject()
+    found = distribution_of(parameter)  # a warning of Optuna's, that it changed the range, is an error here
+    assert isinstance(found, FloatDistribution | IntDistribution)
+    assert isinstance(found, IntDistribution) == parameter.whole
+    assert (found.low, found.log) == (low, log)
+    if step is None:
+        assert found.high == high
+        return
+    assert found.step == step
+    steps = (Fraction(str(found.high)) - Fraction(str(low))) / Fraction(str(step))
+    assert steps.denominator == 1
+    assert Fraction(str(found.high)) <= Fraction(str(high)) < Fraction(str(found.high)) + Fraction(str(step))
+    assert parameter.count == steps + 1
 
 
 def get_json(database: Database, path: str) -> tuple[str, dict[str, Any]]:

@@ -1,14 +1,17 @@
 """Proposals: legal, new, reproducible, and honest about when there are none left."""
 
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from math import inf, prod
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from orchestrator.feasibility import judge, predict
 from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
@@ -119,6 +122,56 @@ def test_every_proposal_is_legal_new_and_reproducible(
         changed = noise.randrange(len(history))  # open trials move on while others are proposed
         if history[changed].state is TrialState.QUEUED:
             history[changed] = replace(history[changed], state=TrialState.RUNNING, started_at=NOW)
+
+
+NUMBERS = st.one_of(
+    st.integers(0, 100), st.integers(0, 10**31), st.floats(0, 1), st.floats(0, allow_infinity=False),
+    st.sampled_from([0.01, 0.02, 0.25, 1e-9, 5e-324, 10**12]),
+)  # fmt: skip
+RANGES = st.builds(
+    lambda ends, step, log: {"low": min(ends), "high": max(ends), "step": None if log else step, "log": log},
+    st.tuples(NUMBERS, NUMBERS), st.none() | NUMBERS, st.booleans(),
+)  # fmt: skip
+WHOLE = ("budget.steps", "budget.tokens", "sharing.lora.rank", "quantisation.half_below", "model.bigram_width")
+REAL = ("optimizer.matrix_lr", "optimizer.gradient_clip", "optimizer.adam_epsilon", "sharing.lora.penalty")
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    space=st.dictionaries(st.sampled_from(WHOLE + REAL), RANGES, max_size=4),
+    sampler=st.sampled_from(["tpe", "random"]),
+    seed=st.integers(0, 9),
+)
+def test_every_space_that_a_study_accepts_can_be_searched(space: dict[str, Any], sampler: str, seed: int) -> None:
+    try:
+        study = make_study(space, sampler, seed, cap_bytes=10**18)
+    except ValidationError:
+        reject()
+    proposer, history = Proposer(study), list[Trial]()
+    while len(history) < 12 and (proposed := proposer.propose(history, ONE)).trial is not None:
+        params = proposed.trial.params
+        assert all(study.definition.space[path].contains(value) for path, value in params.items())
+        history.append(as_trial(len(history), proposed.trial, TrialState.COMPLETE, 2.0 + len(history)))
+
+
+def test_a_space_of_more_points_than_a_float_can_count_is_searched_where_it_is_continuous_too() -> None:
+    wide = [
+        *REAL, "optimizer.embedding_lr", "optimizer.scalar_lr", "optimizer.muon_weight_decay", "model.rope_base",
+        "optimizer.adam_weight_decay", "model.qk_gain", "model.logit_softcap", "model.embedding_init_std",
+    ]  # fmt: skip
+    unit = [
+        "optimizer.muon_momentum", "optimizer.muon_momentum_start", "optimizer.adam_beta1", "optimizer.adam_beta2",
+        "schedule.min_multiplier", "schedule.warmdown_fraction",
+    ]  # fmt: skip
+    whole = ["budget.steps", "budget.tokens", "quantisation.half_below", "evaluation.validation_tokens"]
+    space: dict[str, Any] = {path: {"low": 2, "high": 10**12, "step": 0.01} for path in wide}
+    space |= {path: {"low": 0, "high": 0.9, "step": 1e-15} for path in unit}
+    space |= {path: {"low": 2, "high": 10**12} for path in whole}
+    space["sharing.lora.gate_init"] = {"low": -9, "high": 9, "step": 1e-13}
+    study = make_study({**space, "budget.seconds": {"low": 0.5, "high": 1.0}}, cap_bytes=10**18)
+    counts = [parameter.count for parameter in study.definition.space.values()]
+    assert prod(int(count) for count in counts if count != inf) > sys.float_info.max
+    must(Proposer(study).propose([], ONE))
 
 
 def test_another_study_seed_searches_elsewhere() -> None:

@@ -1,5 +1,7 @@
 """Search spaces and study definitions: what they refuse, and parameters there and back."""
 
+from fractions import Fraction
+from math import inf
 from typing import Any
 
 import pytest
@@ -80,7 +82,8 @@ def test_a_study_proposes_for_the_shapes_of_gang_it_names() -> None:
         ({"space": {"sharing.tying": {"choice": ["cycle", "spiral"]}}}, "space.sharing.tying", "'cycle', 'sequence'"),
         ({"space": {"quantisation.codec": {"low": 1, "high": 2}}}, "space.quantisation.codec", "'zstd' or 'zlib'"),
         ({"space": {"seed.deep": RANK}}, "space.seed.deep", "cannot vary"),
-        ({"space": {"model.width.deep": RANK}}, "space.model.width.deep", "valid integer"),
+        ({"space": {"model.width.deep": RANK}}, "space.model.width.deep", "has no parts"),
+        ({"space": {"sharing.tying.after": RANK}}, "space.sharing.tying.after", "give sharing.tying as a mapping"),
     ],
 )
 def test_a_study_is_refused_by_the_path_that_is_wrong(fields: dict[str, Any], path: str, said: str) -> None:
@@ -104,6 +107,13 @@ def test_a_study_is_refused_by_the_path_that_is_wrong(fields: dict[str, Any], pa
         ({"choice": [[0, 1], [0, 1]]}, "choice", "each value once"),
         ({"choice": [1], "low": 0}, "choice", "no low, high"),
         ({"low": 1, "high": 2, "kind": "int"}, "kind", "not a known key"),
+        ({"low": 0, "high": 10**30}, "high", "from -1e+12 to 1e+12"),
+        ({"low": -(10**12) - 1, "high": 0}, "low", "from -1e+12 to 1e+12"),
+        ({"low": 0, "high": 10, "step": 10**30}, "step", "from -1e+12 to 1e+12"),
+        ({"low": 0.0, "high": 1.0, "step": 1e-300}, "step", "at most 15 digits"),
+        ({"low": 10, "high": 20, "step": 1e-14}, "step", "at most 15 digits"),
+        ({"low": 1.0, "high": 1.0 + 2**-52}, "high", "at least 1e-12"),
+        ({"low": 0.0, "high": 5e-324}, "high", "at least 1e-100"),
     ],
 )
 def test_a_parameter_is_refused_by_the_field_that_is_wrong(parameter: dict[str, Any], path: str, said: str) -> None:
@@ -132,6 +142,7 @@ def test_values_that_only_clash_with_other_parameters_are_allowed() -> None:
         (Parameter(low=1, high=9, step=2), [1, 3, 9, 3.0], [0, 2, 11, 3.5, "3", True, None]),
         (Parameter(low=1e-5, high=1e-4, step=1e-5), [1e-5, 3e-5, 1e-4], [1.5e-5, 0, 2e-4]),
         (Parameter(low=0.0, high=1.0), [0, 1, 0.3], [-0.1, 1.1]),
+        (Parameter(low=0, high=1e-9, step=1e-20), [0, 1e-20, 9.99999e-10], [5e-21, 2e-9]),
         (Parameter(low=1, high=4), [1, 4, 2.0], [2.5, 5]),
         (Parameter(choice=("a", [1, 2], None)), ["a", [1, 2], None], ["b", [2, 1], "[1, 2, 3]"]),
     ],
@@ -141,6 +152,37 @@ def test_a_parameter_contains_the_values_it_can_take(
 ) -> None:
     assert [value for value in inside if not parameter.contains(value)] == []
     assert [value for value in outside if parameter.contains(value)] == []
+
+
+WILD = st.one_of(
+    st.integers(-20, 20), st.integers(-(10**31), 10**31), st.sampled_from([0.01, 0.1, 0.25, 0.5, 1e-5, 0.3, 2.5]),
+    st.decimals(-50, 50, places=3).map(float), st.floats(allow_nan=False, allow_infinity=False),
+)  # fmt: skip
+
+
+@given(low=WILD, high=WILD, step=st.none() | WILD.filter(lambda step: step > 0), log=st.booleans())
+def test_the_values_of_an_accepted_parameter_can_be_counted_and_told_apart(
+    low: float, high: float, step: float | None, log: bool
+) -> None:
+    try:
+        parameter = Parameter(low=low, high=high, step=step, log=log)
+    except ValidationError:
+        reject()
+    if parameter.count == inf:
+        assert step is None
+        assert low < (low + high) / 2 < high
+        return
+    count = int(parameter.count)
+    assert 1 <= count <= 2**53
+    ends = sorted({0, 1, count // 2, count - 2, count - 1} & set(range(count)))
+    values = [parameter.value_at(index) for index in ends]
+    exact = [Fraction(str(low)) + index * Fraction(str(step or 1)) for index in ends]
+    assert [Fraction(str(value)) for value in values] == exact
+    assert sorted(set(values)) == values
+    assert all(parameter.contains(value) for value in values)
+    assert low == values[0]
+    if low != high:
+        assert exact[-1] <= Fraction(str(high)) < exact[-1] + Fraction(str(step or 1))
 
 
 def test_a_category_is_a_scalar_whatever_the_value() -> None:

@@ -1,6 +1,7 @@
 """TrialSpec: what it refuses, and when two specs are one configuration."""
 
 import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -173,3 +174,51 @@ def test_an_override_leaves_its_input_as_it_was_and_makes_missing_parts() -> Non
     data = {"model": {"width": 8}}
     assert override(data, {"model.width": 16, "gang.ranks": 2}) == {"model": {"width": 16}, "gang": {"ranks": 2}}
     assert data == {"model": {"width": 8}}
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "parent"),
+    [
+        ({"sharing": "x"}, {"sharing.lora.rank": 1}, "sharing"),
+        ({}, {"sharing": "x", "sharing.lora.rank": 1}, "sharing"),
+        ({"sharing": {"lora": [1]}}, {"sharing.lora.rank": 1}, "sharing.lora"),
+        ({"sharing": {"tying": "tail"}}, {"sharing.tying.after": 1}, "sharing.tying"),
+    ],
+)
+def test_an_override_through_what_has_no_parts_is_refused_by_the_path_that_has_none(
+    data: dict[str, Any], changes: dict[str, Any], parent: str
+) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        override(data, changes)
+    (problem,) = refused.value.problems
+    assert problem.field == parent
+    assert problem.value in ("x", [1], "tail")
+    assert f"give {parent} as a mapping" in problem.message
+
+
+def test_an_override_makes_the_parts_of_what_is_null() -> None:
+    assert override({"gang": None}, {"gang.ranks": 2}) == {"gang": {"ranks": 2}}
+
+
+def test_a_later_override_goes_into_an_earlier_one_and_changes_neither() -> None:
+    changes = {"sharing.lora": {"rank": 1}, "sharing.lora.penalty": 0.5}
+    assert override({}, changes) == {"sharing": {"lora": {"rank": 1, "penalty": 0.5}}}
+    assert changes["sharing.lora"] == {"rank": 1}
+
+
+def test_what_json_does_not_have_is_refused_by_its_path() -> None:
+    day = date(2026, 3, 1)
+    with pytest.raises(InvalidSpec) as refused:
+        override({"seed": day, "sharing": {"tying": [0, day]}}, {})
+    assert [(problem.field, problem.value) for problem in refused.value.problems] == [
+        ("seed", day), ("sharing.tying.1", day)
+    ]  # fmt: skip
+    assert "not a date" in refused.value.problems[0].message
+    with pytest.raises(InvalidSpec, match=r"^model\.width: must be .* not a date"):
+        override({}, {"model": {}, "model.width": day})
+    with pytest.raises(InvalidSpec, match=r"^spec: must have keys that are text"):
+        override({day: 1}, {})  # type: ignore[dict-item]
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(InvalidSpec, match=r"^model: must not contain itself"):
+        override({}, {"model": loop})

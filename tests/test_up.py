@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+
+from orchestrator import store
+from orchestrator.database import Database
 
 STEPS = 40
 
@@ -67,14 +71,15 @@ class Up:
         self.process.wait()
         wait_for(lambda: not any(alive(process) for process in family), 60, "every process of the tree to end")
 
-    def stop(self) -> None:
-        """Ctrl-C, and wait until nothing of the tree is left."""
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        """Ctrl-C or another signal; the exit code, once nothing of the tree is left."""
         assert self.process is not None
         family = self.tree() if self.process.poll() is None else []
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=60)
+            self.process.send_signal(number)
+        code = self.process.wait(timeout=60)
         wait_for(lambda: not any(alive(process) for process in family), 60, "every process of the tree to end")
+        return code
 
     def get(self, path: str) -> Any:
         answer = self.http.get(path)
@@ -112,6 +117,16 @@ def up(request: pytest.FixtureRequest, tmp_path: Path, data_root: Path, database
     running.http.close()
 
 
+@pytest.fixture
+def local_up(tmp_path: Path, data_root: Path) -> Iterator[Up]:
+    """On SQLite, with local processes: the quickest."""
+    running = Up(tmp_path, data_root, f"sqlite:///{tmp_path / 'caddie.db'}", "local")
+    running.start()
+    yield running
+    running.stop()
+    running.http.close()
+
+
 @pytest.mark.timeout(400)
 def test_every_trial_ends_exactly_once_though_caddie_is_killed_in_the_middle(up: Up) -> None:
     up.post("/v1/studies", study("sweep", max_trials=3))
@@ -142,6 +157,22 @@ def test_every_trial_ends_exactly_once_though_caddie_is_killed_in_the_middle(up:
     board = up.get("/v1/studies/sweep/leaderboard")["rows"]
     assert [row["val_bpb"] for row in board] == sorted(row["val_bpb"] for row in board)
     assert {row["number"] for row in board} == {trial["number"] for trial in trials} - {extra}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_caddie_that_is_asked_to_end_hands_its_attempts_back(local_up: Up, number: signal.Signals, code: int) -> None:
+    local_up.post("/v1/studies", study("sweep", max_trials=0))
+    local_up.post("/v1/studies/sweep/trials", {"overrides": {"budget.steps": 100_000}})
+    wait_for(lambda: measured(local_up, 0), 60, "the first measurement")
+    assert len(local_up.tree()) == 3, "the API, the orchestrator and one rank"
+
+    assert local_up.stop(number) == code
+
+    with closing(Database(local_up.environment["CADDIE_DATABASE_URL"])) as database, database.read() as session:
+        trial = store.get_trial(session, store.get_study(session, "sweep").id, 0)
+        attempts = store.list_attempts(session, trial.id)
+    assert trial.state == "queued"
+    assert [attempt.outcome for attempt in attempts] == ["preempted"]
 
 
 def study(name: str, max_trials: int) -> dict[str, Any]:

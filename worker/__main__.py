@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from worker.recipes import load_recipe, recipe_names
+from worker.recipes import load_recipe, read_yaml, recipe_names
 from worker.report import Directive, TrialResult
 from worker.shape import FieldError
 from worker.shards import DataError, open_dataset, read_manifest
@@ -169,7 +169,7 @@ def _read_spec(path: Path) -> dict[str, Any]:
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -214,18 +214,49 @@ def problems_of(error: ValidationError) -> tuple[Problem, ...]:
 
 
 def override(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a spec's plain data with dotted paths replaced, e.g. {"sharing.lora.rank": 4}. Does not validate."""
-    changed: dict[str, Any] = json.loads(json.dumps(data))
+    """A copy of a spec's plain data with dotted paths replaced in order, e.g. {"sharing.lora.rank": 4}.
+
+    Parts on a path that are missing or null are made. Raises InvalidSpec for a path through something else that has no
+    parts, such as a tying pattern's bare name, and for what JSON does not have, such as a date. Validates nothing more.
+    """
+    changed: dict[str, Any] = _copy(data, "")
     for path, value in changes.items():
         *parents, last = path.split(".")
         place = changed
-        for name in parents:
-            child = place.get(name)
-            if not isinstance(child, dict):
-                child = place[name] = {}
-            place = child
-        place[last] = value
+        for depth, name in enumerate(parents, 1):
+            if place.get(name) is None:
+                place[name] = {}
+            if not isinstance(place[name], dict):
+                parent = ".".join(parents[:depth])
+                message = f"has no parts, so {path} cannot be set: give {parent} as a mapping"
+                raise InvalidSpec((Problem(parent, place[name], message, "value"),))
+            place = place[name]
+        place[last] = _copy(value, path)
     return changed
+
+
+def _copy(value: Any, path: str) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        raise InvalidSpec(tuple(_not_json(value, path))) from None
+    except ValueError:  # YAML can say that
+        raise InvalidSpec((Problem(path or "spec", value, "must not contain itself", "value"),)) from None
+
+
+def _not_json(value: Any, path: str) -> Iterator[Problem]:
+    """What in a value JSON does not have."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if not isinstance(key, str | int | float | None):
+                yield Problem(path or "spec", key, "must have keys that are text", "value")
+            yield from _not_json(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _not_json(part, f"{path}.{index}" if path else str(index))
+    elif not isinstance(value, str | int | float | None):
+        message = f"must be text, a number, true, false, null, a list or a mapping, not a {type(value).__name__}"
+        yield Problem(path or "spec", value, message, "value")
 
 
 def _canonical(spec: TrialSpec) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Recipes: named specs from the literature, one YAML file each."""
+"""Recipes: named specs from the literature, one YAML file each; and how YAML is read."""
 
+import math
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
@@ -21,3 +23,43 @@ def load_recipe(name: str) -> dict[str, Any]:
         raise InvalidSpec((Problem("recipe", name, f"must be one of {', '.join(recipe_names())}"),))
     data: dict[str, Any] = yaml.safe_load((files(__name__) / f"{name}.yaml").read_text())
     return data
+
+
+def read_yaml(text: str, place: str = "") -> Any:
+    """What YAML says, in JSON's types; a date is text. Raises yaml.YAMLError where it is none.
+
+    Raises InvalidSpec for what JSON cannot say, naming its path below `place`.
+    """
+    data = yaml.load(text, _Loader)  # a SafeLoader
+    try:
+        problems = tuple(_beyond_json(data, place))
+    except RecursionError:
+        raise InvalidSpec((Problem(place or "file", text[:80], "is nested too deeply, or in itself"),)) from None
+    if problems:
+        raise InvalidSpec(problems)
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without timestamps: a dataset may be named 2024-01-01."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        return "tag:yaml.org,2002:str" if tag == "tag:yaml.org,2002:timestamp" else tag
+
+
+def _beyond_json(data: Any, path: str) -> Iterator[Problem]:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if not isinstance(key, str):
+                yield Problem(path or "file", key, "is a key, and must be text: put it in quotes")
+            yield from _beyond_json(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(data, list):
+        for place, value in enumerate(data):
+            yield from _beyond_json(value, f"{path}.{place}" if path else str(place))
+    elif isinstance(data, float) and not math.isfinite(data):
+        yield Problem(path or "file", data, "must be a finite number")
+    elif not isinstance(data, str | int | float | None):
+        yield Problem(
+            path or "file", data, f"is a {type(data).__name__}, which JSON cannot say: must be text or a number"
+        )

@@ -1,0 +1,71 @@
+"""What studies ask for: proposals made ahead of demand, and an end once all of theirs have been tried."""
+
+import logging
+from datetime import datetime
+
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from orchestrator import store
+from orchestrator.database import Database
+from orchestrator.errors import IllegalMove
+from orchestrator.history import History
+from orchestrator.lifecycle import OPEN_TRIALS, StudyState
+from orchestrator.proposer import Proposer
+from orchestrator.study import Study
+from worker.spec import GangConfig
+
+log = logging.getLogger(__name__)
+
+
+class Supply:
+    """The proposers of every study that runs, with the histories that they have read. All of it is cache."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.searches: dict[int, tuple[Proposer, History]] = {}
+
+    def propose(self, study: Study, gang: GangConfig, now: datetime) -> str | None:
+        """Add one proposal to the queue; the reason where there is none to make."""
+        if study.proposed >= study.definition.max_trials or not study.definition.space:
+            return None
+        try:
+            if study.id not in self.searches:
+                self.searches[study.id] = (Proposer(study), History(study.id))
+            proposer, history = self.searches[study.id]
+            with self.database.read() as session:
+                trials = history.read(session)
+            proposed = proposer.propose(trials, gang)
+        except OperationalError:
+            raise
+        except Exception as error:  # one study must not stop the others
+            log.exception("the proposer of study %s failed", study.name)
+            self._move(study, StudyState.PAUSED, f"the proposer failed: {type(error).__name__}: {error}", now)
+            return "the proposer failed"
+        try:
+            with self.database.write() as session:
+                if proposed.trial is not None:
+                    store.add_trial(session, study.id, proposed.trial, now)
+                if proposed.refused:
+                    store.count_refused(session, study.id, proposed.refused)
+        except IntegrityError:  # another orchestrator proposed the same spec first; the next tick sees it
+            log.info("a proposal of study %s was made elsewhere too; dropped", study.name)
+        return proposed.reason
+
+    def complete(self, study: Study, gave_up: str | None, now: datetime) -> None:
+        """Complete a study whose proposals are made (or exhausted) and whose trials are all finished."""
+        with self.database.read() as session:
+            counts = store.count_trials(session, study.id)
+            study = store.get_study(session, study.name)
+        done = study.proposed >= study.definition.max_trials or gave_up is not None
+        if not study.definition.space or study.state is not StudyState.RUNNING or not done or OPEN_TRIALS & set(counts):
+            return
+        self._move(study, StudyState.COMPLETE, gave_up or "all proposed trials are finished", now)
+
+    def _move(self, study: Study, to: StudyState, why: str, now: datetime) -> None:
+        try:
+            with self.database.write() as session:
+                store.move_study(session, study.id, to, now, why)
+        except IllegalMove as error:  # someone moved it first
+            log.info("%s", error)
+        else:
+            log.info("study %s is %s: %s", study.name, to, why)

@@ -1,0 +1,431 @@
+"""`caddie` as a user types it: what it prints, its exit code, and one line on stderr where something is wrong."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.main import get_command
+
+from api.bodies import StudyIn
+from api.cli import app, main
+from api.client import Caddie
+from api.program import environment_of
+from api.schemas import ActivityOut
+from api.terminal import watch_study
+from orchestrator import leases, store
+from orchestrator.database import Database
+from orchestrator.lifecycle import Outcome, StudyState
+from orchestrator.settings import KNOWN, Settings
+from orchestrator.study import AttemptResult, Claim, NewStudy
+from worker.report import TrialResult
+from worker.spec import GangConfig
+
+ROOT = Path(__file__).parents[1]
+STUDY = {"name": "sweep", "recipe": "laptop", "space": {"sharing.lora.rank": {"choice": [0, 2]}}}
+
+
+class Said:
+    """What one command said: its exit code and both outputs."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def refusal(self, code: int) -> str:
+        """The one line on stderr, after checking that there is no other word."""
+        assert (self.code, self.out) == (code, ""), self.err
+        (line,) = self.err.splitlines()
+        assert line.startswith("caddie: ")
+        return line
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def caddie(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs the console script's own entry in an environment without any setting but a home of its own."""
+    for name in KNOWN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CADDIE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["caddie", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        printed = capsys.readouterr()
+        return Said(code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def sqlite(sqlite_template: Path, tmp_path: Path) -> Iterator[Database]:
+    (tmp_path / "caddie.db").write_bytes(sqlite_template.read_bytes())
+    database = Database(f"sqlite:///{tmp_path / 'caddie.db'}")
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def url(sqlite: Database, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch, caddie: Run) -> str:
+    """A served API, which `caddie` finds."""
+    url = serve(sqlite, dashboard=False)
+    monkeypatch.setenv("CADDIE_URL", url)
+    return url
+
+
+@pytest.fixture
+def sweep(url: str, caddie: Run, tmp_path: Path) -> None:
+    """A study, created from a file."""
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    assert caddie("study", "create", "study.yaml").out == "study sweep is running\n"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# Without a server
+
+
+def test_a_preview_says_what_a_spec_costs_without_a_server(caddie: Run) -> None:
+    said = caddie("preview", "laptop", "--set", "sharing.lora.rank=8")
+    assert (said.code, said.err) == (0, "")
+    assert re.search(r"tying map +012012\n", said.out)
+    assert re.search(r"verdict +fits", said.out)
+    preview = json.loads(caddie("preview", "laptop", "--set", "sharing.lora.rank=8", "--json").out)
+    prediction = preview["prediction"]
+    assert prediction["model_bytes"] + prediction["code_bytes"] == prediction["artifact_bytes"]
+    assert f"{prediction['model_bytes']:,} predicted" in said.out
+    assert preview["spec"]["sharing"]["lora"]["rank"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["huge"], "spec: is neither a file nor a recipe (depth-recurrence, ebls"),
+        (["laptop", "--set", "seed"], "--set: must be PATH=VALUE"),
+        (["laptop", "--set", "seed=[1"], "seed: is not a YAML value"),
+        (["laptop", "--set", "model.widht=64"], "model.widht: is not a known key (got 64)"),
+        (["laptop", "--set", "model.width=.nan"], "model.width: must be a finite number"),
+        (["laptop", "--set", "model.heads=5"], "model.heads: must divide the width, 96 (got 5)"),
+        (["broken.yaml"], "file: while parsing"),
+        (["list.yaml"], "file: must hold a mapping (got 'list.yaml')"),
+        (["binary.yaml"], "data.dataset: is a bytes, which JSON cannot say"),
+        (["key.yaml"], "sharing: is a key, and must be text"),
+        (["itself.yaml"], "file: is nested too deeply, or in itself"),
+    ],
+)
+def test_a_bad_spec_is_one_line_that_names_the_field(caddie: Run, tmp_path: Path, words: list[str], says: str) -> None:
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "binary.yaml").write_text("data: {dataset: !!binary aGk=}")
+    (tmp_path / "key.yaml").write_text("sharing: {1: 2}")
+    (tmp_path / "itself.yaml").write_text("a: &a [*a]")
+    assert says in caddie("preview", *words).refusal(2)
+
+
+def test_a_date_in_yaml_is_the_text_that_was_typed(caddie: Run, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("data: {dataset: 2024-01-01}\nmodel: {width: 2024-01-02}\n")
+    assert caddie("preview", "spec.yaml").refusal(2).endswith("(got '2024-01-02')")
+    assert caddie("preview", "spec.yaml", "--set", "model.width=96", "--set", "data.dataset=2024-01-01").code == 0
+
+
+@pytest.mark.parametrize("command", ["up", "api", "migrate", "orchestrator", "demo", "data", "study list"])
+def test_a_misspelt_setting_is_named_by_every_command(
+    caddie: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("CADDIE_PROT", "9000")
+    assert caddie(*command.split()).refusal(2).startswith("caddie: CADDIE_PROT is '9000': is not a setting")
+
+
+@pytest.mark.parametrize("command", ["up", "api", "migrate"])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("foo", "foo"),
+        ("mysql://x/y", "mysql://x/y"),
+        ("mysql://me:secret@x/y", "mysql://me:***@x/y"),
+        ("postgresql+nodriver://x/y", "postgresql+nodriver://x/y"),
+        ("postgresql://host:port/y", "postgresql://host:port/y"),
+    ],
+)
+def test_a_database_that_is_none_is_named_without_its_password(
+    caddie: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, value: str, shown: str
+) -> None:
+    monkeypatch.setenv("CADDIE_DATABASE_URL", value)
+    monkeypatch.setenv("CADDIE_PORT", str(free_port()))
+    line = caddie(command).refusal(2)
+    assert line == f"caddie: CADDIE_DATABASE_URL is {shown!r}: must start with sqlite:/// or postgresql://"
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("command", ["up", "api", "migrate"])
+def test_a_database_that_does_not_answer_is_one_line(
+    caddie: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("CADDIE_DATABASE_URL", f"postgresql://127.0.0.1:{free_port()}/caddie")
+    monkeypatch.setenv("CADDIE_PORT", str(free_port()))
+    line = caddie(command).refusal(1)
+    assert line.startswith("caddie: the database: ")
+    assert "refused" in line
+
+
+@pytest.mark.parametrize("command", ["up", "api", "migrate", "demo"])
+def test_a_home_that_cannot_be_made_is_one_line(
+    caddie: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("CADDIE_HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setenv("CADDIE_PORT", str(free_port()))
+    said = caddie(command)
+    assert (said.code, len(said.err.splitlines())) == (1, 1)
+    assert str(tmp_path / "file") in said.err
+
+
+def test_migrating_is_safe_to_repeat(caddie: Run, tmp_path: Path) -> None:
+    for _ in range(2):
+        said = caddie("migrate")
+        assert (said.code, said.err) == (0, "")
+        assert said.out == f"sqlite:///{tmp_path}/home/caddie.db is at this version's schema\n"
+
+
+def test_a_server_that_does_not_answer_is_one_line(caddie: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CADDIE_URL", f"http://127.0.0.1:{free_port()}")
+    line = caddie("study", "list").refusal(1)
+    assert "does not answer" in line
+    assert line.endswith("is `caddie up` running?")
+
+
+def test_packages_of_the_users_folder_are_not_ours(tmp_path: Path, small_data_root: Path) -> None:
+    for name in ("api", "orchestrator", "worker"):
+        (tmp_path / name).mkdir()
+        for module in ("__init__", "__main__"):
+            (tmp_path / name / f"{module}.py").write_text("raise SystemExit('the wrong package')\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CADDIE_")}
+    ours = environment | {"PYTHONPATH": str(ROOT), "CADDIE_DATA": str(small_data_root), "CADDIE_HOME": "home"}
+
+    def run(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "api.cli", *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=ours | settings, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    listed = run("data", "list")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert listed.stdout.startswith("topics_sp512: ")
+    ended = run("orchestrator", CADDIE_DATABASE_URL="mysql://x/y")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "CADDIE_DATABASE_URL" in ended.stderr
+
+
+def test_a_child_process_reads_the_settings_that_its_parent_has(tmp_path: Path) -> None:
+    chosen = {
+        "CADDIE_HOME": str(tmp_path), "CADDIE_DATABASE_URL": "postgresql://h/d", "CADDIE_ARTIFACTS": "/a",
+        "CADDIE_DATA": "/d", "CADDIE_HOST": "0.0.0.0", "CADDIE_PORT": "9000", "CADDIE_URL": "http://caddie:1",
+        "CADDIE_LAUNCHER": "local", "CADDIE_RAY_ADDRESS": "head:6379", "CADDIE_RANKS": "7",
+        "CADDIE_LEASE_SECONDS": "2.5", "CADDIE_OWNER": "me",
+    }  # fmt: skip
+    assert set(chosen) == set(KNOWN)
+    for given in (chosen, {"CADDIE_HOME": str(tmp_path)}):
+        settings = Settings.read(given)
+        assert Settings.read(environment_of(settings)) == settings
+
+
+# Against a server
+
+
+@pytest.fixture
+def claim(sqlite: Database, now: datetime) -> Callable[[], Claim]:
+    """Takes the first queued run, as an orchestrator does."""
+
+    def run() -> Claim:
+        with sqlite.write() as session:
+            claimed = leases.claim(session, GangConfig(), "host", now, timedelta(minutes=5))
+        assert claimed is not None
+        return claimed
+
+    return run
+
+
+@pytest.fixture
+def finish(sqlite: Database, trial_result: Callable[..., TrialResult], now: datetime) -> Callable[..., None]:
+    """Ends a claimed run in success; keywords replace its result's fields."""
+
+    def run(claimed: Claim, **fields: Any) -> None:
+        with sqlite.write() as session:
+            leases.finish(session, claimed.lease, AttemptResult(Outcome.SUCCEEDED, result=trial_result(**fields)), now)
+
+    return run
+
+
+def test_a_study_is_created_listed_and_steered(caddie: Run, sweep: None) -> None:
+    for move, state in (("pause", "paused"), ("resume", "running"), ("stop", "stopped")):
+        assert caddie("study", move, "sweep").out == f"study sweep is {state}\n"
+    assert "sweep" in caddie("study", "list").out
+    (study,) = json.loads(caddie("study", "list", "--json").out)
+    assert (study["name"], study["state"]) == ("sweep", "stopped")
+    assert "cannot" in caddie("study", "resume", "sweep").refusal(2)
+    assert "sweep" in caddie("study", "create", "study.yaml").refusal(2)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\nrecipe: laptop\nspaces: {}", "spaces"),
+        (
+            "name: a\nrecipe: laptop\nspace: {sharing.lora.rank: {choice: [0, .inf]}}",
+            "space.sharing.lora.rank.choice.1",
+        ),
+        ("name: a\nrecipe: laptop\noverrides: {data.dataset: !!timestamp 2024-01-01}", "overrides.data.dataset"),
+    ],
+)
+def test_a_bad_study_file_is_one_line_that_names_the_field(
+    caddie: Run, url: str, tmp_path: Path, text: str, says: str
+) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    assert says in caddie("study", "create", "study.yaml").refusal(2)
+    assert json.loads(caddie("study", "list", "--json").out) == []
+
+
+def test_a_submission_without_a_spec_is_the_studys_base(caddie: Run, sweep: None) -> None:
+    plain = json.loads(caddie("submit", "sweep", "--json").out)
+    assert (plain["number"], plain["lora_rank"], plain["state"]) == (0, 4, "queued")
+    changed = json.loads(caddie("submit", "sweep", "--set", "sharing.lora.rank=2", "--json").out)
+    assert (changed["number"], changed["lora_rank"]) == (1, 2)
+    recipe = caddie("submit", "sweep", "laptop", "--set", "sharing.lora.rank=1")
+    assert recipe.out.startswith("trial 2 of sweep: queued\n  tying map 012012, LoRA rank 1, ")
+
+
+def test_a_submission_counts_once_a_key_and_once_a_configuration(caddie: Run, sweep: None) -> None:
+    for _ in range(2):
+        assert json.loads(caddie("submit", "sweep", "--key", "mine", "--json").out)["number"] == 0
+    assert "trial 0 (queued) has the same configuration" in caddie("submit", "sweep").refusal(2)
+    assert json.loads(caddie("submit", "sweep", "--allow-duplicate", "--json").out)["number"] == 1
+    assert "overrides.model.heads" in caddie("submit", "sweep", "--set", "model.heads=5").refusal(2)
+
+
+def test_a_trial_is_shown_and_cancelled_once(caddie: Run, sweep: None) -> None:
+    caddie("submit", "sweep")
+    assert caddie("trial", "sweep", "0").out.startswith("trial 0 of sweep: queued\n")
+    assert json.loads(caddie("trial", "sweep", "0", "--json").out)["state"] == "queued"
+    assert caddie("cancel", "sweep", "0").out.startswith("trial 0 of sweep: cancelled")
+    assert "trial 0" in caddie("cancel", "sweep", "0").refusal(2)
+
+
+def test_what_does_not_exist_is_one_line(caddie: Run, sweep: None) -> None:
+    unknown = ["submit none", "trial none 0", "cancel none 0", "leaderboard none", "watch none", "study stop none"]
+    for command in unknown:
+        assert caddie(*command.split()).refusal(2) == "caddie: no study 'none'"
+    assert caddie("trial", "sweep", "7").refusal(2).startswith("caddie: no trial ")
+
+
+def test_the_leaderboard_is_best_first(
+    caddie: Run, sweep: None, claim: Callable[[], Claim], finish: Callable[..., None]
+) -> None:
+    for rank, score in ((1, 2.5), (2, 2.25)):
+        caddie("submit", "sweep", "--set", f"sharing.lora.rank={rank}")
+        finish(claim(), val_bpb=score)
+    board = json.loads(caddie("leaderboard", "sweep", "--json").out)
+    assert [(row["rank"], row["number"], row["val_bpb"]) for row in board["rows"]] == [(1, 1, 2.25), (2, 0, 2.5)]
+    shown = caddie("leaderboard", "sweep").out
+    assert shown.index("2.2500") < shown.index("2.5000")
+
+
+class Story(Caddie):
+    """A client of the real API between whose polls the next thing happens."""
+
+    def __init__(self, url: str, *steps: Callable[[], object]) -> None:
+        super().__init__(url)
+        self.steps = list(steps)
+
+    def activity(self, study: str) -> list[ActivityOut]:
+        if self.steps:
+            self.steps.pop(0)()
+        return super().activity(study)
+
+
+def test_a_stopped_study_is_watched_until_what_runs_has_ended(
+    caddie: Run, url: str, sweep: None, claim: Callable[[], Claim], finish: Callable[..., None]
+) -> None:
+    caddie("submit", "sweep")
+    claimed = claim()
+    steps = [lambda: caddie("study", "stop", "sweep"), lambda: finish(claimed)]
+    with closing(Story(url, *steps)) as story:
+        assert watch_study(Console(quiet=True), story, "sweep").counts == {"complete": 1}
+        assert not story.steps
+
+
+def test_a_study_that_proposes_is_watched_until_it_is_complete(
+    caddie: Run, url: str, sweep: None, sqlite: Database, now: datetime
+) -> None:
+    def complete() -> None:
+        with sqlite.write() as session:
+            study = store.get_study(session, "sweep")
+            store.move_study(session, study.id, StudyState.COMPLETE, now)
+
+    with closing(Story(url, lambda: None, complete)) as story:
+        assert watch_study(Console(quiet=True), story, "sweep").state == "complete"
+        assert not story.steps
+
+
+def test_a_study_without_a_space_is_watched_until_its_trials_have_ended(
+    caddie: Run, url: str, tmp_path: Path, claim: Callable[[], Claim], finish: Callable[..., None]
+) -> None:
+    (tmp_path / "study.yaml").write_text("name: mine\nrecipe: laptop")
+    caddie("study", "create", "study.yaml")
+    caddie("submit", "mine")
+    with closing(Story(url, lambda: None, lambda: finish(claim()))) as story:
+        assert watch_study(Console(quiet=True), story, "mine").counts == {"complete": 1}
+        assert not story.steps
+
+
+# README.md
+
+
+def test_the_readmes_study_is_one() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    study = StudyIn.model_validate(yaml.safe_load(block)).definition()
+    assert isinstance(study, NewStudy)
+    assert study.space
+
+
+def test_the_readmes_commands_exist_and_take_those_options() -> None:
+    text = (ROOT / "README.md").read_text()
+    commands: Any = get_command(app)
+    lines = [line.partition("#")[0].split() for line in re.findall(r"^caddie (.*)", text, re.MULTILINE)]
+    lines += [words.split() for words in re.findall(r"`caddie ([^`]*)`", text)]
+    assert len(lines) > 8
+    for words in lines:
+        command = commands.commands[words[0]]
+        if hasattr(command, "commands"):
+            command = command.commands[words[1]]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word.strip("[]") for word in words if word.strip("[").startswith("--")} <= options, words
+
+
+def test_the_readmes_submission_is_one_for_its_study(caddie: Run, url: str, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (line,) = re.findall(r"^caddie (submit .*)", text, re.MULTILINE)
+    (tmp_path / "study.yaml").write_text(block)
+    assert caddie("study", "create", "study.yaml").code == 0
+    said = caddie(*line.partition("#")[0].split())
+    assert said.out.startswith("trial 0 of my-study: queued\n"), said.err
