@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from decimal import Decimal
+from fractions import Fraction
 from math import inf
 from typing import Any
 
@@ -56,7 +57,7 @@ class Parameter(Frozen):
             return
         if self.step is not None:
             finest = min(_exponent(low), _exponent(self.step))
-            largest = _decimal(max(abs(low), abs(high))).adjusted()
+            largest = Decimal(str(max(abs(low), abs(high)))).adjusted()
             if largest - finest + 1 > DIGITS:
                 raise FieldError("step", self.step, f"must be such that every value has at most {DIGITS} digits")
         else:
@@ -79,14 +80,14 @@ class Parameter(Frozen):
             return 1
         if not self.whole and self.step is None:
             return inf
-        return int((_decimal(self.high) - _decimal(self.low)) // _decimal(self.step or 1)) + 1
+        return (_exact(self.high) - _exact(self.low)) // _exact(self.step or 1) + 1
 
     def value_at(self, index: int) -> Any:
         """Value number `index` of those that `count` counts, where it is finite."""
         if self.choice is not None:
             return self.choice[index]
         assert self.low is not None
-        value = _decimal(self.low) + index * _decimal(self.step or 1)
+        value = _exact(self.low) + index * _exact(self.step or 1)
         return int(value) if self.whole else float(value)
 
     def contains(self, value: Any) -> bool:
@@ -103,10 +104,10 @@ class Parameter(Frozen):
             return True
         return abs(self.steps_to(value) - round(self.steps_to(value))) < 1e-6
 
-    def steps_to(self, value: float) -> Decimal:
+    def steps_to(self, value: float) -> Fraction:
         """How many steps from low the value lies: a whole number at the values, hardly more at sums of floats."""
         assert self.low is not None
-        return (_decimal(value) - _decimal(self.low)) / _decimal(self.step or 1)
+        return (_exact(value) - _exact(self.low)) / _exact(self.step or 1)
 
 
 Space = Mapping[str, Parameter]
@@ -204,13 +205,13 @@ def _says(data: Mapping[str, Any], path: str, value: Any, spec: TrialSpec) -> bo
         return False
 
 
-def _decimal(number: float) -> Decimal:
+def _exact(number: float) -> Fraction:
     """The number as it is written, which is what a step of 0.1 means."""
-    return Decimal(str(number))
+    return Fraction(str(number))
 
 
 def _exponent(number: float) -> int:
     """The power of ten of the number's last digit that is not 0; 0 for 0."""
-    exponent = _decimal(number).normalize().as_tuple().exponent
+    exponent = Decimal(str(number)).normalize().as_tuple().exponent
     assert isinstance(exponent, int), "a parameter's numbers are finite"
     return exponent
