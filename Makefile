@@ -19,7 +19,7 @@ demo: $(VENV)/.installed ## Run a small real sweep, or resume it
 	@$(BIN)/caddie demo
 
 test: $(VENV)/.installed browser ## Run the tests (WORKERS=1 for one at a time, ARGS=... for pytest)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(VENV)/.installed browser ## Run the tests that take many minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --timeout 0 $(ARGS)

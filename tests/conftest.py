@@ -247,7 +247,14 @@ def serve() -> Iterator[Callable[..., str]]:
         assert not thread.is_alive(), "the server did not end"
 
 
-SLOWEST_FIRST = ("test_up.py", "test_launcher_process.py", "test_launcher.py", "test_loop.py", "test_pages.py")
+SLOWEST_FIRST = (
+    "test_up.py",
+    "test_launcher_process.py",
+    "test_launcher.py",
+    "test_loop.py",
+    "test_demo.py",
+    "test_pages.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
