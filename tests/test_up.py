@@ -110,7 +110,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(params=["ray", "local"])
+@pytest.fixture(params=["ray", pytest.param("local", marks=pytest.mark.soak)])
 def up(request: pytest.FixtureRequest, tmp_path: Path, data_root: Path, database_url: str) -> Iterator[Up]:
     if request.param == "local" and "postgresql" in database_url:
         pytest.skip("the local launcher knows no database: SQLite shows it")
