@@ -35,6 +35,7 @@ class ArtifactStore:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            _sync_folder(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -55,3 +56,12 @@ class ArtifactStore:
         if not re.fullmatch(r"sha256/[0-9a-f]{2}/[0-9a-f]{64}", artifact.uri):
             raise DamagedArtifact(f"artifact URI {artifact.uri!r} is not of the form sha256/ab/ab12…")
         return self.root / artifact.uri
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder outlast a power cut, as the file's own contents do."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -24,9 +24,10 @@ def test_putting_the_same_bytes_twice_keeps_one_file(artifacts: ArtifactStore) -
     assert len([path for path in artifacts.root.rglob("*") if path.is_file()]) == 1
 
 
-def test_a_half_written_file_is_replaced(artifacts: ArtifactStore) -> None:
+@pytest.mark.parametrize("damaged", [b"wei", b"weightz"], ids=["short", "changed"])
+def test_a_damaged_file_is_replaced_when_its_bytes_are_put_again(artifacts: ArtifactStore, damaged: bytes) -> None:
     path = artifacts.path(artifacts.put(b"weights"))
-    path.write_bytes(b"wei")
+    path.write_bytes(damaged)
     assert artifacts.get(artifacts.put(b"weights")) == b"weights"
 
 
