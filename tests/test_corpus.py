@@ -151,10 +151,10 @@ def test_order0_entropy_is_that_of_the_byte_frequencies() -> None:
 
 
 def test_a_fetch_without_a_network_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a port that nobody listens on
-    with pytest.raises(DataError, match=r"^cannot reach https?://.*willdepueoai/parameter-golf.*refused") as caught:
+    monkeypatch.setattr("worker.fineweb.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that nobody listens on
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    expected = r"^cannot reach http://127\.0\.0\.1:9, where willdepueoai/parameter-golf is published: .*refused"
+    with pytest.raises(DataError, match=expected) as caught:
         fetch(tmp_path / "data", "sp1024", 1)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -256,4 +256,8 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a thread of gloo's that asks for the interpreter while that is torn down aborts a finished run.
+    os._exit(code)

@@ -181,4 +181,7 @@ def _threads(gang: GangConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as in worker.__main__: gloo's threads and the interpreter's teardown do not go together
