@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from api.context import STUDY_NAME
 from orchestrator.space import Parameter
 from orchestrator.study import CAP_BYTES, NewStudy
-from worker.recipes import load_recipe
+from worker.recipes import Size, load_recipe, require_full
 from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, override, parse_spec, problems_of
 
 
@@ -23,6 +23,7 @@ class StudyIn(Input):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     recipe: str | None = None
+    size: Size = Field(default="full", description="Of the recipe: as published, or tiny, for one CPU core.")
     base: dict[str, Any] | None = None
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Dotted paths of the base spec, with new values."
@@ -38,9 +39,11 @@ class StudyIn(Input):
         """The study that this body defines. Raises InvalidSpec, naming each field as the body has it."""
         if (self.recipe is None) == (self.base is None):
             raise InvalidSpec((Problem("base", self.base, "give exactly one of base and recipe"),))
-        base = load_recipe(self.recipe) if self.recipe is not None else self.base
+        if self.recipe is None:
+            require_full(self.size)
+        base = load_recipe(self.recipe, self.size) if self.recipe is not None else self.base
         assert base is not None
-        fields = self.model_dump(exclude={"recipe", "base", "overrides"}, exclude_none=True)
+        fields = self.model_dump(exclude={"recipe", "size", "base", "overrides"}, exclude_none=True)
         try:
             return NewStudy.model_validate({**fields, "base": override(base, self.overrides)})
         except ValidationError as error:
@@ -57,6 +60,7 @@ class SpecIn(Input):
         default=None, description="A whole TrialSpec; what is left out has its default."
     )
     recipe: str | None = Field(default=None, description="The name of a recipe.")
+    size: Size = Field(default="full", description="Of the recipe: as published, or tiny, for one CPU core.")
     params: dict[str, Any] | None = Field(
         default=None, description="Values of the study's space, by path, over its base."
     )
@@ -78,10 +82,11 @@ class SpecIn(Input):
         if len(given) > 1:
             message = "give exactly one of spec, recipe and params, not " + " and ".join(given)
             raise InvalidSpec((Problem(given[1], getattr(self, given[1]), message),))
+        if self.recipe is not None:
+            return load_recipe(self.recipe, self.size)
+        require_full(self.size)
         if self.spec is not None:
             return self.spec
-        if self.recipe is not None:
-            return load_recipe(self.recipe)
         if study is not None and (given or self.overrides):
             return study.base
         wanted = "spec, recipe, params, or overrides of the study's base" if study else "spec or recipe, or a study"

@@ -20,7 +20,7 @@ from api.terminal import leaderboard_table, preview_lines, studies_table, trial_
 from orchestrator.feasibility import judge, predict
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import CAP_BYTES
-from worker.recipes import load_recipe, read_yaml, recipe_names
+from worker.recipes import load_recipe, read_yaml, recipe_names, require_full
 from worker.shape import FieldError
 from worker.spec import InvalidSpec, Problem, override, parse_spec, problems_of
 
@@ -34,6 +34,9 @@ app.add_typer(study_app, name="study")
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Replace one field; repeatable.")
+]
+RecipeSize = Annotated[
+    str, typer.Option("--size", metavar="full|tiny", help="The recipe's: as published, or tiny, for one CPU core.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 StudyName = Annotated[str, typer.Argument(help="The study's name.")]
@@ -125,13 +128,16 @@ def data(context: typer.Context) -> None:
 def preview(
     spec: Annotated[str, typer.Argument(help="A recipe's name or a spec file (YAML or JSON).")],
     overrides: Overrides = None,
+    size: RecipeSize = "full",
     cap_bytes: Annotated[int, typer.Option(help="The byte cap to judge by.", min=1)] = CAP_BYTES,
     as_json: AsJson = False,
 ) -> None:
     """What a spec would cost, without running it or needing a server: parameters, tying map, bytes, verdict."""
-    parsed = parse_spec(override(_spec_data(spec), _overrides(overrides)))
+    parsed = parse_spec(override(_spec_data(spec, size), _overrides(overrides)))
     prediction = predict(parsed)
-    answer = PreviewOut.of(parsed, prediction, cap_bytes, *judge(prediction, cap_bytes))
+    answer = PreviewOut.of(
+        parsed, prediction, cap_bytes, *judge(prediction, cap_bytes, parsed.quantisation.target_bytes)
+    )
     print(answer.model_dump_json(indent=2) if as_json else "\n".join(preview_lines(spec, answer)))
 
 
@@ -142,6 +148,7 @@ def submit(
         str | None, typer.Argument(help="A recipe's name or a spec file; none means the study's base.")
     ] = None,
     overrides: Overrides = None,
+    size: RecipeSize = "full",
     key: Annotated[
         str | None, typer.Option("--key", help="Idempotency key: a retry with it returns the same trial.")
     ] = None,
@@ -152,9 +159,10 @@ def submit(
     """Submit one trial to a study."""
     body: dict[str, Any] = {"overrides": _overrides(overrides), "allow_duplicate": allow_duplicate}
     if spec is None:
+        require_full(size)
         body["params"] = {}
     else:
-        body["spec"] = override(_spec_data(spec), body.pop("overrides"))
+        body["spec"] = override(_spec_data(spec, size), body.pop("overrides"))
     with _client() as caddie:
         trial = caddie.submit(study, body, idempotency_key=key)
         if wait:
@@ -243,12 +251,13 @@ def _client() -> Caddie:
     return Caddie(Settings.read(os.environ).url)
 
 
-def _spec_data(name: str) -> dict[str, Any]:
-    """A recipe by its name, or a spec file by its path."""
+def _spec_data(name: str, size: str) -> dict[str, Any]:
+    """A recipe by its name, in this size, or a spec file by its path."""
     if name in recipe_names():
-        return load_recipe(name)
+        return load_recipe(name, size)
     if not Path(name).is_file():
         raise InvalidSpec((Problem("spec", name, f"is neither a file nor a recipe ({', '.join(recipe_names())})"),))
+    require_full(size)
     return _read(Path(name))
 
 

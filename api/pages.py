@@ -13,8 +13,9 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from api import diagnostics
 from api.context import DatabaseOf, StudyName, TrialNumber
-from api.pictures import bytes_bar, tying_picture, tying_strip
+from api.pictures import bytes_bar, curve_picture, tying_picture, tying_strip
 from api.problems import ProblemDetails
 from api.schemas import TrialSummary, parameters_by_class
 from api.studies import describe, leaderboard
@@ -24,8 +25,8 @@ from orchestrator import store
 from orchestrator.activity import latest_events, list_activity
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
 from orchestrator.study import Event, Study, Trial
-from worker.sharing import TyingMap
 from worker.spec import parse_spec
+from worker.tying import TyingMap
 
 HERE = Path(__file__).parent
 SHOWN = 100
@@ -180,14 +181,21 @@ def _study_facts(session: Session, study: Study) -> dict[str, Any]:
 def _trial_facts(session: Session, study: Study, trial: Trial) -> dict[str, Any]:
     described = describe_trial(session, study.name, trial)
     result, spec = described.result, described.spec
-    gammas = result.diagnostics.get("gammas") if result else None
-    picture = tying_picture(spec.sharing, unet_skips=spec.model.unet_skips, gammas=gammas)
+    shown = result.diagnostics if result else {}
+    gammas, influence = shown.get("gammas"), shown.get("block_influence", ())
+    picture = tying_picture(spec.sharing, unet_skips=spec.model.unet_skips, gammas=gammas, influence=influence)
+    points = [(point["artifact_bytes"], point["val_bpb"]) for point in shown.get("bytes_curve", ())]
     gates = [gate for of_path in (gammas or {}).values() for gate in of_path]
     return {
         "study": study,
         "trial": described,
         "live": trial.state in OPEN_TRIALS,
         "picture": Markup(picture),
+        "late": spec.sharing.tying.from_fraction
+        if len(spec.sharing.layers_at(0.0)) < spec.sharing.virtual_layers
+        else 0,
+        "tables": diagnostics.tables(shown),
+        "curve": Markup(curve_picture(points)) if len(points) > 1 else None,
         "widest_gate": max(gates, default=None),
         "bytes_by_class": (by_class := _bytes_by_class(trial)),
         "bar": Markup(bytes_bar(by_class, study.definition.cap_bytes)),
@@ -201,17 +209,15 @@ def _trial_facts(session: Session, study: Study, trial: Trial) -> dict[str, Any]
 def _bytes_by_class(trial: Trial) -> dict[str, float]:
     """The artifact's bytes by tensor class, and code: measured, or predicted.
 
-    The codec compresses all classes in one stream, so each is given its share of the model's bytes by what it stores.
+    A prediction's are shared out by how many values a class has.
     """
     if trial.result is not None:
-        weights = {name: float(size) for name, size in trial.result.bytes_by_class.items()}
-        model_bytes, code_bytes = trial.result.model_bytes, trial.result.code_bytes
-    else:
-        weights = {name.value: float(count) for name, count in parameters_by_class(trial.spec).items()}
-        code_bytes = trial.prediction.code_bytes
-        model_bytes = trial.prediction.artifact_bytes - code_bytes
-    whole = sum(weights.values()) or 1.0
-    return {name: model_bytes * weight / whole for name, weight in weights.items()} | {"code": float(code_bytes)}
+        measured = {name: float(size) for name, size in trial.result.bytes_by_class.items()}
+        return measured | {"code": float(trial.result.code_bytes)}
+    counts = parameters_by_class(trial.spec)
+    code_bytes = trial.prediction.code_bytes
+    a_value = (trial.prediction.artifact_bytes - code_bytes) / sum(counts.values())
+    return {name.value: count * a_value for name, count in counts.items()} | {"code": float(code_bytes)}
 
 
 def _last_id(events: Sequence[Event]) -> int:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from worker.sharing import SharingConfig, TyingMap
+from worker.sharing import SharingConfig
+from worker.tying import TyingMap
 
 # Told apart in the light, in the dark, and by most who see colours differently (after Okabe and Ito, 2008).
 PALETTE = (
@@ -38,29 +39,39 @@ def tying_strip(tying_map: TyingMap) -> str:
 
 
 def tying_picture(
-    sharing: SharingConfig, *, unet_skips: bool, gammas: Mapping[str, Sequence[float]] | None = None
+    sharing: SharingConfig,
+    *,
+    unet_skips: bool,
+    gammas: Mapping[str, Sequence[float]] | None = None,
+    influence: Sequence[float] = (),
 ) -> str:
-    """Virtual layers in order, coloured by block, with U-Net skips as arcs and LoRA bypasses below.
+    """Virtual layers in order, coloured by block, with U-Net skips as arcs, and LoRA bypasses and influence below.
 
     `gammas` holds the gates of each path by virtual layer, once a trial has trained; bars are then as high as the gate
-    is open, against the largest gate. Before that, and where a path has none, they are outlines.
+    is open, against the largest gate. Before that, and where a path has none, they are outlines. `influence` is each
+    layer's Block Influence, drawn against the largest. Layers that run from a fraction of the budget on are pale.
     """
-    tying_map = sharing.tying_map
+    tying_map, early = sharing.tying_map, sharing.layers_at(0.0)
     layers = len(tying_map)
     skips = skip_pairs(layers) if unet_skips else ()
     sky = 14 + (min(96, 16 + 10 * len(skips)) if skips else 0)
     parts = [_arc(start, end, sky, len(skips)) for start, end in skips]
-    parts += [_layer(i, block, sky) for i, block in enumerate(tying_map)]
+    since = f", from {sharing.tying.from_fraction:.0%} of the budget on"
+    parts += [_layer(i, block, sky, "" if i in early else since) for i, block in enumerate(tying_map)]
     height = sky + CELL + 26
     parts.append(_label("block", sky + 24) + _label("layer", sky + CELL + 14))
     if sharing.lora.rank:
         strongest = max((g for gates in (gammas or {}).values() for g in gates), default=0.0)
         for path in sorted(sharing.lora.paths):
             parts.append(_label(f"LoRA {SHORT[path]}", height + 21))
-            parts += [_bypass(i, gate, strongest, height) for i, gate in enumerate(_gates(path, layers, gammas))]
+            parts += [_bar(i, "γ", gate, strongest, height) for i, gate in enumerate(_gates(path, layers, gammas))]
             height += 44
+    if len(influence) == layers:
+        parts.append(_label("influence", height + 21))
+        parts += [_bar(i, "Block Influence", value, max(influence), height) for i, value in enumerate(influence)]
+        height += 44
     width = MARGIN + layers * CELL + 4
-    words = f"{_words(tying_map)}; LoRA rank {sharing.lora.rank}"
+    words = f"{_words(tying_map)}{since if len(early) < layers else ''}; LoRA rank {sharing.lora.rank}"
     narrow = f"min-width: {width * SMALLEST:.0f}px"
     return (
         f'<svg class="tying" role="img" aria-label="{words}" width="{width}" style="{narrow}" '
@@ -92,6 +103,26 @@ def bytes_bar(parts: Mapping[str, float], cap_bytes: int) -> str:
     )
 
 
+def curve_picture(points: Sequence[tuple[int, float]]) -> str:
+    """What one trained model scores (BPB) by the bytes of its artifact, smallest first; two points at least."""
+    (least, *_, most), scores = [size for size, _ in points], [bpb for _, bpb in points]
+    width, height = 560, 150
+    across, up = (width - 120) / ((most - least) or 1), (height - 60) / ((max(scores) - min(scores)) or 1)
+    places = [(60 + (size - least) * across, height - 40 - (bpb - min(scores)) * up) for size, bpb in points]
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{size:,} bytes: {bpb:.4f} BPB</title></circle>'
+        f'<text x="{x:.1f}" y="{y - 9:.1f}">{bpb:.3f}</text>'
+        f'<text x="{x:.1f}" y="{height - 12}">{size / 1000:,.0f}</text>'
+        for (x, y), (size, bpb) in zip(places, points, strict=True)
+    )
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    words = "; ".join(f"{size:,} bytes: {bpb:.4f} BPB" for size, bpb in points)
+    return (
+        f'<svg class="curve" role="img" aria-label="{words}" width="{width}" viewBox="0 0 {width} {height}">'
+        f'<polyline points="{line}"/>{dots}</svg>'
+    )
+
+
 def _words(tying_map: TyingMap) -> str:
     return f"{len(tying_map)} layers over {max(tying_map) + 1} blocks: {' '.join(str(block) for block in tying_map)}"
 
@@ -104,10 +135,11 @@ def _label(text: str, y: float) -> str:
     return f'<text class="row" x="0" y="{y}">{escape(text)}</text>'
 
 
-def _layer(layer: int, block: int, top: float) -> str:
+def _layer(layer: int, block: int, top: float, since: str) -> str:
     x = MARGIN + layer * CELL
+    late = ' class="late"' if since else ""
     return (
-        f"<g><title>layer {layer} applies block {block}</title>"
+        f"<g{late}><title>layer {layer} applies block {block}{since}</title>"
         f'<rect x="{x + 2}" y="{top}" width="{CELL - 4}" height="{CELL - 6}" rx="7" fill="{block_colour(block)}"/>'
         f'<text class="block" x="{_middle(layer)}" y="{top + 26}">{block}</text></g>'
         f'<text class="layer" x="{_middle(layer)}" y="{top + CELL + 14}">{layer}</text>'
@@ -128,13 +160,13 @@ def _gates(path: str, layers: int, gammas: Mapping[str, Sequence[float]] | None)
     return gates if gates is not None and len(gates) == layers else [None] * layers
 
 
-def _bypass(layer: int, gate: float | None, strongest: float, top: float) -> str:
+def _bar(layer: int, name: str, value: float | None, largest: float, top: float) -> str:
     x, full = MARGIN + layer * CELL + 10, 34.0
     frame = f'<rect class="gate-frame" x="{x}" y="{top}" width="{CELL - 20}" height="{full}" rx="3"/>'
-    if gate is None:
+    if value is None:
         return frame
-    high = full * gate / strongest if strongest > 0 else 0.0
+    high = full * value / largest if largest > 0 else 0.0
     return (
-        f"<g><title>layer {layer}: γ = {gate:.4f}</title>{frame}"
+        f"<g><title>layer {layer}: {name} = {value:.4f}</title>{frame}"
         f'<rect class="gate" x="{x}" y="{top + full - high:.1f}" width="{CELL - 20}" height="{high:.1f}" rx="3"/></g>'
     )

@@ -37,5 +37,5 @@ def list_recipes() -> Page[RecipeOut]:
 def preview(spec: TrialSpec, cap_bytes: int = CAP_BYTES, history: Sequence[Trial] = ()) -> PreviewOut:
     """The spec's prediction, calibrated on finished trials, and its verdict against the cap."""
     prediction = feasibility.predict(spec, history)
-    verdict, reason = feasibility.judge(prediction, cap_bytes)
+    verdict, reason = feasibility.judge(prediction, cap_bytes, spec.quantisation.target_bytes)
     return PreviewOut.of(spec, prediction, cap_bytes, verdict, reason)

@@ -9,9 +9,10 @@ from pydantic import BaseModel
 from orchestrator.activity import Activity
 from orchestrator.lifecycle import Outcome, RunState, StudyState, TrialState
 from orchestrator.study import Attempt, Event, NewStudy, Prediction, Progress, Run, Study, Trial, Verdict
+from worker.inventory import TensorClass, tensor_inventory
 from worker.report import TrialResult
-from worker.sharing import TensorClass, TyingMap, tensor_inventory
 from worker.spec import GangConfig, TrialSpec
+from worker.tying import TyingMap
 
 Item = TypeVar("Item")
 

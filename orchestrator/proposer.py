@@ -152,7 +152,8 @@ class Proposer:
                 refused["known"] += 1
             else:
                 prediction = predictor.predict(spec)
-                verdict, reason = judge(prediction, self._definition.cap_bytes)
+                cap_bytes, target_bytes = self._definition.cap_bytes, spec.quantisation.target_bytes
+                verdict, reason = judge(prediction, cap_bytes, target_bytes)
                 if verdict != "cannot_fit":
                     return NewTrial(spec, params, "proposed", prediction, verdict, reason)
                 refused["cannot_fit"] += 1

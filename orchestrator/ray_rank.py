@@ -30,7 +30,7 @@ class RayRank:
     def serve(self) -> int:
         """The port of the gang's rendezvous, opened here, on rank 0. Waits for torch."""
         if self._store is None:
-            self._store = importlib.import_module("worker.gang").serve_store(self._gang.ranks)
+            self._store = importlib.import_module("worker.rendezvous").serve_store(self._gang.ranks)
         port: int = self._store.port
         return port
 
@@ -71,7 +71,9 @@ class RayRank:
         gang = importlib.import_module("worker.gang")
 
         def open_store() -> Any:
-            return self._store if self._rank == 0 else gang.join_store(port, self._gang.ranks)
+            if self._rank == 0:
+                return self._store
+            return importlib.import_module("worker.rendezvous").join_store(port, self._gang.ranks)
 
         return gang.Rank(self._rank, self._gang, open_store, self._trainer)
 

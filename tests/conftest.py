@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -27,7 +28,10 @@ from worker import corpus
 from worker.corpus import CorpusPlan, build_corpus, build_demo
 from worker.recipes import load_recipe
 from worker.report import TrialResult
-from worker.spec import override, parse_spec
+from worker.spec import TrialSpec, override, parse_spec
+
+if TYPE_CHECKING:
+    from worker.model import Model
 
 # A busy machine is no counterexample; and what CI says of a change must not depend on the dice.
 settings.register_profile("caddie", deadline=None, derandomize="CI" in os.environ)
@@ -52,6 +56,36 @@ def small_data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = CorpusPlan("topics_sp512", "topics", vocab_size=512, validation_share=0.1, passage_bytes=1_000)
     build_corpus(root, plan, [topics[name] for name in sorted(topics)[:12]])
     return root
+
+
+@pytest.fixture(scope="session")
+def trained(small_data_root: Path) -> tuple["Model", TrialSpec]:
+    """A small model that has learned something of `topics_sp512`, and a spec for it. Not to be changed."""
+    import torch  # here: it takes seconds to load, and most files of tests do without
+
+    from worker.data import Batches
+    from worker.model import Model, initialise
+    from worker.shards import open_dataset
+    from worker.world import World
+
+    spec = parse_spec(
+        {
+            "model": {"vocab_size": 512, "width": 64, "heads": 4, "kv_heads": 2, "embedding_init_std": 0.02},
+            "sharing": {"virtual_layers": 4, "unique_blocks": 2},
+            "data": {"dataset": "topics_sp512", "sequence_length": 32, "batch_tokens": 512},
+            "quantisation": {"half_below": 1000, "calibration_tokens": 8192},
+        }
+    )
+    batches = Batches(open_dataset(small_data_root, "topics_sp512"), spec.data, 512, World(0, 1, torch.device("cpu")))
+    model = Model(spec.model, spec.sharing)
+    initialise(model, spec.seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(80):
+        for tokens, targets in batches.batch(step):
+            model(tokens, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, spec
 
 
 @pytest.fixture(scope="session")
@@ -255,6 +289,12 @@ SLOWEST_FIRST = (
     "test_demo.py",
     "test_pages.py",
 )
+
+
+def pytest_configure() -> None:
+    """A shell's background jobs ignore SIGINT, and so would every process that a test starts there and interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,7 +24,7 @@ from orchestrator.study import Artifact, AttemptResult, Claim
 from orchestrator.tables import ArtifactRow, Base
 from worker.recipes import load_recipe, recipe_names
 from worker.report import TrialResult
-from worker.spec import GangConfig
+from worker.spec import GangConfig, override, parse_spec
 
 TTL = timedelta(minutes=5)
 GOLDEN = Path(__file__).with_name("openapi.json")
@@ -145,6 +145,8 @@ BAD_STUDIES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"nmae": "x"}, "nmae"),
     ({"recipe": "no-such"}, "recipe"),
     ({"recipe": None}, "base"),
+    ({"size": "huge"}, "size"),
+    ({"recipe": None, "base": {}, "size": "tiny"}, "size"),
     ({"base": {}}, "base"),
     ({"sampler": "grid"}, "sampler"),
     ({"max_trials": -1}, "max_trials"),
@@ -182,6 +184,8 @@ BAD_TRIALS: tuple[tuple[dict[str, Any], str, Any], ...] = (
     ({}, "spec", None),
     ({"spec": {}, "recipe": "laptop"}, "recipe", "laptop"),
     ({"recipe": "no-such"}, "recipe", "no-such"),
+    ({"recipe": "ebls", "size": "huge"}, "size", "huge"),
+    ({"spec": {}, "size": "tiny"}, "size", "tiny"),
     ({"spec": {"sharing": {"virtual_layers": 6, "unique_blocks": 9}}}, "spec.sharing.unique_blocks", 9),
     ({"spec": {"model": {"width": 100, "heads": 8}}}, "spec.model.heads", 8),
     ({"spec": {"sharing": {"tying": {"pattern": "cycle", "patern": 1}}}}, "spec.sharing.tying.patern", 1),
@@ -315,6 +319,20 @@ def test_a_trial_is_submitted_in_each_of_the_ways(http: httpx.Client, study: str
     pages = [http.get(f"{study}/trials", params={"limit": 3, "after": after}).json() for after in (-1, 2)]
     assert [[trial["number"] for trial in page["items"]] for page in pages] == [[0, 1, 2], [3, 4]]
     assert [page["next"] for page in pages] == [2, None]
+
+
+def test_a_recipe_comes_as_published_or_tiny(http: httpx.Client, study: str) -> None:
+    full = http.post("/v1/preview", json={"recipe": "ebls"}).json()
+    assert full["prediction"]["parameters"] == 29_566_018
+    changes = {"sharing.lora.rank": 4}
+    tiny = {"recipe": "ebls", "size": "tiny", "overrides": changes}
+    trial = http.post(f"{study}/trials", json=tiny).json()
+    assert trial["tying_map"] == full["tying_map"]
+    assert trial["spec"] == parse_spec(override(load_recipe("ebls", "tiny"), changes)).model_dump(mode="json")
+    created = http.post("/v1/studies", json={"name": "tiny", **tiny})
+    assert created.status_code == 201, created.text
+    based = http.post("/v1/studies/tiny/trials", json={"params": {}}).json()
+    assert based["spec"] == trial["spec"]
 
 
 def test_a_trial_that_cannot_fit_is_kept_as_infeasible_and_never_runs(http: httpx.Client, study: str) -> None:

@@ -120,7 +120,9 @@ def test_a_preview_says_what_a_spec_costs_without_a_server(caddie: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["huge"], "spec: is neither a file nor a recipe (depth-recurrence, ebls"),
+        (["huge"], "spec: is neither a file nor a recipe (bi-tied-15l, depth-recurrence"),
+        (["laptop", "--size", "huge"], "size: must be one of full, tiny (got 'huge')"),
+        (["list.yaml", "--size", "tiny"], "size: needs a recipe"),
         (["laptop", "--set", "seed"], "--set: must be PATH=VALUE"),
         (["laptop", "--set", "seed=[1"], "seed: is not a YAML value"),
         (["laptop", "--set", "model.widht=64"], "model.widht: is not a known key (got 64)"),
@@ -312,6 +314,8 @@ def test_a_submission_without_a_spec_is_the_studys_base(caddie: Run, sweep: None
     assert (changed["number"], changed["lora_rank"]) == (1, 2)
     recipe = caddie("submit", "sweep", "laptop", "--set", "sharing.lora.rank=1")
     assert recipe.out.startswith("trial 2 of sweep: queued\n  tying map 012012, LoRA rank 1, ")
+    tiny = json.loads(caddie("submit", "sweep", "ebls", "--size", "tiny", "--json").out)
+    assert (tiny["tying_map"], tiny["spec"]["gang"]["device"]) == ([0, 0, 0, 1, 1, 1, 2, 2, 2], "cpu")
 
 
 def test_a_submission_counts_once_a_key_and_once_a_configuration(caddie: Run, sweep: None) -> None:

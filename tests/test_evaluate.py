@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from worker.evaluate import Validation, evaluate, open_validation
+from worker.evaluate import Validation, evaluate, open_validation, share
 from worker.model import Model, initialise
 from worker.shape import FieldError, ModelConfig
-from worker.shards import DataError, Dataset, TokenStream, open_dataset, write_shard
+from worker.shards import DataError, Dataset, Tokens, TokenStream, open_dataset, write_shard
 from worker.sharing import SharingConfig
 from worker.tokenizer import ByteTable, byte_table, load_tokenizer
 from worker.world import World
@@ -98,12 +100,12 @@ def test_scoring_changes_nothing_and_repeats(validation: Validation) -> None:
 
 
 def test_a_limited_score_takes_windows_from_all_over_the_split() -> None:
-    stream = FakeStream(64 * 10 + 1)
-    table = ByteTable(np.ones(64, np.int64), np.zeros(64, np.bool_), np.zeros(64, np.bool_))
-    score = evaluate(make_model(64), Validation(stream, table, 64, 3), ALONE, token_limit=64 * 4 + 63)
+    validation = counting(64 * 10 + 1, 64)
+    score = evaluate(make_model(64), validation, ALONE, token_limit=64 * 4 + 63)
     assert score.tokens == score.bytes == 64 * 4
-    assert stream.starts == [0, 64 * 2, 64 * 5, 64 * 7]
-    assert evaluate(make_model(64), Validation(stream, table, 64, 3), ALONE, token_limit=1).tokens == 64
+    assert isinstance(validation.stream, FakeStream)
+    assert validation.stream.starts == [0, 64 * 2, 64 * 5, 64 * 7]
+    assert evaluate(make_model(64), validation, ALONE, token_limit=1).tokens == 64
 
 
 class FakeStream(TokenStream):
@@ -116,9 +118,75 @@ class FakeStream(TokenStream):
     def __len__(self) -> int:
         return self.length
 
-    def read(self, start: int, count: int) -> np.ndarray:
+    def read(self, start: int, count: int) -> Tokens:
         self.starts.append(start)
         return np.arange(start, start + count) % 64
+
+
+def counting(length: int, sequence_length: int) -> Validation:
+    table = ByteTable(np.ones(64, np.int64), np.zeros(64, np.bool_), np.zeros(64, np.bool_))
+    return Validation(FakeStream(length), table, sequence_length, 3)
+
+
+@settings(max_examples=100)
+@given(st.data(), st.integers(2, 20), st.integers(1, 80))
+def test_every_stride_scores_each_target_once_with_context_enough(data: st.DataObject, length: int, more: int) -> None:
+    validation, stride = counting(length + more, length), data.draw(st.integers(1, length))
+    windows = validation.windows(stride)
+    ends = [window.start + length for window in windows]
+    targets = [target for window, end in zip(windows, ends, strict=True) for target in range(end - window.scored, end)]
+    assert targets == list(range(validation.targets)) == list(range((length + more - 1) // length * length))
+    assert windows[0] == (0, length)
+    assert all(window.scored <= stride for window in windows[1:])
+    for ranks in (1, 2, 4, 8):
+        shares = [share(windows, World(rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
+        assert [window for mine in shares for window in mine] == windows
+
+
+@settings(max_examples=50)
+@given(st.data(), st.integers(2, 20), st.integers(20, 80), st.integers(2, 100))
+def test_a_token_limit_is_kept_wherever_a_window_does(data: st.DataObject, length: int, more: int, limit: int) -> None:
+    validation, stride = counting(length + more, length), data.draw(st.integers(1, length))
+    every, windows = validation.windows(stride), validation.windows(stride, limit)
+    assert set(windows) <= set(every)
+    assert windows[0] == every[0]
+    assert sum(window.scored for window in windows) <= max(limit, length)
+    assert len(windows) == len(every) or sum(window.scored for window in windows) > limit - stride * 2
+
+
+def test_a_stride_of_a_window_is_plain_scoring_bit_for_bit(validation: Validation) -> None:
+    model = make_model()
+    assert evaluate(model, validation, ALONE, stride=32) == evaluate(model, validation, ALONE)
+
+
+@pytest.mark.parametrize("stride", [7, 16])
+def test_sliding_windows_give_each_target_the_text_before_it(stride: int) -> None:
+    validation = counting(32 * 8 + 5, 32)
+    model, targets = make_model(64).requires_grad_(False), validation.targets
+    tokens = torch.from_numpy(validation.stream.read(0, targets + 1))
+    loss = model.token_losses(tokens[None, :32], tokens[None, 1:33]).double().sum()
+    for first in range(32, targets, stride):
+        end = min(first + stride, targets)
+        losses = model.token_losses(tokens[None, end - 32 : end], tokens[None, end - 31 : end + 1])
+        loss += losses[:, first - end :].double().sum()
+    score, plain = evaluate(model, validation, ALONE, stride=stride), evaluate(model, validation, ALONE)
+    assert (score.tokens, score.bytes) == (plain.tokens, plain.bytes)
+    assert score.loss == pytest.approx(float(loss) / targets, rel=1e-6)
+
+
+def test_more_context_makes_a_trained_model_no_worse(small_data_root: Path) -> None:
+    dataset = open_dataset(small_data_root, "topics_sp512")
+    model, text = make_model(), TokenStream(dataset.train, 512)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(60):
+        tokens = torch.from_numpy(text.read(step * 512, 513))
+        optimizer.zero_grad()
+        model(tokens[:-1].view(16, 32), tokens[1:].view(16, 32)).backward()
+        optimizer.step()
+    validation = open_validation(dataset, 512, 32, 32)
+    losses = [evaluate(model, validation, ALONE, stride=stride).loss for stride in (32, 16, 8)]
+    assert losses[0] < 0.9 * math.log(512)
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_another_vocabulary_is_refused_with_both_sizes(small_data_root: Path) -> None:
@@ -131,7 +199,7 @@ def test_another_vocabulary_is_refused_with_both_sizes(small_data_root: Path) ->
 def test_validation_text_shorter_than_a_window_is_refused(small_data_root: Path) -> None:
     dataset = open_dataset(small_data_root, "topics_sp512")
     tokens = sum(shard.tokens for shard in dataset.val)
-    assert open_validation(dataset, 512, tokens - 1, 8).windows == 1
+    assert open_validation(dataset, 512, tokens - 1, 8).windows() == [(0, tokens - 1)]
     with pytest.raises(
         FieldError, match=rf"data\.sequence_length is {tokens}: must be below the {tokens} validation tokens"
     ):

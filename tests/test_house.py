@@ -13,13 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("api", "migrations", "orchestrator", "worker")
 CONTRACT = (
+    "worker.inventory",
     "worker.mailbox",
+    "worker.packing",
     "worker.recipes",
     "worker.report",
     "worker.shape",
     "worker.sharing",
     "worker.source",
     "worker.spec",
+    "worker.tying",
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50

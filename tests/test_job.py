@@ -1,7 +1,6 @@
 """One attempt end to end: the result is about the bytes, the bytes are all there is, and equal jobs give equal ones."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import worker
 from worker.artifact import load
 from worker.evaluate import evaluate, open_validation
-from worker.job import Job, run
+from worker.inventory import tensor_inventory
+from worker.job import run
 from worker.recipes import load_recipe
 from worker.report import Directive, TrialResult
 from worker.shape import FieldError
 from worker.shards import DataError, open_dataset
-from worker.sharing import tensor_inventory
-from worker.source import MODULES, code_bytes
+from worker.source import MODULES, archive, code_bytes
 from worker.spec import TrialSpec, override, parse_spec
+from worker.trainer import Job
 from worker.world import World
 
 TINY = {
@@ -122,14 +121,11 @@ def test_a_directive_to_stop_still_ends_with_a_score(small_data_root: Path) -> N
     assert len(artifact) == result.model_bytes
 
 
-def test_code_bytes_are_the_files_that_score_an_artifact_alone(
+def test_code_bytes_are_an_archive_that_scores_an_artifact_alone(
     finished: tuple[TrialSpec, TrialResult, bytes, Notes], small_data_root: Path, tmp_path: Path
 ) -> None:
     spec, result, artifact, _ = finished
-    source = Path(worker.__file__).parent
-    (tmp_path / "worker").mkdir()
-    for module in MODULES:
-        shutil.copy(source / f"{module}.py", tmp_path / "worker")
+    (tmp_path / "code.zip").write_bytes(archive())
     (tmp_path / "model.bin").write_bytes(artifact)
     (tmp_path / "score.py").write_text(_SCORE)
     command = [sys.executable, "-W", "error", "score.py", str(small_data_root), spec.data.dataset]
@@ -138,28 +134,29 @@ def test_code_bytes_are_the_files_that_score_an_artifact_alone(
     answer = json.loads(done.stdout)
     assert answer["bpb"] == result.val_bpb
     assert answer["modules"] == sorted(["worker", *(f"worker.{module}" for module in MODULES if module != "__init__")])
-    assert answer["bytes"] == result.code_bytes
+    assert (tmp_path / "code.zip").stat().st_size == result.code_bytes
 
 
 _SCORE = """
 import json, os, sys
 from pathlib import Path
+here = Path(__file__).resolve().parent
+sys.path.insert(0, str(here / "code.zip"))
 import torch
 torch.set_num_threads(1)
 import worker
+import worker.ttt
 from worker.artifact import load
 from worker.evaluate import evaluate, open_validation
 from worker.shards import open_dataset
 from worker.world import World
 
-here = Path(__file__).resolve().parent
-assert Path(worker.__file__).resolve().parent == here / "worker"
+assert Path(worker.__file__).parent == here / "code.zip" / "worker"
 model = load((here / "model.bin").read_bytes())
 validation = open_validation(open_dataset(Path(sys.argv[1]), sys.argv[2]), model.config.vocab_size, 64, 16)
 score = evaluate(model, validation, World(0, 1, torch.device("cpu")))
 names = sorted(name for name in sys.modules if name.split(".")[0] == "worker")
-size = sum(path.stat().st_size for path in (here / "worker").glob("*.py"))
-print(json.dumps({"bpb": score.bpb, "modules": names, "bytes": size}))
+print(json.dumps({"bpb": score.bpb, "modules": names}))
 """
 
 

@@ -1,57 +1,26 @@
-"""The model: its tensors are the inventory's, its arithmetic is the literature's."""
+"""The model's parts, one by one, and what it tells of itself. test_formulas.py has their combinations."""
 
-from math import isclose, log
+import hashlib
+import json
+from itertools import pairwise
+from math import isclose, log, sqrt
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from worker.attention import RMS_EPSILON
+from worker.attention import RMS_EPSILON, rms_norm, rotation_base
 from worker.embedding import Bigram
 from worker.model import Model, initialise
+from worker.projection import observing
 from worker.recipes import load_recipe
+from worker.repartition import repartitioned
 from worker.shape import ModelConfig
-from worker.sharing import LoraConfig, LoraPath, SharingConfig, TyingConfig, count_parameters, tensor_inventory
+from worker.sharing import LoraConfig, RepartitionConfig, SharingConfig
 from worker.spec import parse_spec
 
 TINY = ModelConfig(vocab_size=32, width=16, heads=4, kv_heads=2, bigram_buckets=50, bigram_width=6, smear_gate=True)
-
-
-@st.composite
-def model_configs(draw: st.DrawFn) -> ModelConfig:
-    kv_heads, group, half = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    heads = kv_heads * group
-    return ModelConfig(
-        vocab_size=draw(st.integers(8, 40)),
-        width=max(8, heads * half * 2) if heads * half * 2 >= 8 else heads * 8,
-        heads=heads,
-        kv_heads=kv_heads,
-        mlp_multiple=draw(st.sampled_from((0.5, 1.3, 2.0, 3.0))),
-        unet_skips=draw(st.booleans()),
-        bigram_buckets=draw(st.sampled_from((0, 1, 11))),
-        bigram_width=draw(st.integers(1, 5)),
-        smear_gate=draw(st.booleans()),
-    )
-
-
-@st.composite
-def sharing_configs(draw: st.DrawFn) -> SharingConfig:
-    layers = draw(st.integers(1, 6))
-    blocks = draw(st.integers(1, layers))
-    rest = draw(st.lists(st.integers(0, blocks - 1), min_size=layers - blocks, max_size=layers - blocks))
-    owners = st.sampled_from(("block", "layer"))
-    paths: st.SearchStrategy[tuple[LoraPath, ...]] = st.sampled_from((("attention",), ("mlp",), ("mlp", "attention")))
-    return SharingConfig(
-        virtual_layers=layers,
-        unique_blocks=blocks,
-        tying=TyingConfig(pattern="explicit", map=tuple(draw(st.permutations([*range(blocks), *rest])))),
-        lora=LoraConfig(rank=draw(st.integers(0, 3)), paths=draw(paths)),
-        scales=draw(owners),
-        mixes=draw(owners),
-    )
 
 
 def built(sharing: SharingConfig, model: ModelConfig = TINY, seed: int = 7) -> Model:
@@ -72,103 +41,6 @@ def scrambled(sharing: SharingConfig, model: ModelConfig = TINY) -> Model:
 
 def some_tokens(sequences: int = 2, length: int = 12, vocab_size: int = 32) -> Tensor:
     return torch.randint(0, vocab_size, (sequences, length), generator=torch.Generator().manual_seed(11))
-
-
-@settings(max_examples=60, deadline=None)
-@given(model_configs(), sharing_configs())
-def test_the_models_tensors_are_the_inventorys(config: ModelConfig, sharing: SharingConfig) -> None:
-    with torch.device("meta"):
-        model = Model(config, sharing)
-    tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert tensors == {tensor.name: tensor.shape for tensor in tensor_inventory(config, sharing)}
-    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(config, sharing)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "parameters"), [("naive-baseline", 17_059_912), ("depth-recurrence", 6_037_528), ("ebls", 29_566_018)]
-)
-def test_a_recipe_from_the_literature_has_its_published_parameters(recipe: str, parameters: int) -> None:
-    spec = parse_spec(load_recipe(recipe))
-    with torch.device("meta"):
-        model = Model(spec.model, spec.sharing)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    assert count_parameters(spec.model, spec.sharing) == parameters
-
-
-@settings(max_examples=25, deadline=None)
-@given(model_configs(), sharing_configs())
-def test_logits_are_what_the_formulas_say(config: ModelConfig, sharing: SharingConfig) -> None:
-    model, tokens = scrambled(sharing, config), some_tokens(vocab_size=config.vocab_size)
-    with torch.no_grad():
-        torch.testing.assert_close(model.logits(tokens), by_formula(model, tokens).float(), rtol=2e-4, atol=2e-4)
-
-
-def by_formula(model: Model, tokens: Tensor) -> Tensor:
-    """The logits in double precision, written out head by head and layer by layer."""
-    config, sharing = model.config, model.sharing
-    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    length, d = tokens.shape[1], config.width
-    x = w["embedding.weight"][tokens]
-    if config.bigram_buckets:
-        before = torch.cat((torch.zeros_like(tokens[:, :1]), tokens[:, :-1]), dim=1)
-        x = x + w["bigram.table"][(104_729 * before + tokens) % config.bigram_buckets] @ w["bigram.projection"].T
-    if config.smear_gate:
-        keep = 1 / (1 + torch.exp(-w["smear.gate"]))
-        x = keep * x + (1 - keep) * torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
-    x = x0 = norm(x)
-    stack: list[Tensor] = []
-    half = sharing.virtual_layers // 2
-    for layer, block in enumerate(sharing.tying_map):
-        if config.unet_skips and half <= layer < 2 * half:
-            x = x + w["skip_weights"][layer - half] * stack.pop()
-        mix = w["residual_mixes"][block if sharing.mixes == "block" else layer]
-        scale = block if sharing.scales == "block" else layer
-        u = mix[0] * x + mix[1] * x0
-        for path in ("attention", "mlp"):
-            n = norm(u)
-            change = attend(w, block, n, config) if path == "attention" else feed(w, block, n)
-            if sharing.lora.rank and path in sharing.lora.paths:
-                gamma = 1 / (1 + torch.exp(-w[f"lora.{path}.gate_logits"][layer]))
-                change = change + gamma * (n @ w[f"lora.{path}.down"][layer]) @ w[f"lora.{path}.up"][layer]
-            u = u + w[f"{path}_scales"][scale] * change
-        x = u
-        if layer < half:
-            stack.append(x)
-    assert x.shape == (len(tokens), length, d)
-    return config.logit_softcap * torch.tanh(norm(x) @ w["embedding.weight"].T / config.logit_softcap)
-
-
-def norm(x: Tensor) -> Tensor:
-    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + RMS_EPSILON)
-
-
-def feed(w: dict[str, Tensor], block: int, n: Tensor) -> Tensor:
-    return torch.clamp(n @ w[f"blocks.{block}.mlp.up"].T, min=0) ** 2 @ w[f"blocks.{block}.mlp.down"].T
-
-
-def attend(w: dict[str, Tensor], block: int, n: Tensor, config: ModelConfig) -> Tensor:
-    name, size = f"blocks.{block}.attention", config.head_width
-    query, key, value = (n @ w[f"{name}.{kind}"].T for kind in ("query", "key", "value"))
-    length, heads = n.shape[1], []
-    for head in range(config.heads):
-        shared = head // (config.heads // config.kv_heads)
-        q = turned(norm(query[..., head * size : (head + 1) * size]), config) * w[f"{name}.gain"][head]
-        k = turned(norm(key[..., shared * size : (shared + 1) * size]), config)
-        scores = q @ k.mT / size**0.5
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        weights = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
-        heads.append(weights @ value[..., shared * size : (shared + 1) * size])
-    return torch.cat(heads, dim=-1) @ w[f"{name}.output"].T
-
-
-def turned(x: Tensor, config: ModelConfig) -> Tensor:
-    half = config.head_width // 2
-    turned = torch.empty_like(x)
-    for i in range(half):
-        angle = torch.arange(x.shape[1], dtype=torch.float64) * config.rope_base ** (-2 * i / config.head_width)
-        a, b = x[..., i], x[..., half + i]
-        turned[..., i], turned[..., half + i] = a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()
-    return turned
 
 
 def test_a_tied_layers_gradient_is_the_sum_of_its_untied_copies() -> None:
@@ -283,12 +155,233 @@ def test_initial_weights_follow_the_table() -> None:
 
 def test_the_norm_does_not_damp_a_small_embedding() -> None:
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 0.005
-    assert isclose(norm(x).square().mean().item(), 1.0, abs_tol=0.01)
-    torch.testing.assert_close(F.rms_norm(x, (64,), eps=RMS_EPSILON), norm(x))
+    assert isclose(rms_norm(x).square().mean().item(), 1.0, abs_tol=0.01)
+    torch.testing.assert_close(rms_norm(x), x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + RMS_EPSILON))
 
 
-def test_the_model_compiles_as_one_graph() -> None:
-    model = scrambled(SharingConfig(virtual_layers=4, unique_blocks=2, lora=LoraConfig(rank=2)))
+PRISM = SharingConfig(virtual_layers=5, unique_blocks=2, tying="split", adapters=True,
+                      repartition=RepartitionConfig(mode="blended"))  # fmt: skip
+COMPOSITES = {
+    "prism": (
+        {"rope_width": 2, "xsa_last": 5, "skip_gates": True, "ln_scale": "layer"},
+        PRISM.model_copy(update={"virtual_layers": 3}),
+    ),
+    "lanes": (
+        {"lanes_from": 1, "attention_gate": True, "gate_inputs": 3, "smear_place": "window", "bigram_hash": "xor",
+         "value_embedding_width": 4, "value_embedding_layers": (0, 2), "rope_train_length": 8},
+        SharingConfig(virtual_layers=3, unique_blocks=2, tying="sequence", lora=LoraConfig(rank=2)),
+    ),
+    "recurrence": (
+        {"query_rank": 4, "activation": "swiglu", "smear_place": "after_norm"},
+        SharingConfig(virtual_layers=3, unique_blocks=2, repeat_embeddings=True, bounded_recurrence=0.9),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_the_model_compiles_as_one_graph(name: str) -> None:
+    changes, sharing = COMPOSITES[name]
+    model = scrambled(sharing, ModelConfig.model_validate({**TINY.model_dump(), **changes}))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     tokens = some_tokens()
     torch.testing.assert_close(compiled(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:]))
+
+
+def test_the_loss_gains_the_gates_penalty_and_smoothed_labels() -> None:
+    model, tokens = scrambled(SharingConfig(virtual_layers=4, unique_blocks=2, lora=LoraConfig(rank=2))), some_tokens()
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
+    penalty = 0.01 * sum(sum(gammas) for gammas in model.gammas().values())
+    assert isclose(model.penalty().item(), penalty, rel_tol=1e-6)
+    plain, logits = model.token_losses(tokens, targets).mean(), model.logits(tokens)
+    torch.testing.assert_close(model(tokens, targets), plain + penalty)
+    uniform = -logits.log_softmax(dim=-1).mean()
+    torch.testing.assert_close(model(tokens, targets, label_smoothing=0.1), 0.9 * plain + 0.1 * uniform + penalty)
+
+
+@pytest.mark.parametrize(("encoder_only", "applications"), [(False, 5), (True, 2)])
+def test_every_blend_pulls_its_mean_share_to_a_half(encoder_only: bool, applications: int) -> None:
+    repartition = RepartitionConfig(mode="blended", encoder_only=encoder_only, blend_penalty=3.0)
+    model, tokens = built(PRISM.model_copy(update={"repartition": repartition})), some_tokens()
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
+    plain = model.token_losses(tokens, targets).mean()
+    torch.testing.assert_close(model(tokens, targets), plain)
+    with torch.no_grad():
+        for block in range(2):
+            model.get_parameter(f"blocks.{block}.attention.blend_bias").fill_(2.0)
+    penalty = 3.0 * applications * (torch.tensor(2.0).sigmoid() - 0.5) ** 2
+    torch.testing.assert_close(model(tokens, targets) - model.token_losses(tokens, targets).mean(), penalty)
+
+
+def test_late_tying_runs_each_block_once_and_then_all_layers() -> None:
+    late = SharingConfig.model_validate(
+        {"virtual_layers": 6, "unique_blocks": 3, "scales": "layer",
+         "tying": {"pattern": "loop", "start": 1, "end": 1, "passes": 4, "from_fraction": 0.35}}
+    )  # fmt: skip
+    model, plain, tokens = scrambled(late), built(SharingConfig(virtual_layers=3, unique_blocks=3)), some_tokens()
+    weights = model.state_dict()
+    first = {name: weights[name][[0, 1, 5]] for name in ("attention_scales", "mlp_scales")}
+    plain.load_state_dict({**weights, **first, "skip_weights": weights["skip_weights"][:1]})
+    tied = model.logits(tokens)
+    model.progress_to(0.34)
+    assert len(model.states(tokens)) == 4
+    torch.testing.assert_close(model.logits(tokens), plain.logits(tokens))
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    gradient = model.attention_scales.grad
+    assert gradient is not None
+    assert [bool(row.any()) for row in gradient] == [True, True, False, False, False, True]
+    model.progress_to(0.35)
+    assert len(model.states(tokens)) == 7
+    assert torch.equal(model.logits(tokens), tied)
+
+
+def test_states_run_from_the_stem_to_the_head() -> None:
+    model, tokens = scrambled(SharingConfig(virtual_layers=4, unique_blocks=2)), some_tokens()
+    states = model.states(tokens)
+    assert [state.shape for state in states] == [(2, 12, 16)] * 5
+    head = rms_norm(states[-1]) @ model.embedding.weight.T
+    torch.testing.assert_close(torch.tanh(head / 30) * 30, model.logits(tokens))
+    short = scrambled(SharingConfig(virtual_layers=2, unique_blocks=2), TINY.model_copy(update={"unet_skips": False}))
+    short.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(short.states(tokens), states[:3])
+
+
+@pytest.mark.parametrize(("tying", "depths"), [("cycle", (6, 8)), ("tail", (5, 6))])
+def test_another_cycle_is_a_deeper_model(tying: str, depths: tuple[int, int]) -> None:
+    config = TINY.model_copy(update={"unet_skips": False})
+    model = scrambled(SharingConfig.model_validate({"virtual_layers": 4, "unique_blocks": 2, "tying": tying}), config)
+    tokens, targets = some_tokens()[:, :-1], some_tokens()[:, 1:]
+    losses, changes = model.deepened(tokens, targets, 2)
+    assert torch.equal(losses[0], model.token_losses(tokens, targets))
+    states = [model.states(tokens)[-1]]
+    for depth, layers in enumerate(depths, 1):
+        sharing = SharingConfig.model_validate({"virtual_layers": layers, "unique_blocks": 2, "tying": tying})
+        deeper = built(sharing, config)
+        deeper.load_state_dict(model.state_dict())
+        torch.testing.assert_close(losses[depth], deeper.token_losses(tokens, targets))
+        states.append(deeper.states(tokens)[-1])
+    expected = [(after - before).norm() / before.norm() for before, after in pairwise(states)]
+    torch.testing.assert_close(changes, torch.stack(expected))
+
+
+def test_a_model_without_tied_blocks_has_nothing_to_repeat() -> None:
+    model = built(SharingConfig(virtual_layers=2, unique_blocks=2))
+    with pytest.raises(ValueError, match="nothing to repeat"):
+        model.deepened(some_tokens(), some_tokens(), 1)
+
+
+def test_the_orders_are_the_published_ones(shared: Path) -> None:
+    expected = json.loads((shared / "reference" / "expected.json").read_text())["functional_checks"][
+        "prism_permutation"
+    ]
+    config = ModelConfig(vocab_size=8192, rope_width=16)
+    sharing = SharingConfig(virtual_layers=11, unique_blocks=2, repartition=RepartitionConfig(mode="fixed"))
+    rows = repartitioned(config, sharing)
+    tables = {"q": rows[:, :512], "k": rows[:, 512:768] - 512}
+    assert torch.equal(rows[:, 768:], torch.arange(768, 1024).expand(11, -1))
+    for name, table in tables.items():
+        assert table[0, :8].tolist() == expected[f"{name}_layer0_first8"]
+        heads = {str(layer): (table[layer, ::64] // 64).tolist() for layer in (0, 1, 10)}
+        assert heads == expected[f"{name}_head_order"]
+        digest = hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+        assert digest.startswith(expected[f"{name}_table_sha256_prefix_int64_le"])
+
+
+def test_an_anchored_head_stays_and_each_option_moves_its_part_alone() -> None:
+    def rows(**options: object) -> Tensor:
+        repartition = RepartitionConfig.model_validate({"mode": "fixed", **options})
+        sharing = SharingConfig(virtual_layers=3, unique_blocks=3, repartition=repartition)
+        return repartitioned(ModelConfig(rope_width=16), sharing)
+
+    everything, place = rows(), torch.arange(1024)
+    anchored = rows(anchor_heads=4)
+    assert torch.equal(anchored[:, :256], place[:256].expand(3, -1))
+    assert torch.equal(anchored[:, 512:640], place[512:640].expand(3, -1))
+    assert torch.equal(anchored.sort().values, place.expand(3, -1))
+    assert (anchored[:, 256:512] != place[256:512]).any(dim=1).all()
+    assert torch.equal(rows(values=False) // 64, everything // 64)
+    assert torch.equal(rows(values=False) % 64, place.expand(3, -1) % 64)
+    assert torch.equal(rows(heads=False) // 64, place.expand(3, -1) // 64)
+    assert torch.equal(rows(heads=False)[:, :512] % 64, everything[:, :512] % 64)
+
+
+def test_the_published_rotation_of_longer_sequences() -> None:
+    config = ModelConfig(rope_width=16, rope_train_length=1024)
+    assert isclose(rotation_base(config, 2048), 22_081.790273, abs_tol=1e-6)
+    assert rotation_base(config, 1024) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("buckets", "previous", "token", "bucket"),
+    [(2048, 5, 7, 1082), (2048, 1, 1023, 752), (2048, 900, 512, 313), (4096, 5, 7, 1051), (10_240, 5, 7, 5128)],
+)
+def test_an_exclusive_or_falls_into_the_published_bucket(buckets: int, previous: int, token: int, bucket: int) -> None:
+    bigram = Bigram(ModelConfig(bigram_buckets=buckets, bigram_hash="xor"))
+    assert bigram.buckets(torch.tensor([[previous, token]])).tolist() == [[buckets - 1, bucket]]
+
+
+def test_what_prism_allocates_and_never_applies() -> None:
+    sharing = SharingConfig(virtual_layers=11, unique_blocks=1, unused=("adapters", "skips"))
+    with torch.device("meta"):
+        model = Model(ModelConfig(vocab_size=8192, unet_skips=False), sharing)
+    assert sum(parameter.numel() for parameter in model.unused.parameters()) == 27_736
+    tiny = built(sharing, TINY.model_copy(update={"unet_skips": False}))
+    tiny(some_tokens(), some_tokens()).backward()
+    assert all(parameter.grad is None for parameter in tiny.unused.parameters())
+    with torch.no_grad():
+        before = tiny.logits(some_tokens())
+        for parameter in tiny.unused.parameters():
+            parameter.fill_(7.0)
+    assert torch.equal(tiny.logits(some_tokens()), before)
+
+
+@pytest.mark.parametrize("init", ["uniform", "orthogonal"])
+def test_the_initial_weights_of_later_systems_follow_the_table(init: str) -> None:
+    config = ModelConfig.model_validate(
+        {"vocab_size": 512, "width": 128, "heads": 2, "kv_heads": 1, "init": init, "activation": "swiglu",
+         "bigram_buckets": 99, "bigram_width": 64, "bigram_hash": "xor", "smear_gate": True, "smear_place": "window",
+         "value_embedding_width": 64, "value_embedding_layers": [1], "attention_gate": True, "lanes_from": 1,
+         "skip_gates": True}
+    )  # fmt: skip
+    model = built(PRISM.model_copy(update={"repeat_embeddings": True}), config)
+    weights = model.state_dict()
+    for name, value in {
+        "bigram.scale": 0.05, "value_embedding.scale": 0.1, "value_embedding.layer_scales": 1.0, "smear.weight": 0.0,
+        "smear.strength": 0.0, "lanes.residual": 1.1, "lanes.attention": 1.0, "lanes.mlp": 1.0, "skip_gates": 0.0,
+        "adapters.attention_scales": 1.0, "adapters.residual_mixes": 0.0, "adapters.gains": 1.0,
+        "repeat_embeddings": 0.0, "blocks.0.attention.head_gate": 0.0, "blocks.1.attention.blend_weight": 0.0,
+        "blocks.0.mlp.down": 0.0,
+    }.items():  # fmt: skip
+        assert torch.equal(weights[name], torch.full_like(weights[name], value)), name
+    assert isclose(weights["value_embedding.table"].std().item(), 0.01, rel_tol=0.05)
+    orthogonal = {"blocks.0.attention.query": 1.0, "blocks.1.attention.key": 1.0, "blocks.1.mlp.gate": 1.0,
+                  "bigram.projection": 1 / sqrt(10), "value_embedding.projection": 1 / sqrt(10)}  # fmt: skip
+    for name, gain in orthogonal.items():
+        scales = torch.linalg.svdvals(weights[name])
+        assert torch.allclose(scales, torch.full_like(scales, gain), atol=1e-5) == (init == "orthogonal"), name
+    model(some_tokens(), some_tokens()).backward()
+    learns = [model.get_parameter(f"bigram.{part}").grad for part in ("table", "projection")]
+    assert any(bool(gradient.any()) for gradient in learns if gradient is not None)
+
+
+def test_what_enters_each_matrix_can_be_observed() -> None:
+    config = ModelConfig.model_validate(
+        {**TINY.model_dump(), "query_rank": 4, "activation": "swiglu", "value_embedding_width": 3,
+         "value_embedding_layers": [2]}
+    )  # fmt: skip
+    model, tokens = scrambled(SharingConfig(virtual_layers=4, unique_blocks=2, tying="tail"), config), some_tokens()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    entered: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        with observing(lambda weight, x: entered.setdefault(names[id(weight)], []).append(x)):
+            model.logits(tokens)
+        model.logits(tokens)
+    matrices = ("query_in", "query_out", "key", "value", "output")
+    parts = [f"attention.{name}" for name in matrices] + [f"mlp.{name}" for name in ("gate", "up", "down")]
+    once = {"embedding.weight", "bigram.projection", "value_embedding.projection"}
+    assert {name: len(inputs) for name, inputs in entered.items()} == {
+        **{f"blocks.0.{part}": 1 for part in parts},
+        **{f"blocks.1.{part}": 3 for part in parts},
+        **dict.fromkeys(once, 1),
+    }
+    assert all(x.shape[-1] == model.get_parameter(name).shape[1] for name, inputs in entered.items() for x in inputs)
+    torch.testing.assert_close(entered["embedding.weight"][0], rms_norm(model.states(tokens)[-1]))

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
@@ -15,15 +16,18 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
+from api.pictures import curve_picture, tying_picture
+from api.schemas import parameters_by_class
 from api.submission import submit
 from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome
 from orchestrator.study import AttemptResult, Claim, NewStudy, Study
+from worker.inventory import tensor_inventory
 from worker.recipes import load_recipe
 from worker.report import Measurement, TrialResult
-from worker.sharing import tensor_inventory
+from worker.sharing import SharingConfig
 from worker.spec import TrialSpec, override, parse_spec
 
 TTL = timedelta(minutes=5)
@@ -54,18 +58,27 @@ OVER, FAILED, RUNNING, QUEUED, INFEASIBLE = 9, 10, 11, 12, 13
 def result_of(spec: TrialSpec, chance: random.Random) -> TrialResult:
     """A result as this spec's training might give it: more parameters, fewer bits."""
     parameters = sum(tensor.elements for tensor in tensor_inventory(spec.model, spec.sharing))
-    by_class: dict[str, int] = {}
-    for tensor in tensor_inventory(spec.model, spec.sharing):
-        by_class[tensor.tensor_class] = by_class.get(tensor.tensor_class, 0) + tensor.elements
+    by_class = {name.value: int(count * 0.74) for name, count in parameters_by_class(spec).items()}
     before = 2.62 - 0.11 * (parameters / 300_000) ** 0.5 + chance.gauss(0, 0.008)
-    model_bytes, layers = int(parameters * 0.74), spec.sharing.virtual_layers
+    by_class["header"] = int(parameters * 0.74) + 300 - sum(by_class.values())
+    model_bytes, layers = sum(by_class.values()), spec.sharing.virtual_layers
     gammas = {path: [0.02 + 0.2 * chance.random() for _ in range(layers)] for path in spec.sharing.lora.paths}
     return TrialResult(
         val_bpb=before + 0.02 + 0.01 * chance.random(), val_bpb_prequant=before, val_loss=4.2, parameters=parameters,
         model_bytes=model_bytes, code_bytes=62_000, artifact_bytes=model_bytes + 62_000, artifact_sha256="0" * 64,
         steps=120, tokens=245_760, train_seconds=11 + 4 * chance.random(), evaluate_seconds=1.2, pack_seconds=0.4,
         step_seconds=0.09, stopped=False, bytes_by_class=by_class,
-        diagnostics={"gammas": gammas if spec.sharing.lora.rank else {}},
+        diagnostics={
+            "gammas": gammas if spec.sharing.lora.rank else {},
+            "block_influence": [0.05 + 0.1 * chance.random() for _ in range(layers)],
+            "scale_spread": {"attention": 0.0312, "mix": 0.0456},
+            "contraction": {"changes": [0.4321, None], "bpb": [before, before + 0.1, None]},
+            "quantisation_loss": {"embedding": 0.0012, "value_embedding": -0.0001},
+            "scores": {"plain": before + 0.02, "sliding": before - 0.03},
+            "averages": {"last": before, "ema": before - 0.01},
+            "bytes_curve": [{"artifact_bytes": 20_000 * n, "val_bpb": before - 0.1 * n} for n in range(1, 4)],
+            "codec": "ans",
+        },
     )  # fmt: skip
 
 
@@ -78,14 +91,14 @@ class Sweep:
         space = {"sharing.lora.rank": {"choice": [0, 2, 4, 8]}, "sharing.unique_blocks": {"low": 1, "high": 6}}
         base = override(load_recipe("laptop"), BASE)
         new = NewStudy.model_validate(
-            {"name": "demo", "base": base, "space": space, "max_trials": 24, "cap_bytes": 450_000}
+            {"name": "demo", "base": base, "space": space, "max_trials": 24, "cap_bytes": 600_000}
         )
         with database.write() as session:
             self.study: Study = store.create_study(session, new, now)
         for changes in CHANGES:
             self.finish(self.start(changes))
         over = self.start({"sharing.unique_blocks": 6, "sharing.tying": "sequence", "sharing.lora.rank": 2})
-        self.finish(over, artifact_bytes=462_000)
+        self.finish(over, artifact_bytes=616_200)
         failed = self.start({"sharing.unique_blocks": 3, "sharing.tying": "sequence", "sharing.lora.rank": 1})
         self.end(failed, AttemptResult(Outcome.FAILED, "ArithmeticError: loss is nan at step 31", permanent=True))
         self.running = self.start({"sharing.unique_blocks": 3, "sharing.tying": "sequence", "sharing.lora.rank": 8})
@@ -230,8 +243,8 @@ def test_a_studys_page_shows_the_sweep_and_stays_live(
     assert scores[:9] == sorted(scores[:9])
     assert browser.texts(".facts .hero") == [f"{scores[0]:.4f}"]
     assert browser.count(".board svg.strip rect") == 60
-    assert browser.texts("#chart .annotation-text") == ["cap 450,000"]
-    assert "over the cap of 450,000 bytes" in browser.texts("section[aria-labelledby=infeasible-title] .reason")[0]
+    assert browser.texts("#chart .annotation-text") == ["cap 600,000"]
+    assert "over the cap of 600,000 bytes" in browser.texts("section[aria-labelledby=infeasible-title] .reason")[0]
     assert browser.texts("section[aria-labelledby=failed-title] .reason") == ["ArithmeticError: loss is nan at step 31"]
     browser.picture(screenshots / "study.png")
 
@@ -266,7 +279,7 @@ def test_a_trials_page_draws_its_tying_map_and_its_curve_grows(
     sweep.finish(sweep.running)
     browser.until("document.querySelector('.title .state').textContent == 'complete'")
     browser.until("document.getElementById('chart').dataset.points == '30'")
-    assert browser.count("svg.tying .gate") == 12
+    assert browser.count("svg.tying .gate") == 18  # two paths' gates, and influence
     assert browser.texts(".state.succeeded") == ["succeeded"]
     assert browser.until("window.notReloaded")
     browser.until("document.getElementById('link').textContent == 'ended'")
@@ -308,6 +321,39 @@ def test_every_page_is_whole_without_a_script(url: str) -> None:
     assert "it waits for a gang" in pages[f"/studies/demo/trials/{QUEUED}"].text
     assert "loss is nan at step 31" in pages[f"/studies/demo/trials/{FAILED}"].text
     assert "102.7 % of the cap" in pages[f"/studies/demo/trials/{OVER}"].text
+
+
+def test_a_trials_page_shows_what_its_diagnostics_say(url: str) -> None:
+    finished, waiting = (httpx.get(f"{url}/studies/demo/trials/{number}").text for number in (2, QUEUED))
+    for title in ("Scores", "Averages", "Lost to quantisation", "Spread of scales", "Extra recurrence"):
+        assert f"<h3>{title}</h3>" in finished
+        assert title not in waiting
+    assert re.search(r"value embedding</th><td[^>]*>-0.0001<", finished)
+    assert re.search(r">1</th><td[^>]*>0.4321</td><td[^>]*>\d\.\d{4}<", finished)
+    assert re.search(r">2</th><td[^>]*>–</td><td[^>]*>–<", finished)
+    assert finished.count("Block Influence = 0.") == 6
+    assert "Block Influence" not in waiting
+    assert finished.count("<circle") == 3
+    assert "<circle" not in waiting
+    assert re.search(r"header 30\d B", finished)
+
+
+def test_layers_of_a_late_tying_are_pale_until_they_run() -> None:
+    late = {"pattern": "loop", "start": 1, "end": 2, "passes": 2, "from_fraction": 0.35}
+    sharing = SharingConfig.model_validate({"virtual_layers": 6, "unique_blocks": 4, "tying": late})
+    picture = tying_picture(sharing, unet_skips=True)
+    assert re.findall(r'class="late"><title>(.*?)</title>', picture) == [
+        "layer 3 applies block 1, from 35% of the budget on", "layer 4 applies block 2, from 35% of the budget on",
+    ]  # fmt: skip
+    assert picture.count('class="skip"') == 3
+    whole = SharingConfig.model_validate({"virtual_layers": 6, "unique_blocks": 3})
+    assert "35%" not in tying_picture(whole, unet_skips=True)
+    assert "late" not in tying_picture(whole, unet_skips=True)
+
+
+def test_a_curve_of_one_size_or_one_score_is_drawn_too() -> None:
+    for points in ([(100, 1.5), (100, 1.4)], [(100, 1.5), (200, 1.5)]):
+        assert curve_picture(points).count("<circle") == 2
 
 
 def test_a_page_that_is_not_there_says_so_to_a_person(url: str) -> None:

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from orchestrator.space import Parameter, apply, as_category, params_of
 from orchestrator.study import CAP_BYTES, NewStudy
 from worker.recipes import load_recipe
-from worker.sharing import TyingConfig
 from worker.spec import GangConfig, InvalidSpec, Problem, override, parse_spec, problems_of
+from worker.tying import TyingConfig
 
 BASE = load_recipe("laptop")
 RANK = {"choice": [0, 4]}
@@ -80,7 +80,7 @@ def test_a_study_proposes_for_the_shapes_of_gang_it_names() -> None:
         ({"space": {"sharing.lora.rank": {"low": 0.0, "high": 4.0}}}, "space.sharing.lora.rank", "fractional"),
         ({"space": {"sharing.lora.rank": {"low": 0, "high": 4, "step": 0.5}}}, "space.sharing.lora.rank", "fractional"),
         ({"space": {"sharing.tying": {"choice": ["cycle", "spiral"]}}}, "space.sharing.tying", "'cycle', 'sequence'"),
-        ({"space": {"quantisation.codec": {"low": 1, "high": 2}}}, "space.quantisation.codec", "'zstd' or 'zlib'"),
+        ({"space": {"quantisation.codec": {"low": 1, "high": 2}}}, "space.quantisation.codec", "'ans' or 'auto'"),
         ({"space": {"seed.deep": RANK}}, "space.seed.deep", "cannot vary"),
         ({"space": {"model.width.deep": RANK}}, "space.model.width.deep", "has no parts"),
         ({"space": {"sharing.tying.after": RANK}}, "space.sharing.tying.after", "give sharing.tying as a mapping"),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from worker.model import Model, initialise
-from worker.optim import Muon, Optimizer, orthogonalise, parameter_groups
+from worker.optim import Optimizer
 from worker.report import Directive
 from worker.schedule import Progress, learning_rate_multiplier, muon_momentum
 from worker.spec import OptimizerConfig, TrialSpec, override, parse_spec
@@ -129,7 +129,7 @@ def test_cutting_the_batch_into_micro_batches_changes_nothing(sequences: int) ->
 
 
 def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
-    spec = tiny(gang__ranks=2, budget__steps=5, evaluation__validations=1)
+    spec = tiny(gang__ranks=2, budget__steps=5, evaluation__validations=1, optimizer__row_normalise=True)
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, __file__, str(tmp_path)]
@@ -211,44 +211,137 @@ def test_weights_that_the_last_update_ruined_are_divergence() -> None:
         trained(tiny(budget__steps=1, optimizer__scalar_lr=1e38, optimizer__adam_weight_decay=1e3))
 
 
-@settings(max_examples=12, deadline=None)
+def test_blocks_wait_to_be_repeated_until_their_fraction_of_the_budget() -> None:
+    spec, world, seen = tiny(sharing__tying={"from_fraction": 0.5}, budget__steps=4), World(0, 1, CPU), []
+    model = fresh(spec)
+    start = model.state_dict()["attention_scales"].clone()
+    ((tokens, _),) = Noise(spec, world).batch(0)
+
+    def look() -> None:
+        seen.append(len(model.states(tokens)) - 1)
+        waiting = torch.equal(model.state_dict()["attention_scales"][2:], start[2:])
+        assert waiting == (len(seen) <= 3)  # no step has yet run the two layers that repeat a block
+
+    train(model, spec, Noise(spec, world, look), world, Notebook(), lambda model: 2.0)
+    assert seen == [2, 2, 4, 4]
+    stopped, _, summary = trained(spec, Notebook(stop_at=1))
+    assert summary.stopped
+    assert len(stopped.states(tokens)) - 1 == 4  # whatever comes after training sees the whole model
+
+
+def test_averages_come_with_the_summary_and_change_no_step() -> None:
+    plain, _, without = trained(tiny())
+    model, _, summary = trained(tiny(averaging={"ema_decay": 0.9, "swa_every": 2, "swa_from": 1.0}))
+    assert without.averages == {}
+    assert sums(model) == sums(plain)
+    assert set(summary.averages) == {"ema", "swa"}
+    for average in summary.averages.values():
+        plain.load_state_dict(average)
+        assert sums(plain) != sums(model)
+
+
+def test_labels_are_smoothed_in_the_training_loss() -> None:
+    spec = tiny(objective__label_smoothing=0.2)
+    ((tokens, targets),) = Noise(spec, World(0, 1, CPU)).batch(0)
+    first = trained(spec)[1].of("train_loss")[0][1]
+    assert first == fresh(spec)(tokens, targets, 0.2).item() != fresh(spec)(tokens, targets).item()
+
+
+@st.composite
+def sharings(draw: st.DrawFn) -> dict[str, Any]:
+    """Any tying, with one of the ways in which scales are owned, and what else tells layers apart."""
+    layers = draw(st.integers(1, 5))
+    tying = {"pattern": draw(st.sampled_from(("cycle", "sequence", "palindrome", "tail")))}
+    owners = ("block", "layer")
+    way = draw(st.sampled_from(("owned", "adapters", "bounded_recurrence")))
+    owned: dict[str, Any] = {"scales": draw(st.sampled_from(owners)), "mixes": draw(st.sampled_from(owners))}
+    if way == "bounded_recurrence":
+        owned = {"bounded_recurrence": draw(st.sampled_from((0.5, 0.9)))}
+    return {
+        "virtual_layers": layers,
+        "unique_blocks": draw(st.integers(1, layers)),
+        "tying": tying | {"from_fraction": draw(st.sampled_from((0.0, 0.5)))},
+        "lora": {
+            "rank": draw(st.integers(0, 3)),
+            "paths": draw(st.sampled_from((["mlp"], ["attention"], ["attention", "mlp"]))),
+        },
+        "repartition": {"mode": draw(st.sampled_from(("none", "fixed", "blended"))), "heads": draw(st.booleans())},
+        "repeat_embeddings": draw(st.booleans()),
+        **({"adapters": True} if way == "adapters" else owned),
+    }
+
+
+@st.composite
+def shapes(draw: st.DrawFn, sharing: dict[str, Any]) -> dict[str, Any]:
+    """Any shape that goes with a sharing."""
+    layers, blocks = sharing["virtual_layers"], sharing["unique_blocks"]
+    laned = sharing["tying"]["pattern"] == "sequence" and blocks > 1 and "bounded_recurrence" not in sharing
+    kv_heads, group, half = (draw(st.integers(1, 2)) for _ in range(3))
+    heads, skips, embedded = kv_heads * group, draw(st.booleans()), draw(st.booleans())
+    return {
+        "vocab_size": 64,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "width": heads * half * 4 if heads * half > 1 else 8,
+        "query_rank": draw(st.integers(0, 3)) if sharing["repartition"]["mode"] == "none" else 0,
+        "mlp_multiple": draw(st.sampled_from((0.5, 2.0, 3.0))),
+        "activation": draw(st.sampled_from(("relu2", "leaky_relu2", "swiglu"))),
+        "rope_width": draw(st.sampled_from((None, 2))),
+        "xsa_last": draw(st.integers(0, 3)),
+        "attention_gate": draw(st.booleans()),
+        "ln_scale": draw(st.sampled_from(("none", "block", "first_layer", "layer"))),
+        "unet_skips": skips,
+        "skip_gates": skips and draw(st.booleans()),
+        "lanes_from": draw(st.sampled_from((None, *range(1, blocks)))) if laned else None,
+        "bigram_buckets": draw(st.sampled_from((0, 7))),
+        "bigram_hash": draw(st.sampled_from(("product", "xor"))),
+        "smear_gate": draw(st.booleans()),
+        "smear_place": draw(st.sampled_from(("before_norm", "after_norm", "window"))),
+        "gate_inputs": 4,
+        "value_embedding_width": 4 if embedded else 0,
+        "value_embedding_layers": [draw(st.integers(0, layers - 1))] if embedded else [],
+    }
+
+
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_legal_tiny_spec_trains(data: st.DataObject) -> None:
-    layers = data.draw(st.integers(1, 5))
-    kv_heads, group, half = (data.draw(st.integers(1, 2)) for _ in range(3))
-    heads = kv_heads * group
+    sharing = data.draw(sharings())
     spec = tiny(
-        sharing__virtual_layers=layers,
-        sharing__unique_blocks=data.draw(st.integers(1, layers)),
-        sharing__tying=data.draw(st.sampled_from(("cycle", "sequence", "palindrome", "tail"))),
-        sharing__scales=data.draw(st.sampled_from(("block", "layer"))),
-        sharing__mixes=data.draw(st.sampled_from(("block", "layer"))),
-        sharing__lora__rank=data.draw(st.integers(0, 3)),
-        sharing__lora__paths=data.draw(st.sampled_from((["mlp"], ["attention"], ["attention", "mlp"]))),
-        model__heads=heads,
-        model__kv_heads=kv_heads,
-        model__width=heads * half * 4 if heads * half > 1 else 8,
-        model__mlp_multiple=data.draw(st.sampled_from((0.5, 2.0, 3.0))),
-        model__unet_skips=data.draw(st.booleans()),
-        model__bigram_buckets=data.draw(st.sampled_from((0, 7))),
-        model__smear_gate=data.draw(st.booleans()),
+        sharing=sharing,
+        model=data.draw(shapes(sharing)),
         schedule=data.draw(st.sampled_from(({"warmdown_steps": 1}, {"warmdown_fraction": 1.0}))),
         optimizer__gradient_clip=data.draw(st.sampled_from((0.0, 0.3))),
+        optimizer__row_normalise=data.draw(st.booleans()),
+        optimizer__muon_coefficients=data.draw(st.sampled_from(("constant", "per_iteration"))),
+        objective={
+            "label_smoothing": data.draw(st.sampled_from((0.0, 0.1))),
+            "nuclear_norm": data.draw(st.sampled_from((0.0, 0.01))),
+            "nuclear_norm_every": 1,
+        },
+        averaging={"ema_decay": data.draw(st.sampled_from((0.0, 0.9))), "swa_every": data.draw(st.integers(0, 2))},
+        quantisation={
+            "qat_from": data.draw(st.sampled_from((None, 0.0, 0.5))),
+            "clip": data.draw(st.sampled_from(("amax", "quantile", "sigmas", "grid"))),
+            "prune": data.draw(st.sampled_from((0.0, 0.2))),
+            "half_below": 30,
+        },
         data__micro_batch_sequences=data.draw(st.integers(1, 8)),
         budget__steps=2,
     )
     model, _, summary = trained(spec)
     assert summary.steps == 2
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert all(tensor.isfinite().all() for average in summary.averages.values() for tensor in average.values())
 
 
 def test_every_parameter_learns_from_the_second_step_on() -> None:
     spec, world = tiny(), World(0, 1, CPU)
     model = fresh(spec)
-    optimizer = Optimizer(model, spec.optimizer)
+    optimizer = Optimizer(model, spec, world)
     for step in range(2):
         for tokens, targets in Noise(spec, world).batch(step):
-            (model(tokens, targets) + model.penalty()).backward()
+            model(tokens, targets).backward()
         idle = {name for name, parameter in model.named_parameters() if not gradient(parameter).any()}
         if step == 0:  # what zeros hide: up is zero in the bypasses, and so is output, down and the bigram projection
             assert {"lora.attention.down", "lora.mlp.down", "bigram.table", "blocks.0.mlp.up"} <= idle
@@ -256,64 +349,6 @@ def test_every_parameter_learns_from_the_second_step_on() -> None:
         else:
             assert idle == set()
         optimizer.step(step, 1.0)
-
-
-def test_every_parameter_is_in_one_group_and_matrices_are_muons() -> None:
-    spec = tiny()
-    model = fresh(spec)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {group: {names[id(p)] for p in parameters} for group, parameters in parameter_groups(model).items()}
-    assert sum(map(len, groups.values())) == len(names)
-    assert groups["embedding"] == {"embedding.weight"}
-    assert groups["matrix"] == {"bigram.projection"} | {
-        f"blocks.{block}.{matrix}"
-        for block in range(2)
-        for matrix in ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down")
-    }
-    assert {"bigram.table", "lora.mlp.down", "lora.mlp.gate_logits", "blocks.1.attention.gain"} <= groups["scalar"]
-
-
-@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 32, 16), (2, 8, 40)])
-def test_muon_orthogonalises(shape: tuple[int, int, int]) -> None:
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = torch.linalg.svdvals(orthogonalise(matrices, 10))
-    assert 0.6 < found.min().item() <= found.max().item() < 1.3
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    cosines = torch.linalg.vecdot(orthogonalise(matrices, 10).flatten(1), (u @ v).flatten(1))
-    lengths = orthogonalise(matrices, 10).flatten(1).norm(dim=1) * (u @ v).flatten(1).norm(dim=1)
-    assert (cosines / lengths).min().item() > 0.97  # the nearest orthogonal matrix, not just any
-
-
-def test_a_zero_gradient_moves_no_matrix() -> None:
-    assert not orthogonalise(torch.zeros(2, 4, 6), 5).any()
-
-
-def test_muons_step_is_the_published_one() -> None:
-    config = OptimizerConfig(matrix_lr=0.1, muon_weight_decay=0.5, muon_iterations=5)
-    generator = torch.Generator().manual_seed(0)
-    tall = torch.nn.Parameter(torch.randn(12, 3, generator=generator))
-    wide = torch.nn.Parameter(torch.randn(3, 12, generator=generator))
-    muon, velocity, expected = Muon([tall, wide], config), torch.zeros(12, 3), tall.detach().clone()
-    for multiplier in (1.0, 0.5):
-        tall.grad = torch.randn(12, 3, generator=generator)
-        wide.grad = torch.randn(3, 12, generator=generator)
-        velocity = 0.9 * velocity + tall.grad
-        change = orthogonalise((tall.grad + 0.9 * velocity)[None], 5)[0]
-        expected = expected * (1 - 0.1 * multiplier * 0.5) - 0.1 * multiplier * 2.0 * change  # sqrt(12 / 3)
-        muon.step(0.9, multiplier)
-        torch.testing.assert_close(tall.detach(), expected)
-
-
-def test_clipping_bounds_the_gradient_of_everything_at_once() -> None:
-    spec, world = tiny(optimizer__gradient_clip=1e-3), World(0, 1, CPU)
-    model = fresh(spec)
-    optimizer = Optimizer(model, spec.optimizer)
-    for tokens, targets in Noise(spec, world).batch(0):
-        model(tokens, targets).backward()
-    kept = [gradient(parameter) for parameter in model.parameters()]
-    assert torch.stack([each.norm() for each in kept]).norm().item() > 0.01
-    optimizer.step(0, 0.0)
-    assert torch.stack([each.norm() for each in kept]).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def multiplier(steps: int, seconds: float = 0.0, **changes: Any) -> float:

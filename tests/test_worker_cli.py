@@ -13,7 +13,9 @@ import worker
 from worker.__main__ import main
 from worker.artifact import load
 from worker.recipes import load_recipe
+from worker.report import TrialResult
 from worker.spec import override, parse_spec
+from worker.summary import summarise
 
 TINY = {
     "model": {"vocab_size": 512, "width": 32, "heads": 4, "kv_heads": 2, "mlp_multiple": 2},
@@ -24,6 +26,12 @@ TINY = {
     "quantisation.half_below": 500,
     "evaluation": {"validations": 1, "validation_tokens": 512, "batch_sequences": 16},
 }
+
+RESULT = TrialResult(
+    val_bpb=1.25, val_bpb_prequant=1.24, val_loss=2.0, parameters=1000, model_bytes=900, code_bytes=100,
+    artifact_bytes=1000, artifact_sha256="0" * 64, steps=8, tokens=4096, train_seconds=1.0, evaluate_seconds=1.0,
+    pack_seconds=1.0, step_seconds=0.1, stopped=False, bytes_by_class={"mlp": 900}, diagnostics={},
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -79,6 +87,8 @@ def test_two_ranks_under_torchrun_score_as_one_rank_does(
         ([], "name a spec file or a --recipe, and not both"),
         (["no-such.yaml"], "spec file no-such.yaml cannot be read: No such file or directory"),
         (["--recipe", "huge"], "recipe: must be one of"),
+        (["--recipe", "ebls", "--size", "huge"], "size: must be one of full, tiny (got 'huge')"),
+        (["spec.yaml", "--size", "tiny"], "size: needs a recipe"),
         (["--recipe", "laptop", "--sets", "a=1"], "unrecognized arguments: --sets"),
         (["--recipe", "laptop", "--set", "seed"], "--set is 'seed': must be PATH=VALUE"),
         (["--recipe", "laptop", "--set", "seed=[1"], "--set seed is no YAML"),
@@ -167,3 +177,32 @@ def test_help_says_where_data_is_kept(capsys: pytest.CaptureFixture[str]) -> Non
         main(["--help"])
     assert left.value.code == 0
     assert "$CADDIE_DATA, else ~/.cache/caddie/data" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_summary_shows_whatever_the_diagnostics_hold() -> None:
+    spec = parse_spec(load_recipe("laptop"))
+    shown = {
+        "scores": {"plain": 1.25, "sliding": 1.2, "ttt": None},
+        "averages": {"last": 1.3, "ema": 1.24},
+        "quantisation_loss": {"mlp": 0.002},
+        "bytes_curve": [{"artifact_bytes": 120_000, "val_bpb": 1.26}, {"artifact_bytes": 150_000, "val_bpb": 1.25}],
+        "codec": "ans",
+        "gammas": {"attention": [0.12, 0.05]},
+        "block_influence": [0.25, 0.125],
+        "scale_spread": {"attention": 0.5},
+        "contraction": {"changes": [0.5, None], "bpb": [1.25, 1.3, 1.4]},
+    }
+    text = summarise(spec, RESULT.model_copy(update={"diagnostics": shown}))
+    for line in (
+        "scores          plain 1.2500  sliding 1.2000  ttt –\n",
+        "averages        last 1.3000  ema 1.2400  (before quantisation)\n",
+        "artifact        1,000 bytes = model 900 + code 100, by ans\n",
+        "lost by class   mlp 0.0020  (bits per byte, to quantisation)\n",
+        "bytes curve     120,000 1.2600  150,000 1.2500  (artifact bytes, bits per byte)\n",
+        "gates attention 0.120 0.050\n",
+        "block influence 0.250 0.125\n",
+        "scale spread    attention 0.5000\n",
+        "contraction     relative changes 0.5000 –, bits per byte 1.2500 1.3000 1.4000  (by extra cycle)\n",
+    ):
+        assert line in text
+    assert "scores" not in summarise(spec, RESULT)

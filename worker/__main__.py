@@ -10,11 +10,13 @@ from typing import Any, NoReturn
 
 import yaml
 
-from worker.recipes import load_recipe, read_yaml, recipe_names
+from worker.recipes import load_recipe, read_yaml, recipe_names, require_full
 from worker.report import Directive, TrialResult
 from worker.shape import FieldError
 from worker.shards import DataError, open_dataset, read_manifest
 from worker.spec import TrialSpec, override, parse_spec
+from worker.summary import summarise
+from worker.trainer import Job
 
 BAD_INPUT = 2
 FAILED = 1
@@ -73,7 +75,7 @@ def _train_command(words: list[str]) -> int:
     if options.out is not None:
         _write(options.out, "artifact.bin", artifact)
         _write(options.out, "result.json", (json.dumps(record, indent=2) + "\n").encode())
-    print(json.dumps(record) if options.json else _summary(spec, result))
+    print(json.dumps(record) if options.json else summarise(spec, result))
     return 0
 
 
@@ -112,6 +114,7 @@ def _train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("spec", nargs="?", type=Path, help="a spec as YAML or JSON")
     parser.add_argument("--recipe", help=f"start from a recipe instead: {', '.join(recipe_names())}")
+    parser.add_argument("--size", default="full", help="the recipe's: full, as published, or tiny, for one CPU core")
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. model.width=128; repeatable"
     )
@@ -147,7 +150,9 @@ def _data_root(given: Path | None) -> Path:
 def _spec(options: argparse.Namespace) -> TrialSpec:
     if (options.spec is None) == (options.recipe is None):
         raise ValueError("name a spec file or a --recipe, and not both")
-    plain = load_recipe(options.recipe) if options.recipe is not None else _read_spec(options.spec)
+    if options.recipe is None:
+        require_full(options.size)
+    plain = load_recipe(options.recipe, options.size) if options.recipe is not None else _read_spec(options.spec)
     changes: dict[str, Any] = {}
     for assignment in options.set:
         path, equals, value = assignment.partition("=")
@@ -187,7 +192,7 @@ def _run(spec: TrialSpec, data_root: Path, rank: int, ranks: int) -> tuple[Trial
     import torch  # here: it takes seconds to load, and neither bad input nor --help should wait for them
     import torch.distributed as dist
 
-    from worker.job import Job, run
+    from worker.job import run
     from worker.world import backends
 
     if spec.gang.device == "gpu" and torch.cuda.is_available():
@@ -213,26 +218,6 @@ def _write(folder: Path, name: str, data: bytes) -> None:
     temporary = folder / f".{name}.partial"
     temporary.write_bytes(data)
     temporary.replace(folder / name)
-
-
-def _summary(spec: TrialSpec, result: TrialResult) -> str:
-    order0 = result.diagnostics.get("order0_bpb")
-    classes = "  ".join(f"{name} {size:,}" for name, size in sorted(result.bytes_by_class.items()))
-    lines = [
-        f"bits per byte   {result.val_bpb:.4f}  (before quantisation {result.val_bpb_prequant:.4f}"
-        + (f"; byte frequencies alone {order0:.4f})" if order0 is not None else ")"),
-        f"artifact        {result.artifact_bytes:,} bytes = model {result.model_bytes:,} + code {result.code_bytes:,}",
-        f"stored          {classes}  (bytes before compression)",
-        f"parameters      {result.parameters:,}",
-        f"tying map       {' '.join(map(str, spec.sharing.tying_map))}  LoRA rank {spec.sharing.lora.rank}",
-        f"trained         {result.steps:,} steps, {result.tokens:,} tokens, {result.train_seconds:.1f} s"
-        f" ({1000 * result.step_seconds:.0f} ms a step){', stopped early' if result.stopped else ''}",
-        f"then            evaluated in {result.evaluate_seconds:.1f} s, packed in {result.pack_seconds:.1f} s",
-    ]
-    for path, gammas in result.diagnostics.get("gammas", {}).items():
-        lines.append(f"gates {path:9} {' '.join(f'{gamma:.3f}' for gamma in gammas)}")
-    lines.append(f"SHA-256         {result.artifact_sha256}")
-    return "\n".join(lines)
 
 
 def _listing(root: Path) -> list[str]:

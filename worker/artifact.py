@@ -2,20 +2,23 @@
 
     8 bytes   magic
     4 + 4     format version and header length, little-endian
-    header    JSON: model, sharing, and how the payload was written
-    payload   every tensor of worker.sharing.tensor_inventory once, compressed
+    header    JSON: model, sharing, and how the payload was written; fields at their defaults are left out
+    payload   every tensor of worker.inventory.tensor_inventory once, compressed
     32 bytes  SHA-256 of everything before
 
 The payload before compression: first the symbols of all quantised matrices, one a byte (packing six bits into bytes
-costs more than it saves once a byte codec follows), grouped by tensor class, each matrix by its columns: rows are alike
-once divided by their scales, columns are not (2% of a trained laptop recipe). Then all fp16 values, scales and tensors
-kept in half precision, low bytes first, high bytes after. Names, shapes and order follow from the header's model and
-sharing, so no table of tensors is paid for and none can contradict them.
+costs more than it saves once a codec follows), sorted by tensor class, each matrix by its columns: rows are alike once
+divided by their scales, columns are not (2% of a trained laptop recipe). Then all fp16 values, scales and tensors kept
+in half precision, low bytes first, high bytes after. Each matrix is a group to the codec, and so are low and high
+bytes. Names, shapes and order follow from the header's model and sharing, so no table of tensors is paid for and none
+can contradict them.
 """
 
 import hashlib
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,17 +27,21 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from worker.codec import codec
+from worker.codec import Group, codec, compress, entropy_bits
+from worker.inventory import TensorClass, TensorShape, is_quantised, require_compatible, tensor_inventory
 from worker.model import Model
-from worker.quantize import Rows, dequantise_rows, largest_symbol, quantise_rows, to_half
-from worker.shape import Frozen, ModelConfig
-from worker.sharing import SharingConfig, TensorClass, TensorShape, tensor_inventory
-from worker.spec import QuantisationConfig, problems_of
+from worker.packing import QuantisationConfig
+from worker.quantize import Rows, dequantise_rows, quantise, to_half
+from worker.shape import FieldError, Frozen, ModelConfig
+from worker.sharing import SharingConfig
+from worker.spec import problems_of
 
 MAGIC = b"CADDIE\r\n"
-VERSION = 1
+VERSION = 2  # counts up with the layout, and with any default of a header's field: what is left out must stay known
+LARGEST_CONTENT = 1 << 28  # bytes before compression: what a header may ask the reader to make room for
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
+_ZERO = np.uint8(0x80)  # the byte of symbol 0: bytes rise with symbols
 
 
 class ArtifactError(ValueError):
@@ -43,75 +50,76 @@ class ArtifactError(ValueError):
 
 @dataclass(frozen=True)
 class Packed:
-    """A model as an artifact. `bytes_by_class` counts stored bytes before compression, scales included."""
+    """A model as an artifact."""
 
     data: bytes
     sha256: str
+    codec: str
+    """The codec used, where the spec may have said auto."""
     bytes_by_class: dict[str, int]
+    """All of `data`: a payload is shared out by what an ideal code spends on each class's symbols, scales and halves;
+    the rest, with the digest, is the header's."""
 
 
-def pack(model: Model, quantisation: QuantisationConfig) -> Packed:
-    """The model as an artifact. Raises ValueError, naming the tensor, where a value cannot be stored."""
-    inventory = tensor_inventory(model.config, model.sharing)
+def pack(model: Model, quantisation: QuantisationConfig, rows: Mapping[str, Rows] | None = None) -> Packed:
+    """The model as an artifact, with `rows`, by tensor name, for what `quantise` would give.
+
+    Raises ValueError, naming the tensor, where a value cannot be stored.
+    """
+    stored = _stored_order(tensor_inventory(model.config, model.sharing), quantisation.half_below)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    assert set(state) == {tensor.name for tensor in inventory}, "the model is not what its config says"
-    symbols: list[bytes] = []
+    assert set(state) == {tensor.name for tensor in stored}, "the model is not what its config says"
+    given = dict(rows or {})
+    groups: list[Group] = []
     halves: list[Tensor] = []
-    for tensor in _stored_order(inventory, quantisation.half_below):
+    for tensor in stored:
         try:
             if is_quantised(tensor, quantisation.half_below):
-                rows = quantise_rows(state[tensor.name], quantisation.bits)
-                symbols.append(_symbol_bytes(rows, quantisation.bits))
-                halves.append(rows.scales)
+                matrix = given.pop(tensor.name, None) or quantise(state[tensor.name], tensor.tensor_class, quantisation)
+                groups.append(_symbol_bytes(matrix, tensor))
+                halves.append(to_half(matrix.scales.cpu()))
             else:
                 halves.append(to_half(state[tensor.name]))
         except ValueError as error:
             raise ValueError(f"tensor {tensor.name} {error}") from None
-    content = b"".join(symbols) + _shuffled(halves)
-    payload = codec(quantisation.codec).compress(content, quantisation.level)
-    header = _header_bytes(model, quantisation)
+    assert not given, f"rows of tensors that are not quantised: {sorted(given)}"
+    groups += _shuffled(halves)
+    used, payload = compress(groups, quantisation.codec, quantisation.best_level)
+    header = _header_bytes(model, quantisation.half_below, used)
     body = _PREFIX.pack(MAGIC, VERSION, len(header)) + header + payload
     data = body + hashlib.sha256(body).digest()
-    return Packed(data, hashlib.sha256(data).hexdigest(), _bytes_by_class(inventory, quantisation.half_below))
+    by_class = _bytes_by_class(stored, quantisation.half_below, groups, len(payload))
+    return Packed(data, hashlib.sha256(data).hexdigest(), used, {**by_class, "header": len(data) - len(payload)})
 
 
 def load(data: bytes) -> Model:
     """The model that an artifact holds, on the CPU, each tied tensor once. Raises ArtifactError, building nothing."""
     header, payload = _opened(data)
-    inventory = tensor_inventory(header.model, header.sharing)
-    symbols = sum(tensor.elements for tensor in inventory if is_quantised(tensor, header.half_below))
-    halves = sum(_half_values(tensor, header.half_below) for tensor in inventory)
+    stored = _stored_order(tensor_inventory(header.model, header.sharing), header.half_below)
+    symbols = [tensor.elements for tensor in stored if is_quantised(tensor, header.half_below)]
+    halves = sum(_half_values(tensor, header.half_below) for tensor in stored)
+    sizes = [*symbols, halves, halves]
+    if sum(sizes) > LARGEST_CONTENT:
+        raise ArtifactError(f"the artifact's header asks for {sum(sizes)} bytes of values; {LARGEST_CONTENT} are read")
     try:
-        content = codec(header.codec).expand(payload, symbols + 2 * halves)
+        groups = codec(header.codec).expand(payload, sizes)
     except ValueError as error:
         raise ArtifactError(f"the artifact's payload cannot be read: {error}") from None
     model = Model(header.model, header.sharing)
-    model.load_state_dict(_tensors(content, symbols, inventory, header))
+    model.load_state_dict(_tensors(groups, stored, header.half_below))
     return model
-
-
-def is_quantised(tensor: TensorShape, half_below: int) -> bool:
-    """Whether a tensor is stored as small integers: matrices with more than `half_below` values are."""
-    return len(tensor.shape) == 2 and tensor.elements > half_below
 
 
 class _Header(Frozen):
     model: ModelConfig
     sharing: SharingConfig
-    bits: int = Field(ge=4, le=8)
-    half_below: int = Field(ge=0)
     codec: str
+    half_below: int = Field(default=65_536, ge=0)
 
 
-def _header_bytes(model: Model, quantisation: QuantisationConfig) -> bytes:
-    header = _Header(
-        model=model.config,
-        sharing=model.sharing,
-        bits=quantisation.bits,
-        half_below=quantisation.half_below,
-        codec=quantisation.codec,
-    )
-    return header.model_dump_json().encode()
+def _header_bytes(model: Model, half_below: int, used: str) -> bytes:
+    header = _Header(model=model.config, sharing=model.sharing, codec=used, half_below=half_below)
+    return header.model_dump_json(exclude_defaults=True).encode()
 
 
 def _opened(data: bytes) -> tuple[_Header, bytes]:
@@ -131,10 +139,14 @@ def _opened(data: bytes) -> tuple[_Header, bytes]:
 
 def _parsed(header: bytes) -> _Header:
     try:
-        return _Header.model_validate_json(header)
+        parsed = _Header.model_validate_json(header)
+        require_compatible(parsed.model, parsed.sharing)
     except ValidationError as error:
         problems = "; ".join(str(problem) for problem in problems_of(error))
         raise ArtifactError(f"the artifact's header cannot be read: {problems}") from None
+    except FieldError as error:
+        raise ArtifactError(f"the artifact's header cannot be read: {error}") from None
+    return parsed
 
 
 def _stored_order(inventory: tuple[TensorShape, ...], half_below: int) -> list[TensorShape]:
@@ -156,40 +168,46 @@ def _half_values(tensor: TensorShape, half_below: int) -> int:
     return tensor.shape[0] if is_quantised(tensor, half_below) else tensor.elements
 
 
-def _bytes_by_class(inventory: tuple[TensorShape, ...], half_below: int) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for tensor in inventory:
-        symbols = tensor.elements if is_quantised(tensor, half_below) else 0
-        stored = symbols + 2 * _half_values(tensor, half_below)
-        sizes[tensor.tensor_class.value] = sizes.get(tensor.tensor_class.value, 0) + stored
-    return sizes
+def _bytes_by_class(
+    stored: Sequence[TensorShape], half_below: int, groups: Sequence[Group], payload_bytes: int
+) -> dict[str, int]:
+    """The payload's bytes shared out over the classes, by an ideal code's bits for each group; they add up to all."""
+    bits = [entropy_bits(np.bincount(group)) for group in groups]
+    half_bits = (bits[-2] + bits[-1]) / max(groups[-1].size, 1)
+    symbol_bits = iter(bits)
+    weights = {tensor.tensor_class.value: 0.0 for tensor in stored}
+    for tensor in stored:
+        own = next(symbol_bits) if is_quantised(tensor, half_below) else 0.0
+        weights[tensor.tensor_class.value] += own + half_bits * _half_values(tensor, half_below)
+    whole = sum(weights.values()) or 1.0
+    ends = [round(payload_bytes * part / whole) for part in accumulate(weights.values())]
+    ends[-1] = payload_bytes
+    return {name: end - start for name, (start, end) in zip(weights, pairwise([0, *ends]), strict=True)}
 
 
-def _symbol_bytes(rows: Rows, bits: int) -> bytes:
-    return (rows.symbols.T.numpy() + largest_symbol(bits)).astype(np.uint8).tobytes()
+def _symbol_bytes(rows: Rows, tensor: TensorShape) -> Group:
+    assert tuple(rows.symbols.shape) == tensor.shape and rows.symbols.dtype == torch.int8, tensor.name
+    return (np.ascontiguousarray(rows.symbols.cpu().numpy().T).view(np.uint8) ^ _ZERO).reshape(-1)
 
 
-def _shuffled(halves: list[Tensor]) -> bytes:
-    """fp16 values as all their low bytes, then all their high bytes: the high ones, sign and exponent, repeat."""
+def _shuffled(halves: list[Tensor]) -> Sequence[Group]:
+    """fp16 values as all their low bytes, and all their high bytes: the high ones, sign and exponent, repeat."""
     values = torch.cat([half.reshape(-1) for half in halves]).numpy().astype("<f2")
-    return values.view(np.uint8).reshape(-1, 2).T.tobytes()
+    return list(np.ascontiguousarray(values.view(np.uint8).reshape(-1, 2).T))
 
 
-def _tensors(content: bytes, symbols: int, inventory: tuple[TensorShape, ...], header: _Header) -> dict[str, Tensor]:
-    """The state dict: every tensor in fp32, cut from the payload in the order in which `pack` laid them down."""
-    quantised = np.frombuffer(content, dtype=np.uint8, count=symbols)
-    shuffled = np.frombuffer(content, dtype=np.uint8, offset=symbols)
-    halves: NDArray[Any] = np.ascontiguousarray(shuffled.reshape(2, -1).T).view("<f2").reshape(-1)
+def _tensors(groups: Sequence[Group], stored: Sequence[TensorShape], half_below: int) -> dict[str, Tensor]:
+    """The state dict: every tensor in fp32, from the groups in the order in which `pack` laid them down."""
+    halves: NDArray[Any] = np.stack(groups[-2:], axis=1).reshape(-1).view("<f2").astype(np.float16)
+    symbols = iter(groups)
     state: dict[str, Tensor] = {}
-    symbol_at = half_at = 0
-    for tensor in _stored_order(inventory, header.half_below):
-        count = _half_values(tensor, header.half_below)
-        values = torch.from_numpy(halves[half_at : half_at + count].astype(np.float16))
-        half_at += count
-        if is_quantised(tensor, header.half_below):
-            raised = quantised[symbol_at : symbol_at + tensor.elements].astype(np.int16)
-            signed = torch.from_numpy((raised - largest_symbol(header.bits)).astype(np.int8))
-            symbol_at += tensor.elements
+    at = 0
+    for tensor in stored:
+        count = _half_values(tensor, half_below)
+        values = torch.from_numpy(halves[at : at + count])
+        at += count
+        if is_quantised(tensor, half_below):
+            signed = torch.from_numpy((next(symbols) ^ _ZERO).view(np.int8))
             state[tensor.name] = dequantise_rows(Rows(signed.view(tensor.shape[::-1]).T, values))
         else:
             state[tensor.name] = values.float().view(tensor.shape)

@@ -15,9 +15,9 @@ from huggingface_hub import constants, hf_hub_download
 from worker.corpus import merge_manifest, turn
 from worker.shards import DataError, Split, open_dataset, open_shard, shard_name
 
-REPOSITORY = "willdepueoai/parameter-golf"
 REMOTE_ROOT = "datasets"
-DATASETS = {"sp1024": "fineweb10B_sp1024"}
+DATASETS = {"sp1024": "fineweb10B_sp1024", "sp8192": "fineweb10B_sp8192"}
+REPOSITORIES = {"sp1024": "willdepueoai/parameter-golf", "sp8192": "kevclark/parameter-golf"}
 
 
 def fetch(
@@ -33,13 +33,14 @@ def fetch(
         raise DataError(f"variant is {variant!r}: must be one of {', '.join(DATASETS)}")
     if train_shards < 1:
         raise DataError(f"train_shards is {train_shards}: must be at least 1")
-    name = DATASETS[variant]
-    _reach_hub()
+    name, repository = DATASETS[variant], REPOSITORIES[variant]
+    _reach_hub(repository)
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".fetching-", dir=root))
     try:
-        say(f"{name}: asking {REPOSITORY} for its manifest")
-        dataset, tokenizer = _entries(json.loads(_download("manifest.json", folder).read_text(encoding="utf-8")), name)
+        say(f"{name}: asking {repository} for its manifest")
+        manifest = json.loads(_download(repository, "manifest.json", folder).read_text(encoding="utf-8"))
+        dataset, tokenizer = _entries(repository, manifest, name)
         published = int(dataset["stats"]["files_train"])
         if train_shards > published:
             raise DataError(f"train_shards is {train_shards}: {name} has {published}")
@@ -47,8 +48,8 @@ def fetch(
         wanted += [("train", number) for number in range(train_shards)]
         for done, (split, number) in enumerate(wanted, start=1):
             say(f"{name}: {split} shard {number} ({done} of {len(wanted)})")
-            _place(root, f"datasets/{name}/{shard_name('fineweb', split, number)}", folder)
-        _place(root, str(tokenizer["model_path"]), folder)
+            _place(root, repository, f"datasets/{name}/{shard_name('fineweb', split, number)}", folder)
+        _place(root, repository, str(tokenizer["model_path"]), folder)
         with turn(root):
             merge_manifest(root, dataset, tokenizer)
         open_dataset(root, name)
@@ -56,7 +57,7 @@ def fetch(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _reach_hub() -> None:
+def _reach_hub(repository: str) -> None:
     """Raises DataError at once where there is no way to the hub; its own client would try for half a minute."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what goes wrong is said once, by our error
     try:
@@ -64,27 +65,27 @@ def _reach_hub() -> None:
     except HTTPError:
         return  # an answer, whatever it says
     except OSError as error:
-        raise DataError(f"cannot reach {constants.ENDPOINT}, where {REPOSITORY} is published: {_line(error)}") from None
+        raise DataError(f"cannot reach {constants.ENDPOINT}, where {repository} is published: {_line(error)}") from None
 
 
-def _entries(manifest: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _entries(repository: str, manifest: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     dataset = next((entry for entry in manifest["datasets"] if entry["name"] == name), None)
     if dataset is None:
-        raise DataError(f"{REPOSITORY} does not list the dataset {name}")
+        raise DataError(f"{repository} does not list the dataset {name}")
     tokenizer = next((entry for entry in manifest["tokenizers"] if entry["name"] == dataset["tokenizer_name"]), None)
     if tokenizer is None:
-        raise DataError(f"{REPOSITORY} does not list the tokenizer {dataset['tokenizer_name']}")
+        raise DataError(f"{repository} does not list the tokenizer {dataset['tokenizer_name']}")
     return dataset, tokenizer
 
 
-def _place(root: Path, relative: str, folder: Path) -> None:
+def _place(root: Path, repository: str, relative: str, folder: Path) -> None:
     """Have the file at its place below the data root, whole."""
     place = root / relative
     if root.resolve() not in place.resolve().parents:
-        raise DataError(f"{REPOSITORY} names the file {relative!r}, which lies outside the data root")
+        raise DataError(f"{repository} names the file {relative!r}, which lies outside the data root")
     if place.suffix == ".bin" and place.exists() and _whole(place):
         return
-    fetched = _download(relative, folder)
+    fetched = _download(repository, relative, folder)
     if place.suffix == ".bin":
         open_shard(fetched)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -99,12 +100,12 @@ def _whole(place: Path) -> bool:
     return True
 
 
-def _download(relative: str, folder: Path) -> Path:
+def _download(repository: str, relative: str, folder: Path) -> Path:
     remote = f"{REMOTE_ROOT}/{relative}"
     try:
-        return Path(hf_hub_download(REPOSITORY, remote, repo_type="dataset", local_dir=folder))
+        return Path(hf_hub_download(repository, remote, repo_type="dataset", local_dir=folder))
     except Exception as error:  # noqa: BLE001 - of the HTTP library below the client, which differs from release to release
-        raise DataError(f"cannot fetch {remote} of {REPOSITORY}: {_line(error)}") from None
+        raise DataError(f"cannot fetch {remote} of {repository}: {_line(error)}") from None
 
 
 def _line(error: Exception) -> str:

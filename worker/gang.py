@@ -12,23 +12,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
-
-from worker.job import Job
 from worker.mailbox import Closing, FileMailbox, Mailbox
-from worker.report import Reporter, TrialResult
+from worker.report import TrialResult
 from worker.spec import GangConfig, TrialSpec
-from worker.world import backends
+from worker.trainer import Job, Trainer, find_trainer
 
-Trainer = Callable[[Job, Reporter], tuple[TrialResult, bytes] | None]
-
-PATIENCE = timedelta(hours=2)
-"""How long a collective waits. Ranks wait while rank 0 packs alone; hangs are the orchestrator's to notice."""
 TRACEBACK_LINES = 20
 REASON_LENGTH = 500
 
@@ -37,11 +28,12 @@ class Rank:
     """This process as one rank of a gang. With several ranks they share one process group for as long as they live."""
 
     def __init__(
-        self, rank: int, gang: GangConfig, open_store: Callable[[], Store], trainer: str = "worker.job:run"
+        self, rank: int, gang: GangConfig, open_store: Callable[[], Any], trainer: str = "worker.job:run"
     ) -> None:
         """`trainer` is `module:function`, with worker.job.run's signature.
 
-        `open_store` gives the gang's rendezvous; where there are several ranks, the first job calls it, in its thread.
+        `open_store` gives the gang's rendezvous, a store of worker.rendezvous; where there are several ranks, the first
+        job calls it, in its thread.
         """
         self._rank = rank
         self._gang = gang
@@ -69,31 +61,24 @@ class Rank:
             return False
         finally:
             gc.collect()
-            if self._gang.device == "gpu":
-                torch.cuda.empty_cache()
+            if self._gang.device == "gpu" and "torch" in sys.modules:
+                _rendezvous().release_memory()
 
     def leave(self) -> None:
         """Leave the process group, if it was joined."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if "torch" in sys.modules:
+            _rendezvous().leave()
 
     def _join(self) -> Trainer:
         """The trainer, in a process that is ready for it. Everything but the trainer's lookup happens once."""
         if self._trainer is None:
-            torch.set_num_threads(_threads(self._gang))
-            device = torch.device("cuda" if self._gang.device == "gpu" else "cpu")
-            if device.type == "cuda":
-                torch.cuda.set_device(0)  # the launcher shows each rank one GPU, its own
+            trainer = find_trainer(self._trainer_name)
+            if "torch" in sys.modules or self._gang.ranks > 1:
+                _rendezvous().prepare(self._gang)
             if self._gang.ranks > 1:
-                dist.init_process_group(
-                    backends(device),
-                    store=self._open_store(),
-                    rank=self._rank,
-                    world_size=self._gang.ranks,
-                    timeout=PATIENCE,
-                )
-            self._trainer = find_trainer(self._trainer_name)
+                _rendezvous().join(self._rank, self._gang, self._open_store())
             gc.freeze()  # what is imported stays: without it, each collection after a job takes a tenth of a second
+            self._trainer = trainer
         return self._trainer
 
     def _closing(self, produced: tuple[TrialResult, bytes] | None) -> tuple[Closing, bytes | None]:
@@ -105,21 +90,9 @@ class Rank:
         return Closing(outcome="stopped" if result.stopped else "succeeded", result=result), artifact
 
 
-def find_trainer(name: str) -> Trainer:
-    """The function that `module:function` names. Raises ImportError or AttributeError where there is none."""
-    module, _, function = name.partition(":")
-    trainer: Trainer = getattr(importlib.import_module(module), function)
-    return trainer
-
-
-def serve_store(ranks: int) -> TCPStore:
-    """A rendezvous for `ranks` ranks on this machine, on a free port (its `port`), held by the process that called."""
-    return TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
-
-
-def join_store(port: int, ranks: int) -> TCPStore:
-    """The rendezvous that another process of this machine serves on `port`."""
-    return TCPStore("127.0.0.1", port, ranks, is_master=False)
+def _rendezvous() -> Any:
+    """worker.rendezvous, loaded with torch only once it is needed: a trainer alone in its gang may do without torch."""
+    return importlib.import_module("worker.rendezvous")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,7 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
     orphaned = _die_with_parent()
     mailbox = FileMailbox(options.mailbox)
     spec = TrialSpec.model_validate_json(options.spec.read_bytes())
-    rank = Rank(options.rank, spec.gang, lambda: FileStore(str(options.rendezvous), spec.gang.ranks), options.trainer)
+
+    def open_store() -> Any:
+        return _rendezvous().file_store(str(options.rendezvous), spec.gang.ranks)
+
+    rank = Rank(options.rank, spec.gang, open_store, options.trainer)
     if not rank.run(spec, options.data_root, mailbox):
         orphaned.join()
     rank.leave()
@@ -171,13 +148,6 @@ def _failed(error: BaseException, *, permanent: bool) -> Closing:
     reason = f"{type(error).__name__}: {message}" if message else type(error).__name__
     last = "".join(lines).splitlines()[-TRACEBACK_LINES:]
     return Closing(outcome="failed", reason=reason[:REASON_LENGTH], permanent=permanent, traceback="\n".join(last))
-
-
-def _threads(gang: GangConfig) -> int:
-    """Intra-op threads of a rank: one on CPUs, where a rank is placed as one core; a GPU rank's share of the host."""
-    if gang.device == "cpu":
-        return 1
-    return max(1, min(8, (os.cpu_count() or 1) // gang.ranks))
 
 
 if __name__ == "__main__":

@@ -1,36 +1,33 @@
 """One attempt end to end: data, training, packing, and the score of what the artifact's bytes hold."""
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from worker.artifact import Packed, load, pack
+from worker.calibrate import calibrate
 from worker.corpus import DEMO_DATASET, build_demo
 from worker.data import Batches
+from worker.diagnostics import diagnose
 from worker.evaluate import Score, Validation, evaluate, open_validation
+from worker.fit import Point, curve, fit
+from worker.inventory import count_parameters
 from worker.model import Model, initialise
 from worker.report import Reporter, TrialResult
+from worker.rounding import round_weights
 from worker.shape import FieldError
 from worker.shards import Dataset, open_dataset
-from worker.sharing import count_parameters
 from worker.source import code_bytes
 from worker.spec import TrialSpec
 from worker.train import TrainingSummary, train
+from worker.trainer import Job
+from worker.ttt import adapt_and_score
 from worker.world import World
-
-
-@dataclass(frozen=True)
-class Job:
-    """One attempt, as one rank of its gang sees it."""
-
-    spec: TrialSpec
-    data_root: Path
-    rank: int = 0
-    ranks: int = 1
 
 
 def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
@@ -39,7 +36,7 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     With several ranks the caller has joined torch's default process group, and on GPUs has set the current device. Only
     rank 0 uses its reporter. A directive to stop ends training early; the attempt is then packed and scored as it is.
     Raises DataError and FieldError (both ValueError) for data that does not suit the spec, before training; Diverged
-    from training; and ValueError where the weights cannot be stored.
+    from training; and ValueError where the weights cannot be stored, or not in the bytes that the spec asks for.
     """
     spec, world = job.spec, _world(job)
     phase = reporter.phase if world.leads else _silent
@@ -47,7 +44,8 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     phase("data")
     dataset = _open_data(job)
     vocab_size = spec.model.vocab_size
-    validation = open_validation(dataset, vocab_size, spec.data.sequence_length, spec.evaluation.batch_sequences)
+    validation = open_validation(dataset, vocab_size, spec.evaluated_length, spec.evaluation.batch_sequences)
+    plain = _windows(validation, spec.data.sequence_length)
     batches = Batches(dataset, spec.data, vocab_size, world)
     phase("train")
     model = Model(spec.model, spec.sharing)
@@ -55,22 +53,27 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     model.to(world.device)
 
     def validate(trained: Model) -> float:
-        return evaluate(trained, validation, world, spec.evaluation.validation_tokens).bpb
+        return evaluate(trained, plain, world, spec.evaluation.validation_tokens).bpb
 
     summary = train(model, spec, batches, world, reporter, validate)
+    spent = _Seconds()
     phase("evaluate")
-    before, before_seconds = _scored(model, validation, world)
+    with spent.on("evaluate"):
+        averages, before = _averaged(model, spec, summary, plain, world)
     phase("pack")
-    packed, pack_seconds = _packed(model, spec, world)
-    gammas = model.gammas()
-    del model
+    with spent.on("pack"):
+        packing = _pack(model, dataset, spec) if world.leads else None
     phase("evaluate")
-    data = _broadcast(packed.data if packed else b"", world)
-    after, after_seconds = _scored(load(data).to(world.device), validation, world)
-    if packed is None:
+    data = _broadcast(packing.packed.data if packing else b"", world)
+    loaded = load(data).to(world.device)
+    with spent.on("evaluate"):
+        scores = _scores(loaded, spec, plain, validation, world)
+    diagnostics = diagnose(model, loaded, spec, plain, world)
+    if packing is None:
         return None
-    seconds = (before_seconds + after_seconds, pack_seconds)
-    return _result(spec, summary, (before, after), packed, seconds, _diagnostics(dataset, after, gammas)), data
+    worth = _worth(packing, plain, spec, world)
+    diagnostics |= {**_compared(dataset, scores), **worth, "averages": averages, "codec": packing.packed.codec}
+    return _result(spec, summary, before, scores, packing.packed, spent, diagnostics), data
 
 
 def _world(job: Job) -> World:
@@ -90,19 +93,87 @@ def _open_data(job: Job) -> Dataset:
     return open_dataset(job.data_root, job.spec.data.dataset)
 
 
-def _scored(model: Model, validation: Validation, world: World) -> tuple[Score, float]:
-    started = time.perf_counter()
-    score = evaluate(model, validation, world)
-    return score, time.perf_counter() - started
+@dataclass
+class _Seconds:
+    """Wallclock by phase, summed over its parts."""
+
+    evaluate: float = 0.0
+    pack: float = 0.0
+
+    @contextmanager
+    def on(self, name: str) -> Iterator[None]:
+        """Count what happens inside for the phase."""
+        started = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
 
 
-def _packed(model: Model, spec: TrialSpec, world: World) -> tuple[Packed | None, float]:
-    """The artifact and the seconds it took: on rank 0 alone, since every rank has the same weights."""
-    if not world.leads:
-        return None, 0.0
-    started = time.perf_counter()
-    packed = pack(model, spec.quantisation)
-    return packed, time.perf_counter() - started
+@dataclass(frozen=True)
+class _Packing:
+    """The artifact, and what the trained model weighs and scores at other sizes, to be asked for once it is scored."""
+
+    packed: Packed
+    curve: Callable[[Callable[[Model], float]], tuple[Point, ...]] | None
+
+
+def _windows(validation: Validation, length: int) -> Validation:
+    """The same text in windows of training's length, which is what models are compared by before packing."""
+    return replace(validation, sequence_length=length)
+
+
+def _averaged(
+    model: Model, spec: TrialSpec, summary: TrainingSummary, validation: Validation, world: World
+) -> tuple[dict[str, float], Score]:
+    """BPB of the last weights and of each average, and the score of those that the spec applies, now in the model.
+
+    An average that was never taken, such as SWA's where training ended early, leaves the last weights.
+    """
+    last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {"last": last, **summary.averages}
+    applied = spec.averaging.apply if spec.averaging.apply in weights else "last"
+    scores: dict[str, Score] = {}
+    for name in sorted(weights, key=lambda name: name == applied):  # the applied one last
+        model.load_state_dict(weights[name])
+        scores[name] = evaluate(model, validation, world)
+    return {name: scores[name].bpb for name in weights}, scores[applied]
+
+
+def _pack(model: Model, dataset: Dataset, spec: TrialSpec) -> _Packing:
+    """The artifact: on rank 0 alone, since every rank has the same weights."""
+    quantisation, calibration = spec.quantisation, calibrate(model, dataset, spec)
+    if quantisation.target_bytes is None:
+        return _Packing(pack(model, quantisation, round_weights(model, quantisation, calibration)), None)
+    # By the entropy coder: the others take minutes for a curve, and come within 2% of it.
+    fast = quantisation.model_copy(update={"codec": "ans", "level": None})
+    return _Packing(
+        fit(model, quantisation, calibration, code_bytes()).packed,
+        lambda score: curve(model, fast, calibration, code_bytes(), score),
+    )
+
+
+def _scores(
+    loaded: Model, spec: TrialSpec, plain: Validation, validation: Validation, world: World
+) -> dict[str, Score]:
+    """The artifact's scores by way of scoring; the last is the one that counts."""
+    evaluation = spec.evaluation
+    scores = {"plain": evaluate(loaded, plain, world)}
+    if evaluation.stride is not None or validation.sequence_length != plain.sequence_length:
+        scores["sliding" if evaluation.stride is not None else "long"] = evaluate(
+            loaded, validation, world, stride=evaluation.stride
+        )
+    if evaluation.ttt is not None:
+        scores["ttt"] = adapt_and_score(loaded, validation, world, evaluation.ttt, evaluation.stride)
+    return scores
+
+
+def _worth(packing: _Packing, validation: Validation, spec: TrialSpec, world: World) -> dict[str, Any]:
+    """What a byte is worth: the trained model's BPB by artifact bytes, on as much text as intermediate scores."""
+    if packing.curve is None:
+        return {}
+    alone = World(0, 1, world.device)
+    limit = spec.evaluation.validation_tokens
+    points = packing.curve(lambda model: evaluate(model.to(world.device), validation, alone, limit).bpb)
+    return {"bytes_curve": [asdict(point) for point in points]}
 
 
 def _broadcast(data: bytes, world: World) -> bytes:
@@ -118,17 +189,17 @@ def _broadcast(data: bytes, world: World) -> bytes:
 def _result(
     spec: TrialSpec,
     summary: TrainingSummary,
-    scores: tuple[Score, Score],
+    before: Score,
+    scores: dict[str, Score],
     packed: Packed,
-    seconds: tuple[float, float],
+    spent: _Seconds,
     diagnostics: dict[str, Any],
 ) -> TrialResult:
-    before, after = scores
-    code = code_bytes()
+    code, final = code_bytes(), list(scores.values())[-1]
     return TrialResult(
-        val_bpb=after.bpb,
+        val_bpb=final.bpb,
         val_bpb_prequant=before.bpb,
-        val_loss=after.loss,
+        val_loss=final.loss,
         parameters=count_parameters(spec.model, spec.sharing),
         model_bytes=len(packed.data),
         code_bytes=code,
@@ -137,8 +208,8 @@ def _result(
         steps=summary.steps,
         tokens=summary.tokens,
         train_seconds=summary.train_seconds,
-        evaluate_seconds=seconds[0],
-        pack_seconds=seconds[1],
+        evaluate_seconds=spent.evaluate,
+        pack_seconds=spent.pack,
         step_seconds=summary.step_seconds,
         stopped=summary.stopped,
         bytes_by_class=packed.bytes_by_class,
@@ -146,12 +217,13 @@ def _result(
     )
 
 
-def _diagnostics(dataset: Dataset, score: Score, gammas: dict[str, list[float]]) -> dict[str, Any]:
-    """Gates by path and virtual layer, and what the score is measured against."""
+def _compared(dataset: Dataset, scores: dict[str, Score]) -> dict[str, Any]:
+    """The scores by way of scoring, and what they are measured against."""
+    final = list(scores.values())[-1]
     return {
-        "gammas": gammas,
-        "val_tokens": score.tokens,
-        "val_bytes": score.bytes,
+        "scores": {name: score.bpb for name, score in scores.items()},
+        "val_tokens": final.tokens,
+        "val_bytes": final.bytes,
         "order0_bpb": dataset.stats.get("val_order0_bits_per_byte"),
         "torch": torch.__version__,
     }

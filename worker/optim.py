@@ -1,59 +1,90 @@
-"""The optimizers: Muon for matrices, AdamW for the rest."""
+"""The optimizers: Muon for matrices, AdamW for the rest, and the proximal step on singular values."""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
 from worker.model import Model
+from worker.qat import quantised_parameters
 from worker.schedule import muon_momentum
-from worker.spec import OptimizerConfig
+from worker.spec import ObjectiveConfig, OptimizerConfig, TrialSpec
+from worker.world import World
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_BY_ITERATION = (  # parameter-golf pull request 1855
+    (8.1566, -22.4833, 15.8788),
+    (4.0429, -2.8089, 0.5000),
+    (3.8917, -2.7725, 0.5061),
+    (3.2858, -2.3681, 0.4645),
+    (2.3465, -1.7098, 0.4232),
+)
 TINY = 1e-7
+TABLES = ("bigram.table", "value_embedding.table")
+PROJECTIONS = ("bigram.projection", "value_embedding.projection")
 
 
 class Optimizer:
     """Updates all parameters of a model from their gradients. The same gradients give the same bits on every rank."""
 
-    def __init__(self, model: Model, config: OptimizerConfig) -> None:
-        self._config = config
+    def __init__(self, model: Model, spec: TrialSpec, world: World) -> None:
+        self._config, self._objective = spec.optimizer, spec.objective
         self._parameters = list(model.parameters())
-        groups = parameter_groups(model)
-        self._muon = Muon(groups["matrix"], config)
-        self._peaks = (config.embedding_lr, config.scalar_lr)
+        self._proximal = [parameter for parameter, _ in quantised_parameters(model, spec.quantisation.half_below)]
+        config, groups = spec.optimizer, parameter_groups(model)
+        self._muon = Muon(groups["matrix"], config, world)
+        decay = config.adam_weight_decay
+        rows_decay = decay if config.embedding_weight_decay is None else config.embedding_weight_decay
+        self._peaks = (config.embedding_lr, config.table_lr or config.scalar_lr, config.scalar_lr)
         self._adam = torch.optim.AdamW(
-            [{"params": groups["embedding"]}, {"params": groups["scalar"]}],
+            [
+                {"params": groups["embedding"], "weight_decay": rows_decay},
+                {"params": groups["table"], "weight_decay": rows_decay},
+                {"params": groups["scalar"], "weight_decay": decay},
+            ],
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
             fused=True,
         )
 
     def step(self, step: int, multiplier: float) -> None:
-        """Apply the gradients of step `step` (from 0) at `multiplier` times the peak learning rates, and drop them."""
+        """Apply the gradients of step `step` (from 0) at `multiplier` times the peak learning rates, and drop them.
+
+        A parameter without a gradient stays as it is.
+        """
         if self._config.gradient_clip:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._config.gradient_clip)
         self._muon.step(muon_momentum(self._config, step), multiplier)
         for group, peak in zip(self._adam.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
         self._adam.step()
+        if _shrinks(self._objective, step):
+            shrink_singular_values(self._proximal, self._objective.nuclear_norm * multiplier)
         for parameter in self._parameters:
             parameter.grad = None
 
 
 def parameter_groups(model: Model) -> dict[str, list[Parameter]]:
-    """matrix: the blocks' matrices and the bigram projection · embedding · scalar: all else. Each in exactly one."""
-    groups: dict[str, list[Parameter]] = {"matrix": [], "embedding": [], "scalar": []}
-    for name, parameter in model.named_parameters():
-        if name == "bigram.projection" or (name.startswith("blocks.") and parameter.ndim == 2):
+    """matrix: the blocks' matrices and the projections of tables · embedding · table · scalar: all else that is used.
+
+    Each in exactly one. An attention gate over heads is a control, though it has two dimensions.
+    """
+    groups: dict[str, list[Parameter]] = {"matrix": [], "embedding": [], "table": [], "scalar": []}
+    trained = {name: parameter for name, parameter in model.named_parameters() if not name.startswith("unused.")}
+    for name, parameter in trained.items():
+        in_block = name.startswith("blocks.") and parameter.ndim == 2 and not name.endswith(".head_gate")
+        if in_block or name in PROJECTIONS:
             groups["matrix"].append(parameter)
+        elif name == "embedding.weight":
+            groups["embedding"].append(parameter)
         else:
-            groups["embedding" if name == "embedding.weight" else "scalar"].append(parameter)
+            groups["table" if name in TABLES else "scalar"].append(parameter)
     grouped = [id(parameter) for group in groups.values() for parameter in group]
-    assert sorted(grouped) == sorted({id(parameter) for parameter in model.parameters()})
+    assert sorted(grouped) == sorted({id(parameter) for parameter in trained.values()})
     return groups
 
 
@@ -61,47 +92,81 @@ class Muon:
     """Nesterov momentum, orthogonalised (Jordan et al., 2024): W -= lr · sqrt(max(1, rows / columns)) · X.
 
     Weight decay is decoupled, at the scheduled learning rate, before the update. A tied matrix is one parameter whose
-    gradient sums over its applications; nothing rescales it. Equal shapes are orthogonalised in one batched call.
+    gradient sums over its applications; nothing rescales it. Each matrix belongs to one rank, which alone keeps its
+    momentum and orthogonalises it, equal shapes in one batched call; every rank then gets every update.
     """
 
-    def __init__(self, matrices: Sequence[Parameter], config: OptimizerConfig) -> None:
-        self._config = config
-        by_shape: dict[torch.Size, list[Parameter]] = defaultdict(list)
-        for matrix in matrices:
-            by_shape[matrix.shape].append(matrix)
-        self._batches = [(batch, torch.zeros_like(torch.stack([*batch]))) for batch in by_shape.values()]
+    def __init__(self, matrices: Sequence[Parameter], config: OptimizerConfig, world: World) -> None:
+        self._matrices, self._config, self._world = list(matrices), config, world
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for index, matrix in enumerate(matrices):
+            by_shape[matrix.shape].append(index)
+        dealt = list(chain.from_iterable(by_shape.values()))[world.rank :: world.ranks]  # by shape: ranks work equally
+        owned = ([index for index in indices if index in dealt] for indices in by_shape.values())
+        self._batches = [(mine, torch.zeros_like(torch.stack([matrices[i] for i in mine]))) for mine in owned if mine]
 
     @torch.no_grad()
     def step(self, momentum: float, multiplier: float) -> None:
         """Update every matrix from its gradient."""
-        rate = self._config.matrix_lr * multiplier
-        for matrices, velocity in self._batches:
-            gradient = torch.stack([_gradient(matrix) for matrix in matrices])  # (n, rows, columns)
+        rate, decay = self._config.matrix_lr * multiplier, self._config.muon_weight_decay
+        for matrix, update in zip(self._matrices, self._updates(momentum), strict=True):
+            if matrix.grad is not None:
+                rows, columns = matrix.shape
+                matrix.mul_(1 - rate * decay)
+                matrix.add_(update, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+
+    def _updates(self, momentum: float) -> list[Tensor]:
+        """X of every matrix, the same bits on every rank: each is a sum of one rank's update and the others' zeros."""
+        updates: dict[int, Tensor] = {}
+        for mine, velocity in self._batches:
+            gradient = torch.stack([_gradient(self._matrices[i]) for i in mine])  # (n, rows, columns)
             velocity.mul_(momentum).add_(gradient)
-            update = orthogonalise(gradient.add_(velocity, alpha=momentum), self._config.muon_iterations)
-            rows, columns = update.shape[1:]
-            for matrix, change in zip(matrices, update.unbind(), strict=True):
-                matrix.mul_(1 - rate * self._config.muon_weight_decay)
-                matrix.add_(change, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+            update = gradient.add_(velocity, alpha=momentum)
+            if self._config.row_normalise:
+                update = F.normalize(update, dim=2, eps=TINY)
+            updates |= zip(mine, orthogonalise(update, coefficients(self._config)).unbind(), strict=True)
+        if self._world.ranks == 1:
+            return [updates[index] for index in range(len(self._matrices))]
+        shared = [updates[i] if i in updates else torch.zeros_like(each) for i, each in enumerate(self._matrices)]
+        self._world.all_reduce_sum(shared)
+        return shared
 
 
-def orthogonalise(matrices: Tensor, iterations: int) -> Tensor:
+def coefficients(config: OptimizerConfig) -> tuple[tuple[float, float, float], ...]:
+    """Of the Newton-Schulz polynomial of each iteration."""
+    if config.muon_coefficients == "constant":
+        return (NEWTON_SCHULZ,) * config.muon_iterations
+    return NEWTON_SCHULZ_BY_ITERATION
+
+
+def orthogonalise(matrices: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
     """(n, rows, columns) -> the same shape, singular values brought near 1 by quintic Newton-Schulz; zero stays zero.
 
-    In bf16 on a GPU and in fp32 on a CPU; the result is in the dtype given.
+    One iteration a polynomial: s becomes a·s + b·s³ + c·s⁵. In bf16 on a GPU and in fp32 on a CPU; the result is in the
+    dtype given.
     """
-    a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
     x: Tensor = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + TINY)
     x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
     x = x.mT if tall else x
-    for _ in range(iterations):
+    for a, b, c in polynomials:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.mT if tall else x
     return x.to(matrices.dtype)
 
 
+@torch.no_grad()
+def shrink_singular_values(matrices: Sequence[Parameter], amount: float) -> None:
+    """Every singular value s becomes max(s - amount, 0): the proximal step of `amount` times the nuclear norm."""
+    for matrix in matrices:
+        u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+        matrix.copy_((u * (values - amount).clamp(min=0)) @ v)
+
+
+def _shrinks(objective: ObjectiveConfig, step: int) -> bool:
+    return objective.nuclear_norm > 0 and (step + 1) % objective.nuclear_norm_every == 0
+
+
 def _gradient(parameter: Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

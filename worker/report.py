@@ -65,6 +65,6 @@ class TrialResult(Frozen):
     stopped: bool
     """True where a directive ended training before the budget did."""
     bytes_by_class: dict[str, int]
-    """Uncompressed stored bytes by tensor class."""
+    """model_bytes by tensor class, with `header`: what is shared is split by what an ideal code spends on each."""
     diagnostics: dict[str, Any]
     """Gammas by path and virtual layer, and whatever else the trained model reveals about its sharing."""

@@ -1,55 +1,15 @@
-"""How layers share weights: the tying map, its patterns, and the arithmetic of what they cost in parameters."""
+"""How layers share weights: the tying map, and what each virtual layer keeps for itself."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from enum import StrEnum
-from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from worker.shape import FieldError, Frozen, ModelConfig
+from worker.shape import FieldError, Frozen
+from worker.tying import TyingConfig, TyingMap, canonical_map, expand
 
-TyingMap = tuple[int, ...]  # virtual layer -> block
 LoraPath = Literal["attention", "mlp"]
 Owner = Literal["block", "layer"]
-
-
-class TyingConfig(Frozen):
-    """Which block each virtual layer applies, by pattern (written here for 6 layers and 3 blocks) or explicitly.
-
-    cycle 012012 · sequence 001122 · palindrome 012210 · loop: blocks `start`..`end` (inclusive) run `passes` times in a
-    row, every other block once · tail: the last block but `after` is applied until only `after` layers are left ·
-    explicit: `map`. A bare pattern name or a bare list is accepted for the whole.
-    """
-
-    pattern: Literal["cycle", "sequence", "palindrome", "loop", "tail", "explicit"] = "cycle"
-    start: int | None = Field(default=None, ge=0)
-    end: int | None = Field(default=None, ge=0)
-    passes: int | None = Field(default=None, ge=2)
-    after: int | None = Field(default=None, ge=0)
-    map: TyingMap | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            return {"pattern": data}
-        if isinstance(data, list | tuple):
-            return {"pattern": "explicit", "map": data}
-        return data
-
-    @model_validator(mode="after")
-    def _check(self) -> "TyingConfig":
-        needed: dict[str, tuple[str, ...]] = {"loop": ("start", "end", "passes"), "explicit": ("map",)}
-        allowed = {**needed, "tail": ("after",)}
-        for name in ("start", "end", "passes", "after", "map"):
-            value = getattr(self, name)
-            if value is None and name in needed.get(self.pattern, ()):
-                raise FieldError(name, None, f"the pattern {self.pattern!r} needs it")
-            if value is not None and name not in allowed.get(self.pattern, ()):
-                raise FieldError(name, value, f"the pattern {self.pattern!r} does not take it")
-        return self
+Unused = Literal["block_scales", "layer_scales", "adapters", "skips"]
 
 
 class LoraConfig(Frozen):
@@ -72,15 +32,49 @@ class LoraConfig(Frozen):
         return self
 
 
+class RepartitionConfig(Frozen):
+    """Each virtual layer reads the shared queries and keys in an order of its own (PRISM, pull request 2090).
+
+    fixed: heads, and values within a head, are permuted so that rotated pairs stay pairs. blended: p·q + (1 - p)·q',
+    p = σ(w·x + c) per block, and the loss gains `blend_penalty` · (mean p - ½)². The orders follow from `seed` and the
+    virtual layer alone. The first `anchor_heads` query heads, and their key heads, stay as they are.
+    """
+
+    mode: Literal["none", "fixed", "blended"] = "none"
+    seed: int = Field(default=1729, ge=0, lt=2**31)
+    heads: bool = True
+    values: bool = True
+    anchor_heads: int = Field(default=0, ge=0)
+    encoder_only: bool = False
+    blend_penalty: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "RepartitionConfig":
+        if self.mode != "none" and not self.heads and not self.values:
+            raise FieldError("heads", False, "heads, values or both must be permuted")
+        return self
+
+
 class SharingConfig(Frozen):
-    """Virtual layers over unique blocks. `scales` and `mixes` say whether a block or each virtual layer owns them."""
+    """Virtual layers over unique blocks, and what tells apart the virtual layers that share one."""
 
     virtual_layers: int = Field(default=9, ge=1, le=256)
     unique_blocks: int = Field(default=9, ge=1, le=256)
     tying: TyingConfig = TyingConfig()
     lora: LoraConfig = LoraConfig()
     scales: Owner = "block"
+    """Whether a block or each virtual layer owns the scales of its sub-layers' outputs."""
     mixes: Owner = "block"
+    """The same for the residual mixes of the stream and the stem."""
+    adapters: bool = False
+    """Per-virtual-layer factors on the block's scales and gains, and terms on its mix: diagonal adapters (2090)."""
+    repartition: RepartitionConfig = RepartitionConfig()
+    repeat_embeddings: bool = False
+    """A learned vector that each virtual layer adds to its input (167)."""
+    bounded_recurrence: float = Field(default=0.0, ge=0, le=1)
+    """Above 0: x becomes a softmax blend of itself, the stem and τ times each sub-layer, τ this value (167)."""
+    unused: tuple[Unused, ...] = ()
+    """Tensors that a source's code allocates and never applies. Stored, counted, never trained: for its count alone."""
 
     @model_validator(mode="after")
     def _check(self) -> "SharingConfig":
@@ -88,134 +82,65 @@ class SharingConfig(Frozen):
             raise FieldError(
                 "unique_blocks", self.unique_blocks, f"must be at most virtual_layers, {self.virtual_layers}"
             )
-        _expand(self)
+        expand(self.tying, self.virtual_layers, self.unique_blocks)
+        if self.adapters and "layer" in (self.scales, self.mixes):
+            raise FieldError("adapters", True, "need scales and mixes owned by blocks, which they change by layer")
+        if self.bounded_recurrence:
+            if self.adapters:
+                raise FieldError("adapters", True, "change scales that bounded_recurrence does without")
+            for name, owner in (("scales", self.scales), ("mixes", self.mixes)):
+                if owner == "layer":
+                    raise FieldError(name, owner, "must be block: bounded_recurrence has neither scales nor mixes")
+        self._check_unused()
         return self
+
+    def _check_unused(self) -> None:
+        if len(set(self.unused)) != len(self.unused):
+            raise FieldError("unused", list(self.unused), "must name each group once")
+        by_layer = self.scales == "layer" and self.mixes == "layer"
+        used = {
+            "block_scales": not by_layer and not self.bounded_recurrence,
+            "layer_scales": "layer" in (self.scales, self.mixes) or self.adapters,
+            "adapters": self.adapters,
+        }
+        for group in self.unused:
+            if used.get(group):
+                raise FieldError("unused", list(self.unused), f"{group} are in use here")
+        if "skips" in self.unused and self.virtual_layers == 1:
+            raise FieldError("unused", list(self.unused), "one virtual layer has no skips")
 
     @property
     def tying_map(self) -> TyingMap:
         """Virtual layer -> block, blocks numbered in the order in which they are first applied."""
-        return canonical_map(_expand(self))
+        return canonical_map(expand(self.tying, self.virtual_layers, self.unique_blocks))
 
+    def layers_at(self, fraction: float) -> tuple[int, ...]:
+        """The virtual layers that run once `fraction` of the budget is spent, in order.
 
-def canonical_map(blocks: Iterable[int]) -> TyingMap:
-    """The same tying with blocks numbered by first use (a restricted growth string): equal maps share weights alike."""
-    names: dict[int, int] = {}
-    return tuple(names.setdefault(block, len(names)) for block in blocks)
+        All of them from `tying.from_fraction` on; before it the first of each block, with what that layer owns.
+        """
+        if fraction >= self.tying.from_fraction:
+            return tuple(range(self.virtual_layers))
+        tying_map = self.tying_map
+        return tuple(tying_map.index(block) for block in range(self.unique_blocks))
 
-
-def _expand(sharing: SharingConfig) -> TyingMap:
-    tying, layers, blocks = sharing.tying, sharing.virtual_layers, sharing.unique_blocks
-    expanded = _EXPANDERS[tying.pattern](tying, layers, blocks)
-    path = "tying.map" if tying.pattern == "explicit" else "tying.pattern"
-    value = list(expanded) if tying.pattern == "explicit" else tying.pattern
-    if len(expanded) != layers:
-        raise FieldError(path, value, f"gives {len(expanded)} layers; virtual_layers says {layers}")
-    missing = sorted(set(range(blocks)) - set(expanded))
-    if missing:
-        raise FieldError(path, value, f"skips block {missing[0]}; every block from 0 to {blocks - 1} must be used")
-    outside = sorted(set(expanded) - set(range(blocks)))
-    if outside:
-        raise FieldError(path, value, f"names block {outside[0]}; blocks run from 0 to {blocks - 1}")
-    return expanded
-
-
-def _palindrome(layers: int, blocks: int) -> TyingMap:
-    period = [*range(blocks), *reversed(range(blocks))]
-    return tuple(period[i % len(period)] for i in range(layers))
-
-
-def _loop(tying: TyingConfig, blocks: int) -> TyingMap:
-    assert tying.start is not None and tying.end is not None and tying.passes is not None
-    if tying.start > tying.end:
-        raise FieldError("tying.start", tying.start, f"must be at most tying.end, {tying.end}")
-    if tying.end >= blocks:
-        raise FieldError("tying.end", tying.end, f"must be below unique_blocks, {blocks}")
-    segment = tuple(range(tying.start, tying.end + 1))
-    return (*range(tying.start), *segment * tying.passes, *range(tying.end + 1, blocks))
-
-
-def _tail(tying: TyingConfig, layers: int, blocks: int) -> TyingMap:
-    after = tying.after or 0
-    if after >= blocks:
-        raise FieldError("tying.after", after, f"must be below unique_blocks, {blocks}")
-    tied = blocks - 1 - after
-    return (*range(tied), *[tied] * (layers - blocks + 1), *range(tied + 1, blocks))
-
-
-_EXPANDERS: dict[str, Callable[[TyingConfig, int, int], TyingMap]] = {
-    "cycle": lambda tying, layers, blocks: tuple(i % blocks for i in range(layers)),
-    "sequence": lambda tying, layers, blocks: tuple(i * blocks // layers for i in range(layers)),
-    "palindrome": lambda tying, layers, blocks: _palindrome(layers, blocks),
-    "loop": lambda tying, layers, blocks: _loop(tying, blocks),
-    "tail": lambda tying, layers, blocks: _tail(tying, layers, blocks),
-    "explicit": lambda tying, layers, blocks: tying.map or (),
-}
-
-
-class TensorClass(StrEnum):
-    """What a tensor is for, which decides how it is stored and how well it compresses."""
-
-    EMBEDDING = "embedding"
-    ATTENTION = "attention"
-    MLP = "mlp"
-    BIGRAM = "bigram"
-    LORA = "lora"
-    CONTROL = "control"
-
-
-@dataclass(frozen=True)
-class TensorShape:
-    """One stored tensor: its name in the model's state dict, its shape (out, in for matrices) and its class."""
-
-    name: str
-    shape: tuple[int, ...]
-    tensor_class: TensorClass
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-
-def tensor_inventory(model: ModelConfig, sharing: SharingConfig) -> tuple[TensorShape, ...]:
-    """Every tensor of the built model, each stored once however many virtual layers apply it. Torch-free arithmetic."""
-    d, layers, blocks = model.width, sharing.virtual_layers, sharing.unique_blocks
-    tensors = [TensorShape("embedding.weight", (model.vocab_size, d), TensorClass.EMBEDDING)]
-    if model.bigram_buckets:
-        tensors += [
-            TensorShape("bigram.table", (model.bigram_buckets, model.bigram_width), TensorClass.BIGRAM),
-            TensorShape("bigram.projection", (d, model.bigram_width), TensorClass.BIGRAM),
-        ]
-    if model.smear_gate:
-        tensors.append(TensorShape("smear.gate", (d,), TensorClass.CONTROL))
-    for block in range(blocks):
-        tensors += [
-            TensorShape(f"blocks.{block}.attention.query", (d, d), TensorClass.ATTENTION),
-            TensorShape(f"blocks.{block}.attention.key", (model.kv_width, d), TensorClass.ATTENTION),
-            TensorShape(f"blocks.{block}.attention.value", (model.kv_width, d), TensorClass.ATTENTION),
-            TensorShape(f"blocks.{block}.attention.output", (d, d), TensorClass.ATTENTION),
-            TensorShape(f"blocks.{block}.attention.gain", (model.heads,), TensorClass.CONTROL),
-            TensorShape(f"blocks.{block}.mlp.up", (model.mlp_width, d), TensorClass.MLP),
-            TensorShape(f"blocks.{block}.mlp.down", (d, model.mlp_width), TensorClass.MLP),
-        ]
-    scale_owners = blocks if sharing.scales == "block" else layers
-    mix_owners = blocks if sharing.mixes == "block" else layers
-    tensors += [
-        TensorShape("attention_scales", (scale_owners, d), TensorClass.CONTROL),
-        TensorShape("mlp_scales", (scale_owners, d), TensorClass.CONTROL),
-        TensorShape("residual_mixes", (mix_owners, 2, d), TensorClass.CONTROL),
-    ]
-    if model.unet_skips and layers > 1:
-        tensors.append(TensorShape("skip_weights", (layers // 2, d), TensorClass.CONTROL))
-    if sharing.lora.rank:
-        for path in sorted(sharing.lora.paths):
-            tensors += [
-                TensorShape(f"lora.{path}.down", (layers, d, sharing.lora.rank), TensorClass.LORA),
-                TensorShape(f"lora.{path}.up", (layers, sharing.lora.rank, d), TensorClass.LORA),
-                TensorShape(f"lora.{path}.gate_logits", (layers,), TensorClass.CONTROL),
-            ]
-    return tuple(tensors)
-
-
-def count_parameters(model: ModelConfig, sharing: SharingConfig) -> int:
-    """Distinct stored values of the model; equals the built model's parameter count."""
-    return sum(tensor.elements for tensor in tensor_inventory(model, sharing))
+    def canonical(self) -> "SharingConfig":
+        """This sharing with its map written out, and the fields that change nothing at one value each. Equal results
+        share in one way."""
+        tied, lora, repartition = self.unique_blocks < self.virtual_layers, LoraConfig(), RepartitionConfig()
+        late = self.tying.from_fraction if tied else 0.0
+        if self.lora.rank:
+            lora = self.lora.model_copy(update={"paths": tuple(sorted(self.lora.paths))})
+        if self.repartition.mode == "fixed":
+            repartition = self.repartition.model_copy(update={"blend_penalty": repartition.blend_penalty})
+        elif self.repartition.mode == "blended":
+            repartition = self.repartition
+        same: dict[str, object] = {
+            "tying": TyingConfig(pattern="explicit", map=self.tying_map, from_fraction=late),
+            "lora": lora,
+            "repartition": repartition,
+            "unused": tuple(sorted(self.unused)),
+        }
+        if not tied:
+            same |= {"scales": "block", "mixes": "block"}
+        return self.model_copy(update=same)

@@ -1,13 +1,33 @@
-"""The source files that an artifact needs to be read and scored, and their bytes: code counts against the cap."""
+"""The source files that an artifact needs to be read and scored, as one archive: code counts against the cap."""
 
+import io
+from functools import cache
 from importlib.resources import files
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 MODULES = (
-    "__init__", "shape", "sharing", "spec", "attention", "mlp", "embedding", "adapters", "model",
-    "world", "shards", "tokenizer", "quantize", "codec", "artifact", "evaluate",
+    "__init__", "shape", "tying", "sharing", "inventory", "packing", "spec", "projection", "attention", "mlp",
+    "embedding", "adapters", "repartition", "layer", "model", "world", "shards", "tokenizer",
+    "quantize", "codec", "artifact", "evaluate", "ttt",
 )  # fmt: skip
 
 
+@cache
+def archive() -> bytes:
+    """The package `worker` with the files of MODULES, a zip that Python imports from as it is.
+
+    Records ship their script compressed too: pull request 1394 counts 15,516 bytes for a source of 58,367.
+    """
+    written = io.BytesIO()
+    with ZipFile(written, "w", ZIP_DEFLATED, compresslevel=9) as package:
+        for module in MODULES:
+            name = f"{module}.py"
+            # With the date that a zip starts counting from: equal sources give equal bytes.
+            entry = ZipInfo(f"worker/{name}")
+            package.writestr(entry, (files("worker") / name).read_bytes(), ZIP_DEFLATED, 9)
+    return written.getvalue()
+
+
 def code_bytes() -> int:
-    """UTF-8 bytes of the files of MODULES, uncompressed. A test scores an artifact with these files alone."""
-    return sum(len((files("worker") / f"{module}.py").read_bytes()) for module in MODULES)
+    """Bytes of the archive. A test scores an artifact with it alone."""
+    return len(archive())

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from worker.inventory import is_quantised, require_compatible, tensor_inventory
+from worker.packing import QuantisationConfig
 from worker.shape import FieldError, Frozen, ModelConfig
-from worker.sharing import LoraConfig, SharingConfig, TyingConfig
+from worker.sharing import SharingConfig
 
 
 class OptimizerConfig(Frozen):
@@ -23,12 +25,26 @@ class OptimizerConfig(Frozen):
     muon_momentum_warmup_steps: int = Field(default=500, ge=0)
     muon_iterations: int = Field(default=5, ge=1, le=20)
     muon_weight_decay: float = Field(default=0.0, ge=0)
+    muon_coefficients: Literal["constant", "per_iteration"] = "constant"
+    """Of the Newton-Schulz polynomial: Jordan's, the same five times, or five of their own (1855)."""
+    row_normalise: bool = False
+    """Rows of a matrix's update get norm 1 before it is orthogonalised (MuonEq-R; 1394, 2090)."""
+    table_lr: float | None = Field(default=None, gt=0)
+    """Of the bigram and value-embedding tables; none means scalar_lr."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     adam_weight_decay: float = Field(default=0.0, ge=0)
+    embedding_weight_decay: float | None = Field(default=None, ge=0)
+    """Of the embedding and the tables; none means adam_weight_decay."""
     gradient_clip: float = Field(default=0.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0 clips nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.muon_coefficients == "per_iteration" and self.muon_iterations != 5:
+            raise FieldError("muon_iterations", self.muon_iterations, "must be 5 with muon_coefficients per_iteration")
+        return self
 
 
 class ScheduleConfig(Frozen):
@@ -49,6 +65,11 @@ class ScheduleConfig(Frozen):
                 "warmdown_steps", self.warmdown_steps, "set exactly one of warmdown_steps and warmdown_fraction"
             )
         return self
+
+    @property
+    def descends(self) -> bool:
+        """Whether the multiplier ever falls below 1."""
+        return bool(self.warmdown_steps or self.warmdown_fraction)
 
 
 class DataConfig(Frozen):
@@ -90,32 +111,65 @@ class BudgetConfig(Frozen):
         return self
 
 
-class QuantisationConfig(Frozen):
-    """How the trained weights become bytes: symmetric integers with an fp16 scale a row, then a byte codec.
+class ObjectiveConfig(Frozen):
+    """What training minimises besides cross-entropy. The scores never include it."""
 
-    Matrices with more than `half_below` elements are quantised; every other tensor is kept in half precision.
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    nuclear_norm: float = Field(default=0.0, ge=0)
+    """Every `nuclear_norm_every` steps each quantised matrix's singular values shrink by this times the learning-rate
+    multiplier: a proximal step on the sum of singular values (167)."""
+    nuclear_norm_every: int = Field(default=50, ge=1)
+
+
+class AveragingConfig(Frozen):
+    """Averages of the weights over training, each scored; `apply` says which is packed.
+
+    EMA: after every step, from the initial weights on. SWA: the mean of snapshots every `swa_every` steps, once the
+    learning-rate multiplier is at most `swa_from`. 0 leaves an average out.
     """
 
-    bits: int = Field(default=6, ge=4, le=8)
-    codec: Literal["zstd", "zlib"] = "zstd"
-    level: int = Field(default=22, ge=1, le=22)
-    half_below: int = Field(default=65_536, ge=0)
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    swa_every: int = Field(default=0, ge=0)
+    swa_from: float = Field(default=0.4, gt=0, le=1)
+    apply: Literal["none", "ema", "swa"] = "none"
 
     @model_validator(mode="after")
-    def _check(self) -> "QuantisationConfig":
-        if self.codec == "zlib" and self.level > 9:
-            raise FieldError("level", self.level, "zlib goes from 1 to 9")
+    def _check(self) -> "AveragingConfig":
+        if self.apply == "ema" and not self.ema_decay:
+            raise FieldError("apply", "ema", "needs an ema_decay above 0")
+        if self.apply == "swa" and not self.swa_every:
+            raise FieldError("apply", "swa", "needs a swa_every above 0")
         return self
 
 
+class TttConfig(Frozen):
+    """Score-first test-time training: each chunk of validation text is scored before the model learns from it by SGD.
+
+    The learning rate falls as half a cosine over the chunks.
+    """
+
+    lr: float = Field(default=0.002, gt=0)
+    epochs: int = Field(default=1, ge=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    chunk_tokens: int = Field(default=32_768, ge=2)
+    gradient_clip: float = Field(default=1.0, ge=0)
+
+
 class EvaluationConfig(Frozen):
-    """Scoring in bits per byte over non-overlapping windows of the training sequence length."""
+    """Scoring in bits per byte: by plain windows, by sliding ones with a `stride`, and while adapting with `ttt`."""
 
     validations: int = Field(default=4, ge=0, le=1000)
-    """Validations during training, at equal fractions of the budget."""
+    """Validations during training, at equal fractions of the budget, over plain windows."""
     validation_tokens: int | None = Field(default=None, ge=2)
-    """Validation tokens of those intermediate scores; none means all, as the final scores always use."""
+    """Validation tokens of those intermediate scores and of diagnostics; none means all, as final scores always use."""
     batch_sequences: int = Field(default=64, ge=1)
+    sequence_length: int | None = Field(default=None, ge=2, le=65_536)
+    """Tokens of a window; none means those of training."""
+    stride: int | None = Field(default=None, ge=1)
+    """Windows start this far apart, and each but the first scores its last `stride` tokens; none: no overlap."""
+    ttt: TttConfig | None = None
+    extra_recurrence: int = Field(default=0, ge=0, le=100)
+    """How often the tied blocks run once more after the last layer, for the contraction report and scores by depth."""
 
 
 class GangConfig(Frozen):
@@ -135,6 +189,8 @@ class TrialSpec(Frozen):
     schedule: ScheduleConfig = ScheduleConfig(warmdown_steps=1200)
     data: DataConfig = DataConfig()
     budget: BudgetConfig = BudgetConfig(seconds=600.0)
+    objective: ObjectiveConfig = ObjectiveConfig()
+    averaging: AveragingConfig = AveragingConfig()
     quantisation: QuantisationConfig = QuantisationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = Field(default=1337, ge=0, lt=2**63)
@@ -142,17 +198,33 @@ class TrialSpec(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> "TrialSpec":
-        if self.sharing.lora.rank > self.model.width:
-            raise FieldError(
-                "sharing.lora.rank", self.sharing.lora.rank, f"must be at most model.width, {self.model.width}"
-            )
+        require_compatible(self.model, self.sharing)
         if self.data.batch_sequences % self.gang.ranks:
             raise FieldError(
                 "gang.ranks",
                 self.gang.ranks,
                 f"must divide the {self.data.batch_sequences} sequences of data.batch_tokens",
             )
+        quantisation, window = self.quantisation, self.data.sequence_length
+        if quantisation.calibrates and quantisation.calibration_tokens < window:
+            message = f"must be at least a window, data.sequence_length, {window}"
+            raise FieldError("quantisation.calibration_tokens", quantisation.calibration_tokens, message)
+        averaging, lowest = self.averaging, self.schedule.min_multiplier if self.schedule.descends else 1.0
+        if averaging.swa_every and averaging.swa_from < lowest:
+            message = f"must be at least {lowest:g}, the least multiplier of the schedule"
+            raise FieldError("averaging.swa_from", averaging.swa_from, message)
+        stride, scored = self.evaluation.stride, self.evaluated_length
+        if stride is not None and stride > scored:
+            raise FieldError("evaluation.stride", stride, f"must be at most the window, {scored}")
+        ttt = self.evaluation.ttt
+        if ttt is not None and ttt.chunk_tokens < scored:
+            raise FieldError("evaluation.ttt.chunk_tokens", ttt.chunk_tokens, f"must be at least a window, {scored}")
         return self
+
+    @property
+    def evaluated_length(self) -> int:
+        """Tokens of a validation window."""
+        return self.evaluation.sequence_length or self.data.sequence_length
 
     @property
     def canonical_hash(self) -> str:
@@ -261,14 +333,41 @@ def _not_json(value: Any, path: str) -> Iterator[Problem]:
 
 def _canonical(spec: TrialSpec) -> dict[str, Any]:
     """The configuration with everything that changes nothing removed."""
-    sharing = spec.sharing
-    same: dict[str, Any] = {"tying": TyingConfig(pattern="explicit", map=sharing.tying_map)}
-    if not sharing.lora.rank:
-        same["lora"] = LoraConfig()
-    else:
-        same["lora"] = sharing.lora.model_copy(update={"paths": tuple(sorted(sharing.lora.paths))})
-    if sharing.unique_blocks == sharing.virtual_layers:
-        same |= {"scales": "block", "mixes": "block"}
-    model = spec.model if spec.model.bigram_buckets else spec.model.model_copy(update={"bigram_width": 0})
-    canonical = spec.model_copy(update={"sharing": sharing.model_copy(update=same), "model": model})
-    return canonical.model_dump(mode="json", exclude={"seed"})
+    longest = max(spec.data.sequence_length, spec.evaluated_length)
+    inventory = tensor_inventory(spec.model, spec.sharing)
+    quantised = {each.tensor_class for each in inventory if is_quantised(each, spec.quantisation.half_below)}
+    update = {
+        "sharing": spec.sharing.canonical(),
+        "model": spec.model.canonical(spec.sharing.tying_map, longest),
+        "optimizer": _canonical_optimizer(spec),
+        "quantisation": spec.quantisation.canonical(sorted(quantised)),
+        "evaluation": _canonical_evaluation(spec),
+    }
+    if not spec.schedule.descends:
+        update["schedule"] = ScheduleConfig(warmdown_fraction=0)
+    if not spec.objective.nuclear_norm:
+        update["objective"] = spec.objective.model_copy(update={"nuclear_norm_every": 1})
+    if not spec.averaging.swa_every:
+        update["averaging"] = spec.averaging.model_copy(update={"swa_from": 1.0})
+    return spec.model_copy(update=update).model_dump(mode="json", exclude={"seed"})
+
+
+def _canonical_optimizer(spec: TrialSpec) -> OptimizerConfig:
+    optimizer = spec.optimizer
+    tables = spec.model.bigram_buckets or spec.model.value_embedding_width
+    same: dict[str, object] = {"table_lr": (optimizer.table_lr or optimizer.scalar_lr) if tables else None}
+    if optimizer.embedding_weight_decay is None:
+        same["embedding_weight_decay"] = optimizer.adam_weight_decay
+    if not optimizer.muon_momentum_warmup_steps or optimizer.muon_momentum_start == optimizer.muon_momentum:
+        same |= {"muon_momentum_warmup_steps": 0, "muon_momentum_start": optimizer.muon_momentum}
+    return optimizer.model_copy(update=same)
+
+
+def _canonical_evaluation(spec: TrialSpec) -> EvaluationConfig:
+    evaluation, length = spec.evaluation, spec.evaluated_length
+    same: dict[str, object] = {"sequence_length": length}
+    if evaluation.stride == length:
+        same["stride"] = None
+    if spec.sharing.unique_blocks == spec.sharing.virtual_layers:
+        same["extra_recurrence"] = 0  # no block is tied
+    return evaluation.model_copy(update=same)

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from statistics import median
@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from worker.averaging import Averages
 from worker.model import Model
 from worker.optim import Optimizer
+from worker.qat import fake_quantised
 from worker.report import Directive, Reporter
 from worker.schedule import Progress, learning_rate_multiplier
 from worker.spec import TrialSpec
@@ -52,7 +54,9 @@ class TrainingSummary:
     stopped: bool
     """True where a directive ended training before the budget did."""
     train_loss: float
-    """Of the last step, in nats, penalty included."""
+    """Of the last step, in nats, penalties included."""
+    averages: dict[str, dict[str, Tensor]]
+    """By average, "ema" and "swa" where there is one, the state dict that the trained model could load instead."""
 
 
 def train(
@@ -66,18 +70,21 @@ def train(
 ) -> TrainingSummary:
     """Train `model` in place, the same on every rank of `world`. Raises Diverged, within LAG_STEPS, on every rank.
 
-    `validate` gives a score in bits per byte, with all ranks taking part. Rank 0 alone uses `reporter`, and its `clock`
-    (in seconds) counts. Equal specs, data and initial weights give equal losses, bit for bit, on a CPU of one kind
-    wherever the budget is not in seconds.
+    `validate` gives a score in bits per byte of the layers that run by then, with all ranks taking part; afterwards all
+    layers run. Rank 0 alone uses `reporter`, and its `clock` (in seconds) counts. Equal specs, data and initial weights
+    give equal losses, bit for bit, on a CPU of one kind wherever the budget is not in seconds.
     """
-    optimizer, losses, watch = Optimizer(model, spec.optimizer), _Losses(world.device), _Stopwatch(world.device, clock)
+    _compile(model, spec, data, world)
+    optimizer, averages = Optimizer(model, spec, world), Averages(model, spec.averaging)
+    losses, watch = _Losses(world.device), _Stopwatch(world.device, clock)
     reports, validations = _Milestones(REPORTS), _Milestones(spec.evaluation.validations)
     progress, fraction, told, stopped = Progress(), 0.0, Directive.CONTINUE, False
     step_seconds: list[float] = []
     while fraction < 1 and not stopped:
         multiplier = learning_rate_multiplier(spec, progress)
-        loss = _backward(model, spec, data.batch(progress.steps), world)
+        loss = _backward(model, spec, fraction, data.batch(progress.steps), world)
         optimizer.step(progress.steps, multiplier)
+        averages.update(progress.steps + 1, multiplier)
         losses.add(progress.steps + 1, loss)
 
         if world.leads and reporter.directive() is Directive.STOP:
@@ -97,24 +104,46 @@ def train(
                 metrics["val_bpb"] = _finite(progress.steps, validate(model))
         if world.leads and metrics and reporter.measure(progress.steps, progress.seconds, metrics) is Directive.STOP:
             told = Directive.STOP
+    model.progress_to(1.0)
     _require_finite(model, progress.steps)
-    step_time = median(step_seconds)
-    return TrainingSummary(progress.steps, progress.tokens, progress.seconds, step_time, stopped, losses.latest())
+    spent = (progress.steps, progress.tokens, progress.seconds, median(step_seconds))
+    return TrainingSummary(*spent, stopped, losses.latest(), averages.weights())
 
 
-def _backward(model: Model, spec: TrialSpec, batch: Iterator[tuple[Tensor, Tensor]], world: World) -> Tensor:
+def _compile(model: Model, spec: TrialSpec, data: BatchSource, world: World) -> None:
+    """On a GPU compile the pass, and run it on both sides of late tying, before any second of the budget counts.
+
+    Changes no weight. The layers that run are Python integers to the compiler, so each side is a graph of its own.
+    Tests trace the pass on a CPU; no test has compiled it for a GPU yet.
+    """
+    if world.device.type != "cuda":
+        return
+    model.compile(fullgraph=True, dynamic=False)
+    for fraction in (0.0, 1.0):
+        _backward(model, spec, fraction, data.batch(0), world)
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _backward(
+    model: Model, spec: TrialSpec, fraction: float, batch: Iterator[tuple[Tensor, Tensor]], world: World
+) -> Tensor:
     """Leave in every parameter the gradient of the global batch's mean loss, and return that loss.
 
-    A micro-batch counts by its sequences, so the mean is the same however ranks and micro-batches cut the batch.
+    The share of the budget that is spent says which layers run, and whether they see quantised weights. A micro-batch
+    counts by its sequences, so the mean is the same however ranks and micro-batches cut the batch.
     """
     share = spec.data.batch_sequences // world.ranks
     total, sequences = torch.zeros((), device=world.device), 0
-    for tokens, targets in batch:
-        tokens, targets = tokens.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True)
-        loss = (model(tokens, targets) + model.penalty()) * (len(tokens) / share)
-        loss.backward()
-        total += loss.detach()
-        sequences += len(tokens)
+    model.progress_to(fraction)
+    rounds = spec.quantisation.qat_from is not None and fraction >= spec.quantisation.qat_from
+    with fake_quantised(model, spec.quantisation) if rounds else nullcontext():
+        for tokens, targets in batch:
+            tokens, targets = tokens.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True)
+            loss = model(tokens, targets, spec.objective.label_smoothing) * (len(tokens) / share)
+            loss.backward()
+            total += loss.detach()
+            sequences += len(tokens)
     assert sequences == share, f"the data gave {sequences} sequences of {share}"
     world.all_reduce_mean([total, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
     return total

@@ -23,11 +23,16 @@ class World:
 
     def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         """Every tensor (one dtype, on `device`) becomes its mean over the ranks: the same bits on each of them."""
+        if self.ranks > 1:
+            self.all_reduce_sum(tensors)
+            torch._foreach_div_(list(tensors), self.ranks)
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
+        """Every tensor (one dtype, on `device`) becomes its sum over the ranks: the same bits on each of them."""
         if self.ranks == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])  # one message, however many tensors
         dist.all_reduce(flat)
-        flat /= self.ranks
         pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, piece in zip(tensors, pieces, strict=True):
             tensor.copy_(piece.view_as(tensor))

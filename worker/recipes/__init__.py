@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterator
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
+from worker.recipes.tiny import tiny
 from worker.spec import InvalidSpec, Problem
+
+Size = Literal["full", "tiny"]
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -17,12 +20,23 @@ def recipe_names() -> tuple[str, ...]:
     )
 
 
-def load_recipe(name: str) -> dict[str, Any]:
-    """A recipe's plain data, ready for overrides and parse_spec. Raises InvalidSpec for a name that does not exist."""
+def load_recipe(name: str, size: str = "full") -> dict[str, Any]:
+    """A recipe's plain data, ready for overrides and parse_spec: as published, or tiny, for one CPU core.
+
+    Raises InvalidSpec for a name or a size that does not exist.
+    """
     if name not in recipe_names():
         raise InvalidSpec((Problem("recipe", name, f"must be one of {', '.join(recipe_names())}"),))
+    if size not in get_args(Size):
+        raise InvalidSpec((Problem("size", size, f"must be one of {', '.join(get_args(Size))}"),))
     data: dict[str, Any] = yaml.safe_load((files(__name__) / f"{name}.yaml").read_text())
-    return data
+    return tiny(data) if size == "tiny" else data
+
+
+def require_full(size: str) -> None:
+    """Raises InvalidSpec where a size was asked for and there is no recipe that it could be the size of."""
+    if size != "full":
+        raise InvalidSpec((Problem("size", size, "needs a recipe: a spec says its own sizes"),))
 
 
 def read_yaml(text: str, place: str = "") -> Any:

@@ -1,0 +1,60 @@
+"""Where the ranks of a gang meet: torch's default process group, and the store that it starts from."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from worker.spec import GangConfig
+from worker.world import backends
+
+PATIENCE = timedelta(hours=2)
+"""How long a collective waits. Ranks wait while rank 0 packs alone; hangs are the orchestrator's to notice."""
+
+
+def prepare(gang: GangConfig) -> None:
+    """Give this process a rank's share of the machine: its threads, and the one GPU that the launcher shows it."""
+    torch.set_num_threads(_threads(gang))
+    if gang.device == "gpu":
+        torch.cuda.set_device(0)
+
+
+def join(rank: int, gang: GangConfig, store: Store) -> None:
+    """Join the gang's process group, as one of several ranks. Waits for the others."""
+    device = torch.device("cuda" if gang.device == "gpu" else "cpu")
+    dist.init_process_group(backends(device), store=store, rank=rank, world_size=gang.ranks, timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Leave the process group, if it was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def release_memory() -> None:
+    """Give back to the GPU what no tensor holds."""
+    torch.cuda.empty_cache()
+
+
+def file_store(path: str, ranks: int) -> FileStore:
+    """A rendezvous for `ranks` ranks in a file that all of them see."""
+    return FileStore(path, ranks)
+
+
+def serve_store(ranks: int) -> TCPStore:
+    """A rendezvous for `ranks` ranks on this machine, on a free port (its `port`), held by the process that called."""
+    return TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
+
+
+def join_store(port: int, ranks: int) -> TCPStore:
+    """The rendezvous that another process of this machine serves on `port`."""
+    return TCPStore("127.0.0.1", port, ranks, is_master=False)
+
+
+def _threads(gang: GangConfig) -> int:
+    """Intra-op threads of a rank: one on CPUs, where a rank is placed as one core; a GPU rank's share of the host."""
+    if gang.device == "cpu":
+        return 1
+    return max(1, min(8, (os.cpu_count() or 1) // gang.ranks))
