@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.artifact import ArtifactError, Packed, load, pack
+from worker.artifact import VERSION, ArtifactError, Packed, load, pack
 from worker.codec import codec
 from worker.inventory import TensorClass, is_quantised, tensor_inventory
 from worker.model import Model, initialise
@@ -204,6 +204,14 @@ def test_a_header_that_is_no_object_is_refused(packed: Packed, header: object) -
         load(resealed(packed.data, header=header))
 
 
+@pytest.mark.parametrize("header", [b"\xff" * 9_999, b"{" * 9_999, b'{"model":' * 9_999, b""])
+def test_a_header_that_is_no_json_is_refused_without_showing_it(packed: Packed, header: bytes) -> None:
+    length = struct.unpack_from("<I", packed.data, 12)[0]
+    body = packed.data[:12] + struct.pack("<I", len(header)) + header + packed.data[16 + length : -32]
+    with pytest.raises(ArtifactError, match=r"^the artifact's header cannot be read: JSON: .{,120}$"):
+        load(body + hashlib.sha256(body).digest())
+
+
 @pytest.mark.parametrize("codec_name", ["auto", "lz4"])
 def test_a_codec_that_is_not_known_is_refused(packed: Packed, codec_name: str) -> None:
     with pytest.raises(ArtifactError, match=f"codec is '{codec_name}': must be one of ans, brotli, lzma, zlib, zstd"):
@@ -260,6 +268,38 @@ def test_weights_that_cannot_be_stored_are_refused_by_name(name: str, value: flo
         model.get_parameter(name)[0, 0] = value
     with pytest.raises(ValueError, match=rf"^tensor {name} holds"):
         pack(model, SMALL)
+
+
+def test_the_defaults_that_a_header_leaves_out_are_those_of_its_version() -> None:
+    # What fails here makes artifacts of version 2 another model: count VERSION up. A field that is new, and whose
+    # default is what there was before it, may join.
+    assert VERSION == 2
+    assert {name: value for name, value in ModelConfig() if name in MODEL_DEFAULTS} == MODEL_DEFAULTS
+    sharing = SharingConfig().model_dump(mode="json")
+    assert {name: value for name, value in sharing.items() if name in SHARING_DEFAULTS} == SHARING_DEFAULTS
+
+
+MODEL_DEFAULTS = {
+    "vocab_size": 1024, "width": 512, "heads": 8, "kv_heads": 4, "query_rank": 0, "mlp_multiple": 2.0,
+    "activation": "relu2", "rope_base": 10_000.0, "rope_width": None, "rope_train_length": None, "qk_gain": 1.5,
+    "xsa_last": 0, "attention_gate": False, "ln_scale": "none", "logit_softcap": 30.0, "unet_skips": True,
+    "skip_gates": False, "lanes_from": None, "bigram_buckets": 0, "bigram_width": 128, "bigram_hash": "product",
+    "smear_gate": False, "smear_place": "before_norm", "gate_inputs": 12, "value_embedding_width": 0,
+    "value_embedding_layers": (),
+}  # fmt: skip
+TYING_DEFAULTS = {
+    "pattern": "cycle", "start": None, "end": None, "passes": None, "after": None, "map": None, "from_fraction": 0.0,
+}  # fmt: skip
+SHARING_DEFAULTS = {
+    "virtual_layers": 9, "unique_blocks": 9, "tying": TYING_DEFAULTS,
+    "lora": {"rank": 0, "paths": ["attention", "mlp"], "gate_init": -2.0, "penalty": 0.01},
+    "scales": "block", "mixes": "block", "adapters": False,
+    "repartition": {
+        "mode": "none", "seed": 1729, "heads": True, "values": True, "anchor_heads": 0, "encoder_only": False,
+        "blend_penalty": 1.0,
+    },
+    "repeat_embeddings": False, "bounded_recurrence": 0.0, "unused": [],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", recipe_names())

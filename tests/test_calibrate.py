@@ -13,6 +13,7 @@ from worker.calibrate import (
     calibrate,
     calibration_batches,
     quantised_matrices,
+    require_window,
     row_gradients,
     second_moments,
     sensitivities,
@@ -63,8 +64,12 @@ def test_a_short_split_is_read_once_and_one_without_a_window_is_refused(tmp_path
     spec = parse_spec({"data": {"sequence_length": 16, "batch_tokens": 64}, "quantisation": {"rounding": "gptq"}})
     [(tokens, _)] = calibration_batches(counting_dataset(tmp_path, 50), spec)
     assert tokens[:, 0].tolist() == [0, 16, 32]
-    with pytest.raises(FieldError, match=r"quantisation\.calibration_tokens is 65536: the 16 training tokens of"):
-        calibration_batches(counting_dataset(tmp_path, 16), spec)
+    require_window(counting_dataset(tmp_path, 17), spec)
+    short = counting_dataset(tmp_path, 16)
+    for read in (calibration_batches, require_window):
+        with pytest.raises(FieldError, match=r"quantisation\.calibration_tokens is 65536: the 16 training tokens of"):
+            read(short, spec)
+    require_window(short, with_packing(spec, rounding="nearest"))
 
 
 def test_second_moments_are_those_of_all_inputs_of_all_virtual_layers(trained: Trained, dataset: Dataset) -> None:
@@ -140,6 +145,7 @@ def test_calibration_repeats_to_the_bit_and_leaves_the_model_as_it_was(trained: 
     ("changes", "filled"),
     [
         ({}, set()),
+        ({"rounding": "gptq", "target_bytes": 200_000, "half_below": 10**9}, set()),
         ({"rounding": "gptq"}, {"moments"}),
         ({"high_fraction": 0.1}, {"row_gradients"}),
         ({"target_bytes": 200_000}, {"sensitivities"}),

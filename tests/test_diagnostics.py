@@ -16,7 +16,7 @@ from worker.model import Model, initialise
 from worker.shape import ModelConfig
 from worker.shards import Tokens, TokenStream
 from worker.sharing import LoraConfig, SharingConfig
-from worker.spec import TrialSpec, override, parse_spec
+from worker.spec import EvaluationConfig, TrialSpec, override, parse_spec
 from worker.tokenizer import ByteTable
 from worker.tying import TyingConfig
 from worker.world import World
@@ -224,6 +224,6 @@ def test_diagnostics_read_no_more_of_the_text_than_the_spec_says() -> None:
     spec, validation = make_spec(**{"evaluation.validation_tokens": 32}), make_validation()
     model = make_model(spec.sharing)
     diagnostics = diagnose(model, rounded(model), spec, validation, ALONE)
-    assert "contraction" not in diagnostics
+    assert len(diagnostics["contraction"]["changes"]) == EvaluationConfig().extra_recurrence
     assert isinstance(validation.stream, Text)
     assert validation.stream.reads == 2 * (1 + 1 + len(diagnostics["quantisation_loss"]))

@@ -10,8 +10,8 @@ import torch
 from worker.artifact import load, pack
 from worker.calibrate import Calibration, calibration_batches, quantised_matrices, second_moments, sensitivities
 from worker.evaluate import Validation, evaluate, open_validation
-from worker.fit import CURVE, curve, fit
-from worker.model import Model
+from worker.fit import CURVE, curve, fit, require_reachable
+from worker.model import Model, initialise
 from worker.packing import QuantisationConfig
 from worker.quantize import dequantise_rows
 from worker.rounding import round_weights
@@ -122,6 +122,39 @@ def test_a_target_that_cannot_be_reached_is_refused_with_the_least_that_can(
     least = int(caught.value.expected.split()[4].rstrip(","))
     fitted = fit(model, packing(trained, codec="ans", target_bytes=least), to_nearest, CODE)
     assert len(fitted.packed.data) + CODE <= least
+
+
+def test_a_target_is_refused_before_training_where_the_untrained_model_is_over_it(trained: Trained) -> None:
+    model, spec = trained
+    untrained = Model(spec.model, spec.sharing)
+    initialise(untrained, spec.seed)
+    least: list[int] = []
+    for each in (untrained, model):
+        with pytest.raises(
+            FieldError, match=r"quantisation\.target_bytes is 9999: must be at least \d+, what"
+        ) as caught:
+            require_reachable(each, packing(trained, codec="auto", target_bytes=9_999), CODE)
+        least.append(int(caught.value.expected.split()[4].rstrip(",")))
+    assert CODE < least[0] <= least[1], "what training has yet to change takes no more than it will"
+    require_reachable(untrained, packing(trained, codec="auto", target_bytes=least[0]), CODE)
+    require_reachable(untrained, packing(trained), CODE)
+
+
+def test_auto_is_fitted_by_the_codec_that_is_smallest_there(trained: Trained, to_nearest: Calibration) -> None:
+    model, _ = trained
+    wanted = packing(trained, codec="auto", target_bytes=30_000)
+    fitted = fit(model, wanted, to_nearest, CODE)
+    assert 0.998 * 30_000 <= len(fitted.packed.data) + CODE <= 30_000
+    assert pack(model, wanted, fitted.rows).codec == fitted.packed.codec
+
+
+def test_a_model_without_quantised_matrices_fits_or_is_refused(trained: Trained) -> None:
+    model, _ = trained
+    halves = packing(trained, half_below=10_000_000, target_bytes=1_000_000)
+    fitted = fit(model, halves, Calibration(), CODE)
+    assert fitted.finest and not fitted.rows
+    with pytest.raises(FieldError, match="must be at least"):
+        fit(model, halves.model_copy(update={"target_bytes": 50_000}), Calibration(), CODE)
 
 
 def test_fitting_repeats_to_the_byte(trained: Trained, by_gptq: Calibration) -> None:

@@ -131,6 +131,10 @@ def test_without_moments_the_model_is_rounded_as_the_packer_does_it(trained: Tra
         assert torch.equal(rounded[tensor.name].scales, expected.scales), tensor.name
 
 
+def test_a_model_that_is_too_small_to_be_quantised_has_nothing_to_round(trained: Trained) -> None:
+    assert round_weights(trained[0], packing(trained, half_below=10**9, high_fraction=0.1), Calibration()) == {}
+
+
 def test_the_rows_with_the_largest_gradients_get_8_bits_and_those_with_the_smallest_4(
     trained: Trained, calibration: Calibration
 ) -> None:

@@ -170,6 +170,12 @@ print(json.dumps({"bpb": score.bpb, "modules": names}))
             {"data.sequence_length": 65_536, "data.batch_tokens": 65_536},
             r"data\.sequence_length is 65536: must be below",
         ),
+        (
+            {"data.sequence_length": 65_536, "data.batch_tokens": 65_536, "evaluation.sequence_length": 64},
+            r"data\.sequence_length is 65536: must be below",
+        ),
+        ({"evaluation.sequence_length": 65_536}, r"evaluation\.sequence_length is 65536: must be below"),
+        ({"quantisation.target_bytes": 1_000}, r"quantisation\.target_bytes is 1000: must be at least \d+, what this"),
     ],
 )
 def test_a_spec_that_does_not_suit_the_data_is_refused_before_training(

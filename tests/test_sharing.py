@@ -220,6 +220,7 @@ def test_the_inventory_names_each_tensor_once_with_its_class() -> None:
         ({"unet_skips": False}, {"unused": ["skips"]}, 2 * 32),
         ({}, {"unused": ["layer_scales"]}, 5 * 4 * 32),
         ({}, {"unused": ["adapters"]}, 5 * (4 * 32 + 4)),
+        ({}, {"adapters": True, "unused": ["layer_scales"]}, 5 * (4 * 32 + 4) + 5 * 4 * 32),
         ({}, {"scales": "layer", "mixes": "layer", "unused": ["block_scales"]}, 5 * 4 * 32),
     ],
 )

@@ -189,8 +189,10 @@ def test_the_first_limit_of_the_budget_ends_training(budget: dict[str, int], ste
     assert trained(tiny(budget=budget))[2].steps == steps
 
 
-def test_a_loss_that_is_no_number_is_named_with_its_step() -> None:
-    spec, world = tiny(), World(0, 1, CPU)
+@pytest.mark.parametrize("nuclear_norm", [0.0, 0.1])
+def test_a_loss_that_is_no_number_is_named_with_its_step(nuclear_norm: float) -> None:
+    objective = {"nuclear_norm": nuclear_norm, "nuclear_norm_every": 1}
+    spec, world = tiny(objective=objective, quantisation__half_below=30), World(0, 1, CPU)
     model = fresh(spec)
     with torch.no_grad():
         model.attention_scales.fill_(nan)

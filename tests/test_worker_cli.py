@@ -197,6 +197,7 @@ def test_a_summary_shows_whatever_the_diagnostics_hold() -> None:
         "scores          plain 1.2500  sliding 1.2000  ttt –\n",
         "averages        last 1.3000  ema 1.2400  (before quantisation)\n",
         "artifact        1,000 bytes = model 900 + code 100, by ans\n",
+        "stored          mlp 900  (compressed bytes)\n",
         "lost by class   mlp 0.0020  (bits per byte, to quantisation)\n",
         "bytes curve     120,000 1.2600  150,000 1.2500  (artifact bytes, bits per byte)\n",
         "gates attention 0.120 0.050\n",

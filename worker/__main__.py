@@ -193,13 +193,14 @@ def _run(spec: TrialSpec, data_root: Path, rank: int, ranks: int) -> tuple[Trial
     import torch.distributed as dist
 
     from worker.job import run
+    from worker.rendezvous import PATIENCE
     from worker.world import backends
 
     if spec.gang.device == "gpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ranks == 1:
         return run(Job(spec, data_root), Console())
-    dist.init_process_group(backends(torch.device("cuda" if spec.gang.device == "gpu" else "cpu")))
+    dist.init_process_group(backends(torch.device("cuda" if spec.gang.device == "gpu" else "cpu")), timeout=PATIENCE)
     try:
         return run(Job(spec, data_root, rank, ranks), Console())
     finally:

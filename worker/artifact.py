@@ -142,7 +142,8 @@ def _parsed(header: bytes) -> _Header:
         parsed = _Header.model_validate_json(header)
         require_compatible(parsed.model, parsed.sharing)
     except ValidationError as error:
-        problems = "; ".join(str(problem) for problem in problems_of(error))
+        # Without the values: of a header that is no JSON that would be all of it.
+        problems = "; ".join(f"{problem.field or 'JSON'}: {problem.message}" for problem in problems_of(error))
         raise ArtifactError(f"the artifact's header cannot be read: {problems}") from None
     except FieldError as error:
         raise ArtifactError(f"the artifact's header cannot be read: {error}") from None

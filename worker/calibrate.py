@@ -16,6 +16,7 @@ from worker.shape import FieldError
 from worker.shards import Dataset, TokenStream
 from worker.spec import TrialSpec
 
+BATCH_TOKENS = 1 << 15  # in one pass: without a compiler its activations take several times what training's do
 Batch = tuple[Tensor, Tensor]  # tokens and targets, each (B, T) int64 on the host
 
 
@@ -31,11 +32,11 @@ class Calibration:
 def calibrate(model: Model, dataset: Dataset, spec: TrialSpec) -> Calibration:
     """What `spec.quantisation` needs to know of the model. Raises FieldError for too little training data."""
     quantisation = spec.quantisation
-    if not quantisation.calibrates:
+    names = [tensor.name for tensor in quantised_matrices(model, quantisation.half_below)]
+    if not quantisation.calibrates or not names:
         return Calibration()
     batches = calibration_batches(dataset, spec)
     mixed = quantisation.high_fraction + quantisation.low_fraction > 0
-    names = [tensor.name for tensor in quantised_matrices(model, quantisation.half_below)]
     return Calibration(
         second_moments(model, batches, names) if quantisation.rounding == "gptq" else {},
         row_gradients(model, batches, names) if mixed else {},
@@ -54,19 +55,26 @@ def calibration_batches(dataset: Dataset, spec: TrialSpec) -> list[Batch]:
 
     All of the split's windows where it has fewer. Raises FieldError where it has none.
     """
+    require_window(dataset, spec)
     stream, length = TokenStream(dataset.train, spec.model.vocab_size), spec.data.sequence_length
     available = (len(stream) - 1) // length
-    if available < 1:
-        message = f"the {len(stream)} training tokens of dataset {dataset.name} hold no window of {length} and a target"
-        raise FieldError("quantisation.calibration_tokens", spec.quantisation.calibration_tokens, message)
     windows = min(available, spec.quantisation.calibration_tokens // length)
     starts = [window * available // windows * length for window in range(windows)]
     batches = []
-    for first in range(0, windows, spec.data.micro_batch_sequences):
-        batch = starts[first : first + spec.data.micro_batch_sequences]
+    size = max(1, min(spec.data.micro_batch_sequences, BATCH_TOKENS // length))
+    for first in range(0, windows, size):
+        batch = starts[first : first + size]
         read = torch.stack([torch.from_numpy(stream.read(start, length + 1)) for start in batch])
         batches.append((read[:, :-1], read[:, 1:]))
     return batches
+
+
+def require_window(dataset: Dataset, spec: TrialSpec) -> None:
+    """Raises FieldError where packing will read training data, and there is not a window of it. Reads no token."""
+    tokens, length = sum(shard.tokens for shard in dataset.train), spec.data.sequence_length
+    if spec.quantisation.calibrates and tokens <= length:
+        message = f"the {tokens} training tokens of dataset {dataset.name} hold no window of {length} and a target"
+        raise FieldError("quantisation.calibration_tokens", spec.quantisation.calibration_tokens, message)
 
 
 def second_moments(model: Model, batches: Iterable[Batch], names: Iterable[str]) -> dict[str, Tensor]:

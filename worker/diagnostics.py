@@ -16,16 +16,17 @@ from worker.model import Model
 from worker.spec import TrialSpec
 from worker.world import World
 
+MOST_TOKENS = 1 << 21  # enough for a thousandth of a bit; all of FineWeb's, a dozen times over, would take minutes
+
 
 def diagnose(model: Model, loaded: Model, spec: TrialSpec, validation: Validation, world: World) -> dict[str, Any]:
     """All diagnostics of the trained model, given the one loaded back from its artifact. Every rank takes part.
 
-    On plain windows of at most `spec.evaluation.validation_tokens` tokens: the quantisation losses on all of them, the
+    On plain windows of at most `diagnosed_tokens` tokens: the quantisation losses on all of them, the
     others on one batch. Both models are afterwards what they were.
     """
-    limit = spec.evaluation.validation_tokens
-    most = validation.batch_sequences * validation.sequence_length
-    batch = validation.windows(token_limit=most if limit is None else min(limit, most))
+    limit = diagnosed_tokens(spec)
+    batch = validation.windows(token_limit=min(limit, validation.batch_sequences * validation.sequence_length))
     tokens, targets = validation.read(batch)  # (B, T)
     text_bytes = int(validation.table.cost(tokens.numpy(), targets.numpy()).sum())
     tokens, targets = tokens.to(world.device), targets.to(world.device)
@@ -39,6 +40,11 @@ def diagnose(model: Model, loaded: Model, spec: TrialSpec, validation: Validatio
     if cycles and sharing.unique_blocks < sharing.virtual_layers:  # otherwise no block is tied, and none runs again
         diagnostics["contraction"] = contraction(model, tokens, targets, text_bytes, cycles)
     return diagnostics
+
+
+def diagnosed_tokens(spec: TrialSpec) -> int:
+    """Validation tokens that diagnostics read at most: as many as intermediate scores, up to MOST_TOKENS."""
+    return min(spec.evaluation.validation_tokens or MOST_TOKENS, MOST_TOKENS)
 
 
 def block_influence(model: Model, tokens: Tensor) -> list[float]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -54,6 +54,11 @@ class Validation:
         count = whole if token_limit is None else min(whole, 1 + max(0, token_limit - length) // stride)
         return [self._window(chosen * whole // count, stride) for chosen in range(count)]
 
+    def of_length(self, sequence_length: int) -> "Validation":
+        """The same text in windows of `evaluation.sequence_length` tokens. Raises FieldError where none is whole."""
+        _require_window(self.stream, "evaluation.sequence_length", sequence_length)
+        return replace(self, sequence_length=sequence_length)
+
     def read(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
         """The windows' tokens and targets, each (B, T) int64 on the host. Raises DataError."""
         rows = [torch.from_numpy(self.stream.read(window.start, self.sequence_length + 1)) for window in windows]
@@ -79,14 +84,12 @@ class Score:
 def open_validation(dataset: Dataset, vocab_size: int, sequence_length: int, batch_sequences: int) -> Validation:
     """The validation split, every token and the tokenizer checked against the model's vocabulary.
 
-    `sequence_length` is the spec's `evaluated_length`. Raises DataError or FieldError.
+    `sequence_length` is the spec's `data.sequence_length`. Raises DataError or FieldError.
     """
     table = byte_table(load_tokenizer(dataset.tokenizer, vocab_size))
     stream = TokenStream(dataset.val, vocab_size)
     stream.check()
-    if len(stream) <= sequence_length:
-        message = f"must be below the {len(stream)} validation tokens of dataset {dataset.name}"
-        raise FieldError("data.sequence_length", sequence_length, message)
+    _require_window(stream, "data.sequence_length", sequence_length)
     return Validation(stream, table, sequence_length, batch_sequences)
 
 
@@ -141,6 +144,11 @@ def share(windows: Sequence[Window], world: World) -> Sequence[Window]:
     """This rank's part of the windows: contiguous, and with the other ranks' all of them."""
     count = len(windows)
     return windows[world.rank * count // world.ranks : (world.rank + 1) * count // world.ranks]
+
+
+def _require_window(stream: TokenStream, field: str, sequence_length: int) -> None:
+    if len(stream) <= sequence_length:
+        raise FieldError(field, sequence_length, f"must be below the {len(stream)} validation tokens of the dataset")
 
 
 def _batches(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:

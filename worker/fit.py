@@ -62,12 +62,34 @@ def fit(model: Model, quantisation: QuantisationConfig, calibration: Calibration
     FieldError for a target below what the model needs with all its quantised values at zero.
     """
     assert quantisation.target_bytes is not None
-    search = _Search(model, quantisation, calibration)
-    least = search.least + code_bytes
+    target = quantisation.target_bytes - code_bytes
+    search = _Search(model, quantisation, _Allocation(model, quantisation, calibration))
+    _require(quantisation, search.least + code_bytes)
+    if quantisation.codec == "auto":
+        search = search.by_smallest(target)
+    return search.at_most(target, TOLERANCE * quantisation.target_bytes)
+
+
+def require_reachable(model: Model, quantisation: QuantisationConfig, code_bytes: int) -> None:
+    """Before training: raises FieldError for a `quantisation.target_bytes` below what the untrained model needs.
+
+    With every quantised value at zero, as `fit` would have them last; and with tensors in half precision as they start,
+    many of them all alike, which take less than trained ones. Seconds at full size; without a target nothing.
+    """
+    if quantisation.target_bytes is None:
+        return
+    rows = {
+        tensor.name: Rows(torch.zeros(tensor.shape, dtype=torch.int8), torch.zeros(tensor.shape[0]).half())
+        for tensor in quantised_matrices(model, quantisation.half_below)
+    }
+    _require(quantisation, len(pack(model, quantisation, rows).data) + code_bytes)
+
+
+def _require(quantisation: QuantisationConfig, least: int) -> None:
+    assert quantisation.target_bytes is not None
     if quantisation.target_bytes < least:
         message = f"must be at least {least}, what this model needs with every quantised value at zero"
         raise FieldError("quantisation.target_bytes", quantisation.target_bytes, message)
-    return search.at_most(quantisation.target_bytes - code_bytes, TOLERANCE * quantisation.target_bytes)
 
 
 def curve(
@@ -82,7 +104,7 @@ def curve(
     From the smallest on, with at most one point at the finest steps; sizes below the smallest possible are left out.
     """
     assert quantisation.target_bytes is not None
-    search = _Search(model, quantisation, calibration)
+    search = _Search(model, quantisation, _Allocation(model, quantisation, calibration))
     points: list[Point] = []
     for share in CURVE:
         target = round(share * (quantisation.target_bytes - code_bytes))
@@ -100,11 +122,16 @@ def curve(
 class _Search:
     """Finds the multiplier for a size, and learns with each artifact how far predictions are off."""
 
-    def __init__(self, model: Model, quantisation: QuantisationConfig, calibration: Calibration) -> None:
-        self._model, self._quantisation = model, quantisation
-        self._allocation = _Allocation(model, quantisation, calibration)
+    def __init__(self, model: Model, quantisation: QuantisationConfig, allocation: "_Allocation") -> None:
+        self._model, self._quantisation, self._allocation = model, quantisation, allocation
         self.least = len(self._fitted(inf).packed.data)
         self._ratio = 1.0  # of real to predicted bytes of symbols
+
+    def by_smallest(self, target: int) -> "_Search":
+        """The search by one codec, of auto's the smallest about this size: all of them at every trial take minutes."""
+        used = self._fitted(2.0 ** self._solved(target, *self._allocation.bounds())).packed.codec
+        search = _Search(self._model, self._quantisation.model_copy(update={"codec": used}), self._allocation)
+        return search if search.least <= target else self
 
     def at_most(self, target: int, tolerance: float) -> Fitted:
         """The model in at most `target` bytes, if possible not more than `tolerance` below. `target` is reachable."""

@@ -67,7 +67,11 @@ def require_compatible(model: ModelConfig, sharing: SharingConfig) -> None:
             message = f"must be below model.heads, {model.heads}, and whole groups of a key head's query heads"
             raise FieldError("sharing.repartition.anchor_heads", repartition.anchor_heads, message)
         if model.query_rank:
-            raise FieldError("sharing.repartition.mode", repartition.mode, "needs model.query_rank 0")
+            raise FieldError(
+                "sharing.repartition.mode",
+                repartition.mode,
+                "orders the rows of one query matrix: needs model.query_rank 0",
+            )
     if model.lanes_from is not None:
         _require_lanes(model.lanes_from, sharing, tying_map)
 

@@ -3,19 +3,19 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from worker.artifact import Packed, load, pack
-from worker.calibrate import calibrate
+from worker.calibrate import calibrate, require_window
 from worker.corpus import DEMO_DATASET, build_demo
 from worker.data import Batches
-from worker.diagnostics import diagnose
+from worker.diagnostics import diagnose, diagnosed_tokens
 from worker.evaluate import Score, Validation, evaluate, open_validation
-from worker.fit import Point, curve, fit
+from worker.fit import Point, curve, fit, require_reachable
 from worker.inventory import count_parameters
 from worker.model import Model, initialise
 from worker.report import Reporter, TrialResult
@@ -44,12 +44,14 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     phase("data")
     dataset = _open_data(job)
     vocab_size = spec.model.vocab_size
-    validation = open_validation(dataset, vocab_size, spec.evaluated_length, spec.evaluation.batch_sequences)
-    plain = _windows(validation, spec.data.sequence_length)
+    plain = open_validation(dataset, vocab_size, spec.data.sequence_length, spec.evaluation.batch_sequences)
+    validation = plain.of_length(spec.evaluated_length)
+    require_window(dataset, spec)
     batches = Batches(dataset, spec.data, vocab_size, world)
-    phase("train")
     model = Model(spec.model, spec.sharing)
     initialise(model, spec.seed)
+    require_reachable(model, spec.quantisation, code_bytes())
+    phase("train")
     model.to(world.device)
 
     def validate(trained: Model) -> float:
@@ -116,11 +118,6 @@ class _Packing:
     curve: Callable[[Callable[[Model], float]], tuple[Point, ...]] | None
 
 
-def _windows(validation: Validation, length: int) -> Validation:
-    """The same text in windows of training's length, which is what models are compared by before packing."""
-    return replace(validation, sequence_length=length)
-
-
 def _averaged(
     model: Model, spec: TrialSpec, summary: TrainingSummary, validation: Validation, world: World
 ) -> tuple[dict[str, float], Score]:
@@ -167,11 +164,11 @@ def _scores(
 
 
 def _worth(packing: _Packing, validation: Validation, spec: TrialSpec, world: World) -> dict[str, Any]:
-    """What a byte is worth: the trained model's BPB by artifact bytes, on as much text as intermediate scores."""
+    """What a byte is worth: the trained model's BPB by artifact bytes, on as much text as other diagnostics."""
     if packing.curve is None:
         return {}
     alone = World(0, 1, world.device)
-    limit = spec.evaluation.validation_tokens
+    limit = diagnosed_tokens(spec)
     points = packing.curve(lambda model: evaluate(model.to(world.device), validation, alone, limit).bpb)
     return {"bytes_curve": [asdict(point) for point in points]}
 

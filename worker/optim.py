@@ -158,9 +158,15 @@ def orthogonalise(matrices: Tensor, polynomials: Sequence[tuple[float, float, fl
 
 @torch.no_grad()
 def shrink_singular_values(matrices: Sequence[Parameter], amount: float) -> None:
-    """Every singular value s becomes max(s - amount, 0): the proximal step of `amount` times the nuclear norm."""
+    """Every singular value s becomes max(s - amount, 0): the proximal step of `amount` times the nuclear norm.
+
+    A matrix that is not finite stays as it is: the loss tells of it.
+    """
     for matrix in matrices:
-        u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+        try:
+            u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
         matrix.copy_((u * (values - amount).clamp(min=0)) @ v)
 
 

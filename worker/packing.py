@@ -63,7 +63,8 @@ class QuantisationConfig(Frozen):
     prune: float = Field(default=0.0, ge=0, lt=1)
     """The share of each quantised matrix's values, the smallest magnitudes, that become zero first."""
     qat_from: float | None = Field(default=None, ge=0, lt=1)
-    """From this share of the budget on, the forward pass sees quantised weights and gradients pass straight through."""
+    """From this share of the budget on, the forward pass sees pruned and quantised weights, by the clip and the bits of
+    each class, rounded to the nearest, and gradients pass straight through."""
     codec: CodecName = "zstd"
     """A byte compressor, ans (an entropy coder over the symbols), or auto: the smallest of all."""
     level: int | None = None
@@ -71,7 +72,8 @@ class QuantisationConfig(Frozen):
     half_below: int = Field(default=65_536, ge=0)
     target_bytes: int | None = Field(default=None, ge=1)
     """The artifact's bytes, code included, to come close to and never exceed: quantisation steps are then solved for
-    after training, and bits, class_bits, clip and its values decide nothing."""
+    after training, and bits, class_bits, clip and its values decide only what training sees from `qat_from` on.
+    By ans a handful of packings, each of a second at full size; zstd takes up to twenty, each of a minute or two."""
 
     @model_validator(mode="after")
     def _check(self) -> "QuantisationConfig":
@@ -112,9 +114,7 @@ class QuantisationConfig(Frozen):
         value each. Equal results pack alike."""
         same: dict[str, object] = {"level": self.best_level}
         clip = self.clip if quantised else "amax"
-        if (
-            self.target_bytes is not None and self.qat_from is None
-        ):  # the steps are solved for, and seen in packing alone
+        if self.target_bytes is not None and self.qat_from is None:  # steps are solved for, and seen in packing alone
             clip, quantised = "amax", ()
         same |= {"clip": clip, "bits": 8, "class_bits": ClassBits(**{name: self.bits_of(name) for name in quantised})}
         if clip != "quantile":

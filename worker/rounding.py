@@ -31,6 +31,8 @@ def row_bits(model: Model, quantisation: QuantisationConfig, calibration: Calibr
     Rows of all matrices are ranked together, by their gradients on calibration data.
     """
     tensors = quantised_matrices(model, quantisation.half_below)
+    if not tensors:
+        return {}
     bits = torch.cat([torch.full(tensor.shape[:1], quantisation.bits_of(tensor.tensor_class)) for tensor in tensors])
     high, low = int(quantisation.high_fraction * len(bits)), int(quantisation.low_fraction * len(bits))
     if high or low:

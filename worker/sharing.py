@@ -13,7 +13,7 @@ Unused = Literal["block_scales", "layer_scales", "adapters", "skips"]
 
 
 class LoraConfig(Frozen):
-    """Per-virtual-layer low-rank bypasses of whole sub-layers, gated: y = f(x) + σ(logit)·(x·A)·B (EBLS, section 6.3).
+    """Per-virtual-layer low-rank bypasses of whole sub-layers: y = f(x) + σ(logit)·(x·A)·B (EBLS, pull request 433).
 
     `rank` 0 is a hard tie. The loss gains `penalty` · Σγ over all gates, γ = σ(logit), starting at σ(`gate_init`).
     """
@@ -100,7 +100,7 @@ class SharingConfig(Frozen):
         by_layer = self.scales == "layer" and self.mixes == "layer"
         used = {
             "block_scales": not by_layer and not self.bounded_recurrence,
-            "layer_scales": "layer" in (self.scales, self.mixes) or self.adapters,
+            "layer_scales": "layer" in (self.scales, self.mixes),
             "adapters": self.adapters,
         }
         for group in self.unused:

@@ -161,14 +161,15 @@ class EvaluationConfig(Frozen):
     validations: int = Field(default=4, ge=0, le=1000)
     """Validations during training, at equal fractions of the budget, over plain windows."""
     validation_tokens: int | None = Field(default=None, ge=2)
-    """Validation tokens of those intermediate scores and of diagnostics; none means all, as final scores always use."""
+    """Validation tokens of those intermediate scores and of diagnostics; none means all, as final scores always use,
+    and two million for diagnostics."""
     batch_sequences: int = Field(default=64, ge=1)
     sequence_length: int | None = Field(default=None, ge=2, le=65_536)
     """Tokens of a window; none means those of training."""
     stride: int | None = Field(default=None, ge=1)
     """Windows start this far apart, and each but the first scores its last `stride` tokens; none: no overlap."""
     ttt: TttConfig | None = None
-    extra_recurrence: int = Field(default=0, ge=0, le=100)
+    extra_recurrence: int = Field(default=2, ge=0, le=100)
     """How often the tied blocks run once more after the last layer, for the contraction report and scores by depth."""
 
 
@@ -180,7 +181,8 @@ class GangConfig(Frozen):
 
 
 class TrialSpec(Frozen):
-    """One configuration to train. Equal specs on one machine give bit-identical losses and artifacts."""
+    """One configuration to train. On one machine's CPU equal specs give bit-identical losses and artifacts, unless
+    their budget is in seconds."""
 
     schema_version: Literal[1] = 1
     sharing: SharingConfig = SharingConfig()

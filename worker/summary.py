@@ -21,7 +21,7 @@ def _lines(spec: TrialSpec, result: TrialResult) -> Iterator[tuple[str, str]]:
     code = f"model {result.model_bytes:,} + code {result.code_bytes:,}"
     yield "artifact", f"{result.artifact_bytes:,} bytes = {code}, by {shown.get('codec', spec.quantisation.codec)}"
     classes = "  ".join(f"{name} {size:,}" for name, size in sorted(result.bytes_by_class.items()))
-    yield "stored", f"{classes}  (bytes before compression)"
+    yield "stored", f"{classes}  (compressed bytes)"
     yield from _named("lost by class", shown.get("quantisation_loss"), "bits per byte, to quantisation")
     if curve := shown.get("bytes_curve"):
         points = "  ".join(f"{point['artifact_bytes']:,} {_number(point['val_bpb'])}" for point in curve)

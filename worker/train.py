@@ -131,7 +131,8 @@ def _backward(
     """Leave in every parameter the gradient of the global batch's mean loss, and return that loss.
 
     The share of the budget that is spent says which layers run, and whether they see quantised weights. A micro-batch
-    counts by its sequences, so the mean is the same however ranks and micro-batches cut the batch.
+    counts by its sequences, so the mean is the same however ranks and micro-batches cut the batch; but a blend's
+    penalty is of the mean share in each micro-batch, as in its source.
     """
     share = spec.data.batch_sequences // world.ranks
     total, sequences = torch.zeros((), device=world.device), 0
