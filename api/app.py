@@ -14,9 +14,16 @@ from api.dashboard import Dashboard
 from api.problems import EXPECTED, MEDIA_TYPE, problem_of, respond
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
+from orchestrator.settings import GPU_HOUR_DOLLARS
 
 
-def create_app(database: Database, *, artifacts: Path | None = None, dashboard: bool = True) -> FastAPI:
+def create_app(
+    database: Database,
+    *,
+    artifacts: Path | None = None,
+    dashboard: bool = True,
+    gpu_hour_dollars: float = GPU_HOUR_DOLLARS,
+) -> FastAPI:
     """The application over this database. Loads neither torch nor ray; optuna with the first visit to its dashboard.
 
     `artifacts` is the folder that artifacts are downloaded from; without it there are none to download.
@@ -26,7 +33,8 @@ def create_app(database: Database, *, artifacts: Path | None = None, dashboard: 
         title="Caddie", version="1", summary="Sweeps of layer sharing under a byte and a time budget",
         openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None, generate_unique_id_function=_operation_id,
     )  # fmt: skip
-    app.state.context = Context(database, ArtifactStore(artifacts) if artifacts is not None else None)
+    store = ArtifactStore(artifacts) if artifacts is not None else None
+    app.state.context = Context(database, store, gpu_hour_dollars)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
     for module in (studies, trials, preview, events):

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from api.client import ApiError, Caddie, Unreachable
 from api.program import environment_of, program
 from api.schemas import PreviewOut
-from api.terminal import leaderboard_table, preview_lines, studies_table, trial_lines, watch_study
+from api.terminal import leaderboard_table, ledger_table, preview_lines, studies_table, trial_lines, watch_study
 from orchestrator.feasibility import judge, predict
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import CAP_BYTES
@@ -110,6 +110,17 @@ def migrate() -> None:
 
 
 @app.command()
+def doctor(
+    clear: Annotated[bool, typer.Option("--clear", help="Clear what can be cleared without losing anything.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what does not belong in the database and the folder of artifacts; exit 1 while anything of it remains."""
+    from api.doctor import run_doctor
+
+    sys.exit(run_doctor(Settings.read(os.environ), clearing=clear, as_json=as_json))
+
+
+@app.command()
 def demo() -> None:
     """Run a small real sweep on this machine, show it live, and print its leaderboard. Again resumes it."""
     from api.demo import run_demo
@@ -188,6 +199,17 @@ def leaderboard(study: StudyName, as_json: AsJson = False) -> None:
         print(board.model_dump_json(indent=2))
     else:
         Console().print(leaderboard_table(board.rows, f"Leaderboard of {study}"))
+
+
+@app.command()
+def ledger(study: StudyName, as_json: AsJson = False) -> None:
+    """What the study's attempts have cost: seconds, GPU-seconds and dollars by phase."""
+    with _client() as caddie:
+        found = caddie.ledger(study)
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        Console().print(ledger_table(found))
 
 
 @app.command()

@@ -16,6 +16,7 @@ from api.schemas import (
     EventOut,
     Health,
     LeaderboardOut,
+    LedgerOut,
     MeasurementOut,
     Page,
     PreviewOut,
@@ -88,6 +89,10 @@ class Caddie:
 
     def leaderboard(self, study: str, limit: int = 100) -> LeaderboardOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/leaderboard?limit={limit}", LeaderboardOut)
+
+    def ledger(self, study: str) -> LedgerOut:
+        """What the study's attempts have cost so far."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/ledger", LedgerOut)
 
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""

@@ -11,6 +11,7 @@ from fastapi import Depends, Path, Query, Request
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.errors import NotFound
+from orchestrator.settings import GPU_HOUR_DOLLARS
 
 LARGEST_ID = 2**31 - 1  # what an INTEGER holds on PostgreSQL
 MAX_PAGE = 500
@@ -23,6 +24,7 @@ class Context:
 
     database: Database
     artifacts: ArtifactStore | None
+    gpu_hour_dollars: float = GPU_HOUR_DOLLARS
     closing: threading.Event = field(default_factory=threading.Event)
 
 

@@ -7,7 +7,8 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel
 
 from orchestrator.activity import Activity
-from orchestrator.lifecycle import Outcome, RunState, StudyState, TrialState
+from orchestrator.ledger import Cost, Ledger
+from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.study import Attempt, Event, NewStudy, Prediction, Progress, Run, Study, Trial, Verdict
 from worker.inventory import TensorClass, tensor_inventory
 from worker.report import TrialResult
@@ -119,6 +120,43 @@ class LeaderboardOut(BaseModel):
     rows: list[LeaderboardRow]
 
 
+class CostOut(BaseModel):
+    """Seconds of attempts, the GPU-seconds of all their ranks, and what those cost."""
+
+    seconds: float
+    gpu_seconds: float
+    dollars: float
+
+    @classmethod
+    def of(cls, cost: Cost) -> "CostOut":
+        return cls(seconds=cost.seconds, gpu_seconds=cost.gpu_seconds, dollars=cost.dollars)
+
+
+class LedgerOut(BaseModel):
+    """What attempts cost. `total` sums `phases` and `wasted`, the cost of those that failed, or were preempted or lost.
+
+    A gang's wait between two attempts is not counted.
+    """
+
+    study: str
+    gpu_hour_dollars: float
+    attempts: int
+    phases: dict[str, CostOut]
+    wasted: CostOut
+    total: CostOut
+    gangs: dict[str, CostOut]
+    """By the gang's name."""
+
+    @classmethod
+    def of(cls, study: str, found: Ledger, gpu_hour_dollars: float) -> "LedgerOut":
+        return cls(
+            study=study, gpu_hour_dollars=gpu_hour_dollars, attempts=found.attempts,
+            phases={phase: CostOut.of(cost) for phase, cost in found.phases.items()},
+            wasted=CostOut.of(found.wasted), total=CostOut.of(found.total),
+            gangs={gang: CostOut.of(cost) for gang, cost in found.gangs.items()},
+        )  # fmt: skip
+
+
 class ArtifactOut(BaseModel):
     """The stored model: its bytes and their SHA-256 (hex)."""
 
@@ -135,9 +173,12 @@ class AttemptOut(BaseModel):
     gang: str | None
     phase: str
     outcome: Outcome | None
+    cause: Cause | None
     reason: str | None
     started_at: datetime
     finished_at: datetime | None
+    phase_seconds: dict[str, float]
+    """Seconds by phase, of the phases it has left; once it has ended, of all."""
     artifact: ArtifactOut | None
 
     @classmethod
@@ -145,8 +186,9 @@ class AttemptOut(BaseModel):
         stored = attempt.artifact and ArtifactOut(bytes=attempt.artifact.bytes, sha256=attempt.artifact.sha256)
         return cls(
             id=attempt.id, number=attempt.number, owner=attempt.owner, gang=attempt.gang,
-            phase=attempt.phase, outcome=attempt.outcome, reason=attempt.reason, started_at=attempt.started_at,
-            finished_at=attempt.finished_at, artifact=stored,
+            phase=attempt.phase, outcome=attempt.outcome, cause=attempt.cause, reason=attempt.reason,
+            started_at=attempt.started_at, finished_at=attempt.finished_at, phase_seconds=attempt.phase_seconds,
+            artifact=stored,
         )  # fmt: skip
 
 

@@ -8,12 +8,13 @@ from fastapi import APIRouter, Query, Response
 from sqlalchemy.orm import Session
 
 from api.bodies import StudyIn
-from api.context import After, DatabaseOf, Limit, Now, StudyName
+from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName
 from api.problems import responses
-from api.schemas import ActivityOut, LeaderboardOut, LeaderboardRow, Page, StudyOut
+from api.schemas import ActivityOut, LeaderboardOut, LeaderboardRow, LedgerOut, Page, StudyOut
 from orchestrator import store
 from orchestrator.activity import list_activity
 from orchestrator.database import Database
+from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
 from orchestrator.study import Study, Trial
 
@@ -81,6 +82,14 @@ def get_activity(study: StudyName, database: DatabaseOf) -> Page[ActivityOut]:
     with database.read() as session:
         found = list_activity(session, store.get_study(session, study).id)
     return Page(items=[ActivityOut.of(activity) for activity in found])
+
+
+@router.get("/studies/{study}/ledger", responses=responses(404))
+def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
+    """What the study's attempts have cost so far, by phase and by gang."""
+    with context.database.read() as session:
+        found = ledger(session, store.get_study(session, study).id, context.gpu_hour_dollars, now)
+    return LedgerOut.of(study, found, context.gpu_hour_dollars)
 
 
 def describe(session: Session, study: Study) -> StudyOut:

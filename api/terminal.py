@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from api.client import Caddie
-from api.schemas import ActivityOut, LeaderboardRow, PreviewOut, StudyOut, TrialOut, TrialSummary
+from api.schemas import ActivityOut, LeaderboardRow, LedgerOut, PreviewOut, StudyOut, TrialOut, TrialSummary
 from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -34,6 +34,14 @@ def leaderboard_table(rows: Sequence[LeaderboardRow], title: str) -> Table:
             f"{row.parameters:,}", tying_text(row.tying_map), str(row.lora_rank), str(row.ranks),
             f"{row.train_seconds:.1f}",
         )  # fmt: skip
+    return table
+
+
+def ledger_table(ledger: LedgerOut) -> Table:
+    """What a study has cost, a phase a line, and what came to nothing."""
+    table = _table(f"Ledger of {ledger.study}", "phase", "seconds", "GPU-seconds", "dollars")
+    for name, cost in (*ledger.phases.items(), ("wasted", ledger.wasted), ("total", ledger.total)):
+        table.add_row(name, f"{cost.seconds:,.1f}", f"{cost.gpu_seconds:,.1f}", f"{cost.dollars:,.2f}")
     return table
 
 
@@ -117,7 +125,9 @@ def _table(title: str, *columns: str) -> Table:
         pad_edge=False,
     )
     for name in columns:
-        table.add_column(name, justify="left" if name in ("tying map", "name", "state") else "right", no_wrap=True)
+        table.add_column(
+            name, justify="left" if name in ("tying map", "name", "phase", "state") else "right", no_wrap=True
+        )
     return table
 
 

@@ -23,7 +23,8 @@ RESTART_SECONDS = 2.0
 
 def serve(settings: Settings, database: Database) -> None:
     """Serve the API until SIGINT or SIGTERM."""
-    Server(create_app(database, artifacts=settings.artifacts), host=settings.host, port=settings.port).run()
+    app = create_app(database, artifacts=settings.artifacts, gpu_hour_dollars=settings.gpu_hour_dollars)
+    Server(app, host=settings.host, port=settings.port).run()
 
 
 def up(settings: Settings, environment: Mapping[str, str]) -> None:
@@ -35,7 +36,9 @@ def up(settings: Settings, environment: Mapping[str, str]) -> None:
     database = Database(settings.database_url)
     database.migrate()
     settings.home.mkdir(parents=True, exist_ok=True)
-    orchestrator = Orchestrator(dict(environment), settings.home / "orchestrator.log")
+    # One name for all the orchestrators that this process starts, so that each knows what the last one left.
+    named = {"CADDIE_OWNER": settings.owner, **environment}
+    orchestrator = Orchestrator(named, settings.home / "orchestrator.log")
     # uvicorn gives a signal back once it has closed; by default SIGTERM would then end us before the orchestrator.
     signal.signal(signal.SIGTERM, _exit)
     try:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from orchestrator.launcher import Ending
-from orchestrator.lifecycle import Outcome
+from orchestrator.lifecycle import Cause, Outcome
 from worker.mailbox import Mail
 
 log = logging.getLogger(__name__)
@@ -20,13 +20,13 @@ def ending_of(attempt_id: int, mails: Sequence[Mail], deaths: Mapping[int, str])
     """
     for rank in sorted(deaths):
         if mails[rank].closing is None:
-            return Ending(Outcome.FAILED, f"rank {rank} {deaths[rank]}")
+            return Ending(Outcome.FAILED, f"rank {rank} {deaths[rank]}", cause=Cause.CRASH)
     closings = [mail.closing for mail in mails]
     for rank, closing in enumerate(closings):
         if closing is not None and closing.outcome == "failed":
             log.warning("attempt %d failed on rank %d:\n%s", attempt_id, rank, closing.traceback)
             reason = closing.reason if len(mails) == 1 else f"rank {rank}: {closing.reason}"
-            return Ending(Outcome.FAILED, reason, permanent=closing.permanent)
+            return Ending(Outcome.FAILED, reason, cause=Cause(closing.cause or Cause.ERROR))
     lead = closings[0]
     if lead is None or any(closing is None for closing in closings):
         return None

@@ -129,6 +129,7 @@ def ratio_of(trial: Trial) -> float:
     return trial.result.model_bytes / prior_model_bytes(trial.spec)
 
 
+@lru_cache(maxsize=16_384)  # every proposal asks again for all recent trials
 def prior_model_bytes(spec: TrialSpec) -> float:
     """Compressed model bytes to expect of a trained model, before any trial has said otherwise.
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from orchestrator.lifecycle import Outcome
+from orchestrator.lifecycle import Cause, Outcome
 from worker.report import Measurement, TrialResult
 from worker.spec import GangConfig, TrialSpec
 
@@ -18,25 +18,26 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended. `result` is set exactly when the outcome is succeeded, or stopped with a score.
-
-    `permanent` says that another attempt would end the same way: a bad spec or bad data (ValueError in the worker), or
-    training that diverged (ArithmeticError). Such a run is not tried again.
-    """
+    """How an attempt ended. `result` is set exactly when the outcome is succeeded, or stopped with a score, and `cause`
+    exactly when it is failed."""
 
     outcome: Outcome
     reason: str
     result: TrialResult | None = None
-    permanent: bool = False
+    cause: Cause | None = None
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a gang has said since the caller last asked. Asking again with the same cursor gives the same messages."""
+    """What a gang has said since the caller last asked. Asking again with the same cursor gives the same messages.
+
+    `beats` counts rank 0's signs of life: one that stands still has not taken a step, nor said or asked anything.
+    """
 
     phase: str
     measurements: tuple[Measurement, ...]
     ending: Ending | None
+    beats: int = 0
 
 
 class NoRoom(RuntimeError):
@@ -58,8 +59,21 @@ class Launcher(Protocol):
         """Give the attempt to a gang of spec.gang's shape and return the gang's name. Raises NoRoom."""
         ...
 
+    def adopt(self, attempt_id: int, gang: str) -> bool:
+        """Take over an attempt that a launcher before this one started on the gang of that name, wherever it has come
+        to by now; whether that gang is still there. Repeatable."""
+        ...
+
+    def reap(self) -> int:
+        """Remove every gang that a launcher before this one left and nobody adopted; how many there were."""
+        ...
+
     def poll(self, attempt_id: int, after: int) -> Update:
         """Measurements numbered above `after`, and the ending once there is one. An attempt not known here is lost."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Return once an attempt has ended that no poll has shown to have ended, or after so many seconds."""
         ...
 
     def stop(self, attempt_id: int) -> None:

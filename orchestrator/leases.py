@@ -6,7 +6,7 @@ are locked.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -14,14 +14,15 @@ from sqlalchemy import ColumnElement, func, insert, literal, select, update
 from sqlalchemy.orm import Session, aliased
 
 from orchestrator.errors import LeaseLost
-from orchestrator.lifecycle import OPEN_TRIALS, UNCHARGED, Outcome, RunState, StudyState, TrialState
+from orchestrator.lifecycle import OPEN_TRIALS, PERMANENT, UNCHARGED, Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.store import add_event, insert_missing
-from orchestrator.study import AttemptResult, Claim, Lease
+from orchestrator.study import AttemptResult, Claim, Lease, Resumed
 from orchestrator.tables import ArtifactRow, AttemptRow, MeasurementRow, RunRow, StudyRow, TrialRow, UtcDateTime
 from worker.report import Measurement, TrialResult
 from worker.spec import GangConfig, TrialSpec
 
 MAX_ATTEMPTS = 3  # charged ones: failures that were the run's own
+MAX_OUT_OF_MEMORY = 2  # of these; the second has half the micro-batch
 MAX_LOST = 20  # uncharged, but beyond this something is wrong with the run after all
 
 
@@ -44,11 +45,15 @@ def claim(session: Session, gang: GangConfig, owner: str, now: datetime, ttl: ti
     ).one_or_none()  # fmt: skip
     if taken is None:
         return None
-    made = session.scalar(select(func.max(AttemptRow.number)).where(AttemptRow.run_id == taken.id)) or 0
+    out_of_memory = func.count().filter(AttemptRow.cause == Cause.OUT_OF_MEMORY)
+    made, times = session.execute(
+        select(func.coalesce(func.max(AttemptRow.number), 0), out_of_memory).where(AttemptRow.run_id == taken.id)
+    ).one()
     token = secrets.token_hex(16)
     attempt_id = session.scalar(
         insert(AttemptRow).values(
-            run_id=taken.id, number=made + 1, owner=owner, phase="queue", started_at=now, permanent=False,
+            run_id=taken.id, number=made + 1, owner=owner, phase="queue", phase_since=now, phase_seconds={},
+            started_at=now, permanent=False,
             lease_token=token, lease_expires_at=now + ttl,
         ).returning(AttemptRow.id)
     )  # fmt: skip
@@ -61,13 +66,46 @@ def claim(session: Session, gang: GangConfig, owner: str, now: datetime, ttl: ti
     trial = session.get_one(TrialRow, taken.trial_id)
     spec = TrialSpec.model_validate({**trial.spec, "seed": taken.seed, "budget": taken.budget})
     message = f"Trial {trial.number} started, attempt {made + 1}"
+    if times:
+        spec = _eased(spec, times)
+        message += f", with micro-batches of {spec.data.micro_batch_sequences} sequences"
     add_event(session, trial.study_id, trial.number, "trial.running", message, now)
-    return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec)
+    return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now)
 
 
 def renew(session: Session, lease: Lease, now: datetime, ttl: timedelta, **changes: Any) -> None:
     """Extend a lease that nobody has taken, and set the attempt's `gang` or `phase` where given. Raises LeaseLost."""
-    _write(session, lease, lease_expires_at=now + ttl, **changes)
+    values = {"lease_expires_at": now + ttl, **changes}
+    if "phase" in changes:  # nearly always the one that it is in already, which takes one statement
+        if _written(session, lease, values, AttemptRow.phase == changes["phase"]):
+            return
+        values |= _time_spent(session, lease, now)
+    _write(session, lease, **values)
+
+
+def resume(session: Session, owner: str, now: datetime, ttl: timedelta) -> list[Resumed]:
+    """Take over the open attempts of the orchestrator of this name that ran before, each under a new token.
+
+    An orchestrator of the name that runs after all has lost them.
+    """
+    resumed = []
+    left = session.execute(
+        select(AttemptRow.id, AttemptRow.lease_token, AttemptRow.gang, AttemptRow.phase, AttemptRow.started_at)
+        .where(AttemptRow.outcome.is_(None), AttemptRow.owner == owner).order_by(AttemptRow.id)
+    ).all()  # fmt: skip
+    for attempt_id, token, gang, phase, started_at in left:
+        assert token is not None, "an open attempt has a lease"
+        lease = Lease(attempt_id, secrets.token_hex(16))
+        _write(session, Lease(attempt_id, token), lease_token=lease.token, lease_expires_at=now + ttl)
+        run, trial = session.execute(
+            select(RunRow, TrialRow).join(TrialRow, TrialRow.id == RunRow.trial_id)
+            .join(AttemptRow, AttemptRow.run_id == RunRow.id).where(AttemptRow.id == attempt_id)
+        ).one()  # fmt: skip
+        spec = TrialSpec.model_validate({**trial.spec, "seed": run.seed, "budget": run.budget})
+        after = session.scalar(select(func.max(MeasurementRow.number)).where(MeasurementRow.attempt_id == attempt_id))
+        claimed = Claim(lease, run.id, trial.id, trial.number, trial.study_id, spec, started_at)
+        resumed.append(Resumed(claimed, gang, phase, after or 0))
+    return resumed
 
 
 def still_held(session: Session, held: Sequence[Lease]) -> set[int]:
@@ -98,13 +136,14 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
     """Record how an attempt ended, free its lease, and move its run and trial on. Raises LeaseLost, changing nothing.
 
     A success completes the trial. A stop prunes it. A failure goes back to the queue while the run has attempts left,
-    unless it is permanent; an attempt lost or preempted goes back without charge. Nothing goes back in a stopped study.
+    unless its cause is permanent; one that ran out of memory goes back once, to half its micro-batch; an attempt lost
+    or preempted goes back without charge. Nothing goes back in a stopped study.
     """
     _lock(session, AttemptRow.id == lease.attempt_id)
     _write(
-        session, lease, outcome=ended.outcome, reason=ended.reason or None, permanent=ended.permanent,
+        session, lease, outcome=ended.outcome, reason=ended.reason or None, cause=ended.cause,
+        permanent=ended.cause in PERMANENT, finished_at=now, lease_token=None, lease_expires_at=None,
         result=None if ended.result is None else ended.result.model_dump(mode="json"),
-        finished_at=now, lease_token=None, lease_expires_at=None,
     )  # fmt: skip
     stored = ended.artifact
     if stored is not None:
@@ -113,9 +152,9 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
     _settle(session, lease.attempt_id, ended, now)
 
 
-def expire(session: Session, now: datetime) -> int:
-    """End every attempt whose lease has run out as lost and queue its run again; how many there were."""
-    overdue = (AttemptRow.outcome.is_(None), AttemptRow.lease_expires_at <= now)
+def expire(session: Session, now: datetime, grace: timedelta = timedelta(0)) -> int:
+    """End every attempt whose lease ran out `grace` ago as lost and queue its run again; how many there were."""
+    overdue = (AttemptRow.outcome.is_(None), AttemptRow.lease_expires_at <= now - grace)
     trials = _lock(session, *overdue)
     ended = AttemptResult(Outcome.LOST, "its lease ran out")
     lost = session.scalars(
@@ -126,6 +165,14 @@ def expire(session: Session, now: datetime) -> int:
     for attempt_id in sorted(lost):
         _settle(session, attempt_id, ended, now)
     return len(lost)
+
+
+def _eased(spec: TrialSpec, times: int) -> TrialSpec:
+    """The spec with its micro-batch halved so many times. A step's batch is the same, summed in smaller parts."""
+    data = spec.data
+    held = min(data.micro_batch_sequences, data.batch_sequences // spec.gang.ranks)
+    smaller = data.model_copy(update={"micro_batch_sequences": max(1, held // 2**times)})
+    return spec.model_copy(update={"data": smaller})
 
 
 def _lock(session: Session, *which: ColumnElement[bool]) -> Sequence[int]:
@@ -147,16 +194,33 @@ def _lock(session: Session, *which: ColumnElement[bool]) -> Sequence[int]:
     return ids
 
 
+def _time_spent(session: Session, lease: Lease, now: datetime) -> dict[str, Any]:
+    """What the ledger keeps where an attempt leaves its phase: the seconds in it."""
+    left = session.execute(
+        select(AttemptRow.phase, AttemptRow.phase_since, AttemptRow.phase_seconds)
+        .where(AttemptRow.id == lease.attempt_id)
+    ).one_or_none()  # fmt: skip
+    if left is None or left.phase_since is None:
+        return {}
+    seconds = (left.phase_seconds or {}).get(left.phase, 0.0) + (now - left.phase_since).total_seconds()
+    return {"phase_since": now, "phase_seconds": {**(left.phase_seconds or {}), left.phase: seconds}}
+
+
 def _write(session: Session, lease: Lease, **values: Any) -> None:
+    if not _written(session, lease, values):
+        raise LeaseLost(lease.attempt_id)
+
+
+def _written(session: Session, lease: Lease, values: Mapping[str, Any], *which: ColumnElement[bool]) -> bool:
+    """Whether the lease was still held, and its attempt such that it was written."""
     # Not on the expiry: a lease that ran out is ours until `expire` takes it, and a gang that trains on is not thrown
     # away because the database was away for longer than a lease.
     held = (AttemptRow.id == lease.attempt_id, AttemptRow.outcome.is_(None), AttemptRow.lease_token == lease.token)
     written = session.scalar(
-        update(AttemptRow).where(*held).values(values)
+        update(AttemptRow).where(*held, *which).values(values)
         .returning(AttemptRow.id).execution_options(synchronize_session=False)
     )  # fmt: skip
-    if written is None:
-        raise LeaseLost(lease.attempt_id)
+    return written is not None
 
 
 def _settle(session: Session, attempt_id: int, ended: AttemptResult, now: datetime) -> None:
@@ -189,9 +253,14 @@ def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[R
         return RunState.SUCCEEDED, TrialState.COMPLETE
     if ended.outcome is Outcome.STOPPED:
         return RunState.STOPPED, TrialState.PRUNED
-    outcomes = [Outcome(o) for o in session.scalars(select(AttemptRow.outcome).where(AttemptRow.run_id == run_id)) if o]
-    charged = sum(outcome not in UNCHARGED for outcome in outcomes)
-    if ended.permanent or charged >= MAX_ATTEMPTS or outcomes.count(Outcome.LOST) >= MAX_LOST:
+    made = select(AttemptRow.outcome, AttemptRow.cause).where(AttemptRow.run_id == run_id)
+    ends = session.execute(made.where(AttemptRow.outcome.is_not(None))).all()
+    spent = (
+        sum(end.outcome not in UNCHARGED for end in ends) >= MAX_ATTEMPTS,
+        sum(end.outcome == Outcome.LOST for end in ends) >= MAX_LOST,
+        sum(end.cause == Cause.OUT_OF_MEMORY for end in ends) >= MAX_OUT_OF_MEMORY,
+    )
+    if ended.cause in PERMANENT or any(spent):
         return RunState.FAILED, TrialState.FAILED
     return RunState.QUEUED, TrialState.QUEUED
 

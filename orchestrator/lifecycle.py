@@ -41,6 +41,22 @@ class Outcome(StrEnum):
     LOST = "lost"
 
 
+class Cause(StrEnum):
+    """Why an attempt failed.
+
+    crash: a process died. hang: no sign of life for as long as the spec's limits allow. limit: it took longer than
+    they allow. diverged and bad_input would come again. error: any other exception.
+    """
+
+    CRASH = "crash"
+    OUT_OF_MEMORY = "out_of_memory"
+    HANG = "hang"
+    LIMIT = "limit"
+    DIVERGED = "diverged"
+    BAD_INPUT = "bad_input"
+    ERROR = "error"
+
+
 STUDY_MOVES: dict[StudyState, frozenset[StudyState]] = {
     StudyState.RUNNING: frozenset({StudyState.PAUSED, StudyState.STOPPED, StudyState.COMPLETE}),
     StudyState.PAUSED: frozenset({StudyState.RUNNING, StudyState.STOPPED}),
@@ -62,6 +78,7 @@ TRIAL_MOVES: dict[TrialState, frozenset[TrialState]] = {
 
 OPEN_TRIALS = frozenset({TrialState.QUEUED, TrialState.RUNNING})
 UNCHARGED = frozenset({Outcome.PREEMPTED, Outcome.LOST})
+PERMANENT = frozenset({Cause.DIVERGED, Cause.BAD_INPUT})
 
 
 def states_before(moves: dict[TrialState, frozenset[TrialState]], after: TrialState) -> tuple[TrialState, ...]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -87,6 +88,12 @@ class LocalLauncher:
             raise
         return _name(attempt_id)
 
+    def adopt(self, attempt_id: int, gang: str) -> bool:
+        return attempt_id in self._gangs  # processes die with the launcher that started them
+
+    def reap(self) -> int:
+        return 0
+
     def poll(self, attempt_id: int, after: int) -> Update:
         gang = self._gangs.get(attempt_id)
         if gang is None:
@@ -99,7 +106,17 @@ class LocalLauncher:
             gang.ending = ending_of(attempt_id, mails, deaths)
             if gang.ending is not None:
                 _kill(gang)
-        return Update(mails[0].phase, mails[0].measurements, gang.ending)
+        return Update(mails[0].phase, mails[0].measurements, gang.ending, mails[0].beats)
+
+    def wait(self, seconds: float) -> None:
+        leads = [gang.processes[0] for gang in self._gangs.values() if gang.ending is None]
+        ends = [os.pidfd_open(process.pid) for process in leads if process.poll() is None]
+        try:
+            if len(ends) == len(leads):
+                select.select(ends, [], [], seconds)
+        finally:
+            for end in ends:
+                os.close(end)
 
     def stop(self, attempt_id: int) -> None:
         gang = self._gangs.get(attempt_id)

@@ -15,9 +15,10 @@ from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.errors import LeaseLost
 from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom
-from orchestrator.lifecycle import Outcome, StudyState
+from orchestrator.lifecycle import Cause, Outcome, StudyState
 from orchestrator.study import AttemptResult, Claim, Study
 from orchestrator.supply import Supply
+from orchestrator.watch import Watch
 from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,10 @@ class Held:
     phase: str = "queue"
     unstored: bool = False
     """Whether its artifact could not be written so far."""
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.claim.spec.limits, self.claim.started_at)
 
 
 @dataclass
@@ -52,6 +57,21 @@ class Loop:
     def __post_init__(self) -> None:
         self.supply = Supply(self.database)
 
+    def resume(self, now: datetime) -> None:
+        """Take over what an orchestrator of our name left: attempts whose gang still lives train on and never notice,
+        the others are queued again at once, and gangs that nobody owns are removed. Before the first tick."""
+        with self.database.write() as session:
+            left = leases.resume(session, self.owner, now, self.ttl)
+        for resumed in left:
+            attempt_id = resumed.claim.lease.attempt_id
+            held = self.held[attempt_id] = Held(resumed.claim, now, resumed.after, resumed.phase)
+            if resumed.gang is not None and self.launcher.adopt(attempt_id, resumed.gang):
+                log.info("trial %d goes on, on %s", resumed.claim.trial_number, resumed.gang)
+            else:
+                self._finish(held, AttemptResult(Outcome.LOST, "its orchestrator died, and its gang with it"), now)
+        if removed := self.launcher.reap():
+            log.warning("%d gangs that nobody owned were removed", removed)
+
     def tick(self, now: datetime) -> None:
         """Everything that is due at `now`, once."""
         self._drop_lost()
@@ -62,7 +82,7 @@ class Loop:
                 raise
             except Exception as error:  # one gang must not stop the others
                 log.exception("attempt %d could not be polled", held.claim.lease.attempt_id)
-                self._finish(held, AttemptResult(Outcome.FAILED, f"{type(error).__name__}: {error}"), now)
+                self._finish(held, _failed(error), now)
         # After our own were renewed: a lease that ran out while we could not write is ours until someone takes it.
         with self.database.write() as session:
             lost = leases.expire(session, now)
@@ -103,10 +123,11 @@ class Loop:
                 return
             held.after = update.measurements[-1].number if update.measurements else held.after
             held.phase, held.renewed_at = update.phase, now
-        if update.ending is None:
+        ending = update.ending or held.watch.look(update, now)
+        if ending is None:
             return
         try:
-            result = self._keep(lease.attempt_id, update.ending)
+            result = self._keep(lease.attempt_id, ending)
         except OSError as error:  # a full disk, say: the gang has the only copy and keeps it until there is room
             if not held.unstored:
                 log.error("the artifact of attempt %d cannot be stored, trying again: %s", lease.attempt_id, error)
@@ -117,7 +138,7 @@ class Loop:
     def _keep(self, attempt_id: int, ending: Ending) -> AttemptResult:
         """The ending with its artifact stored: on disk first, so that no row ever names a file that is not there."""
         artifact = self.artifacts.put(self.launcher.artifact(attempt_id)) if ending.result is not None else None
-        return AttemptResult(ending.outcome, ending.reason, ending.result, artifact, ending.permanent)
+        return AttemptResult(ending.outcome, ending.reason, ending.result, artifact, ending.cause)
 
     def _finish(self, held: Held, result: AttemptResult, now: datetime) -> None:
         try:
@@ -138,17 +159,23 @@ class Loop:
         """Keep a proposal waiting for each shape while free gangs take runs, widest first; why none is left to make."""
         shapes = sorted(study.definition.shapes, key=lambda gang: -gang.ranks)
         gave_up: dict[GangConfig, str] = {}
-        started = True
-        while started:
-            with self.database.read() as session:
-                queued = store.count_queued(session, study.id)
+        moved = True
+        while moved:
+            before = self._queued(study)
+            waiting = sorted({*shapes, *before}, key=lambda gang: -gang.ranks)
+            started = sum(self._start(gang, now) for gang in waiting)
+            # Only now, and for next time: a free gang does not wait for the sampler.
+            queued = self._queued(study) if started else before
             for gang in shapes:
                 if not queued.get(gang) and gang not in gave_up and (why := self.supply.propose(study, gang, now)):
                     gave_up[gang] = why
-            waiting = sorted({*shapes, *queued}, key=lambda gang: -gang.ranks)
-            started = sum(self._start(gang, now) for gang in waiting) > 0
+            moved = started > 0 or self._queued(study) != before
         self._tell_of_no_room(study, queued, now)
         return "; ".join(dict.fromkeys(gave_up.values())) if len(gave_up) == len(shapes) else None
+
+    def _queued(self, study: Study) -> Mapping[GangConfig, int]:
+        with self.database.read() as session:
+            return store.count_queued(session, study.id)
 
     def _start(self, gang: GangConfig, now: datetime) -> bool:
         """Claim a run of this shape for a free gang, if there is both."""
@@ -166,7 +193,7 @@ class Loop:
             return False
         except Exception as error:  # one gang must not stop the others
             log.exception("attempt %d could not be started", claim.lease.attempt_id)
-            self._finish(held, AttemptResult(Outcome.FAILED, f"{type(error).__name__}: {error}"), now)
+            self._finish(held, _failed(error), now)
             return False
         try:
             with self.database.write() as session:
@@ -189,21 +216,33 @@ class Loop:
                 store.add_event(session, study.id, None, "study.waiting", why, now)
 
 
-def run(loop: Loop, clock: Callable[[], datetime], wait: Callable[[float], bool], tick_seconds: float = 0.2) -> None:
-    """Tick until `wait(seconds)` says to stop; then hand the running attempts back.
+def _failed(error: Exception) -> AttemptResult:
+    return AttemptResult(Outcome.FAILED, f"{type(error).__name__}: {error}", cause=Cause.ERROR)
 
-    The database may be away for a while.
+
+def run(loop: Loop, clock: Callable[[], datetime], wait: Callable[[float], bool], tick_seconds: float = 0.2) -> None:
+    """Resume, then tick until `wait(seconds)` says to stop; then hand the running attempts back.
+
+    At least every `tick_seconds`, and whenever an attempt ends. The database may be away for a while.
     """
-    failures = 0
+    failures, resumed = 0, False
     try:
         while True:
             try:
+                if not resumed:
+                    loop.resume(clock())
+                    resumed = True
                 loop.tick(clock())
                 failures = 0
             except OperationalError as error:
                 failures += 1
                 log.warning("the database does not answer, trying again: %s", error.orig)
-            if wait(min(tick_seconds * 2 ** min(failures, 6), 10.0)):
+            if failures:
+                stopped = wait(min(tick_seconds * 2 ** min(failures, 6), 10.0))
+            else:
+                loop.launcher.wait(tick_seconds)  # a gang that is done waits for the next run, not for the next tick
+                stopped = wait(0)
+            if stopped:
                 break
     finally:
         loop.hand_back(clock())

@@ -5,8 +5,7 @@ import os
 import secrets
 import signal
 import threading
-import uuid
-from collections import Counter
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
@@ -16,15 +15,13 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.job_config import JobConfig
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.ending import ending_of, lost
 from orchestrator.launcher import Assignment, Ending, NoRoom, Update
 from orchestrator.lifecycle import Outcome
 from orchestrator.local_launcher import source_roots
 from orchestrator.ray_folder import RayFolder
-from orchestrator.ray_rank import RayRank
+from orchestrator.ray_gang import Gang, create, find, fit, names, remove, remove_named, spare
 from worker.mailbox import Mail
 from worker.report import Measurement
 from worker.spec import GangConfig
@@ -40,19 +37,6 @@ DEATH_SECONDS = 5.0
 ARTIFACT_SECONDS = 60.0
 OBJECT_STORE_BYTES = 80 * 1024**2
 """Of a local Ray. Only artifacts travel through it."""
-NODE_LABEL = "ray.io/node-id"
-
-
-@dataclass(eq=False)
-class _Gang:
-    """A placement group on one node and its actors, by rank. `port` is the call that opens rank 0's rendezvous."""
-
-    name: str
-    shape: GangConfig
-    node: str
-    group: PlacementGroup
-    actors: list[Any]
-    port: Any
 
 
 @dataclass(eq=False)
@@ -60,11 +44,13 @@ class _Held:
     """An attempt on its gang, until it is released: what was said, and the calls that are still unanswered."""
 
     attempt_id: int
-    gang: _Gang
+    gang: Gang
     accepted: list[Any]
     reads: list[Any] = field(default_factory=list)
+    ends: list[Any] = field(default_factory=list)
     began: bool = False
     phase: str = "start"
+    beats: int = 0
     measurements: list[Measurement] = field(default_factory=list)
     ending: Ending | None = None
 
@@ -74,8 +60,9 @@ class RayLauncher:
 
     It places its gangs itself, each on one node of its choosing, and counts on having the cluster to itself. A gang
     that ended an attempt well waits, warm, for the next of its shape, and gives way to other shapes; one that failed in
-    any way is removed. Actors and placement groups are not detached: they die with the process that made them. (Of a
-    local Ray whose maker was killed, two idle agents live on for the 60 s that they try to tell it.)
+    any way is removed. On a cluster that was joined gangs are detached: they outlive this process, and its successor
+    adopts them by name. Those of a local Ray die with the process that made it. (Two idle agents live on for the 60 s
+    that they try to tell it.)
     """
 
     def __init__(
@@ -101,17 +88,17 @@ class RayLauncher:
         self._connected = False
         self._folder: RayFolder | None = None
         self._held: dict[int, _Held] = {}
-        self._idle: list[_Gang] = []
+        self._idle: list[Gang] = []
 
     def free(self, gang: GangConfig) -> int:
         self._connect()
         alike = [idle for idle in self._idle if idle.shape == gang]
-        spare = _spare([*self._busy(), *alike])
-        return sum(idle.node in spare for idle in alike) + sum(_fit(gang, *room) for room in spare.values())
+        rooms = spare([*self._busy(), *alike])
+        return sum(idle.node in rooms for idle in alike) + sum(fit(gang, *room) for room in rooms.values())
 
     def capacity(self, gang: GangConfig) -> int:
         self._connect()
-        return sum(_fit(gang, *room) for room in _spare(()).values())
+        return sum(fit(gang, *room) for room in spare(()).values())
 
     def start(self, assignment: Assignment) -> str:
         attempt_id, shape = assignment.attempt_id, assignment.spec.gang
@@ -130,6 +117,20 @@ class RayLauncher:
         self._held[attempt_id] = held
         return held.gang.name
 
+    def adopt(self, attempt_id: int, gang: str) -> bool:
+        self._connect()
+        found = None if attempt_id in self._held else find(gang)
+        if found is not None:
+            self._held[attempt_id] = _Held(attempt_id, found, accepted=[], began=True)
+        return attempt_id in self._held
+
+    def reap(self) -> int:
+        self._connect()
+        orphans = names() - {gang.name for gang in [*self._busy(), *self._idle]}
+        for name in orphans:
+            remove_named(name)
+        return len(orphans)
+
     def poll(self, attempt_id: int, after: int) -> Update:
         held = self._held.get(attempt_id)
         if held is None:
@@ -137,8 +138,20 @@ class RayLauncher:
         if held.ending is None:
             held.ending = _listen(held)
             if held.ending is not None and held.ending.result is None:
-                _remove(held.gang)
-        return Update(held.phase, tuple(held.measurements[after:]), held.ending)
+                remove(held.gang)
+        return Update(held.phase, tuple(held.measurements[after:]), held.ending, held.beats)
+
+    def wait(self, seconds: float) -> None:
+        running = [held for held in self._held.values() if held.ending is None]
+        for held in running:
+            held.ends = held.ends or [actor.ended.remote(held.attempt_id) for actor in held.gang.actors]
+        ends = [call for held in running for call in held.ends]
+        if not ends:
+            time.sleep(seconds)
+            return
+        done, _ = ray.wait(ends, num_returns=1, timeout=seconds)
+        for held in running:  # a rank that has ended is news once, while its peers go on
+            held.ends = [call for call in held.ends if call not in done]
 
     def stop(self, attempt_id: int) -> None:
         held = self._held.get(attempt_id)
@@ -166,13 +179,13 @@ class RayLauncher:
                 actor.forget.remote(attempt_id)
             self._idle.append(held.gang)
         else:
-            _remove(held.gang)
+            remove(held.gang)
 
     def close(self) -> None:
         if not self._connected:
             return
         for gang in [*self._busy(), *self._idle]:
-            _remove(gang)
+            remove(gang)
         self._held.clear()
         self._idle.clear()
         ray.shutdown()
@@ -183,7 +196,7 @@ class RayLauncher:
 
     def _connect(self) -> None:
         """Be connected. A local Ray that has lost its node is started again, once no attempt is held on it."""
-        if self._connected and self._folder is not None and not self._held and not _spare(()):
+        if self._connected and self._folder is not None and not self._held and not spare(()):
             log.warning("the local Ray has lost its node and is started again")
             self.close()
         if self._connected:
@@ -204,86 +217,33 @@ class RayLauncher:
                 ray.init(self._address, **options)
         self._connected = True
 
-    def _busy(self) -> list[_Gang]:
+    def _busy(self) -> list[Gang]:
         return [held.gang for held in self._held.values()]
 
-    def _assign(self, assignment: Assignment, gang: _Gang) -> _Held:
+    def _assign(self, assignment: Assignment, gang: Gang) -> _Held:
         """Send the attempt to the gang's ranks."""
         attempt_id, spec = assignment.attempt_id, assignment.spec.model_dump_json()
         calls = [actor.assign.remote(attempt_id, spec, str(self._data_root), gang.port) for actor in gang.actors]
         return _Held(attempt_id, gang, calls)
 
-    def _open(self, shape: GangConfig) -> _Gang:
+    def _open(self, shape: GangConfig) -> Gang:
         """A new gang on the node that it fills best, after retiring the idle gangs there that are in its way."""
         for counted in ([*self._busy(), *self._idle], self._busy()):
-            rooms = {node: room for node, room in _spare(counted).items() if _fit(shape, *room)}
+            rooms = {node: room for node, room in spare(counted).items() if fit(shape, *room)}
             if rooms:
                 node = min(rooms, key=lambda name: (rooms[name], name))
                 break
         else:
             raise NoRoom(f"no node has room for {shape.ranks} {shape.device} ranks")
         for idle in [gang for gang in self._idle if gang.node == node]:
-            if _fit(shape, *_spare([*self._busy(), *self._idle])[node]):
+            if fit(shape, *spare([*self._busy(), *self._idle])[node]):
                 break
             self._retire(idle)
-        return _create(shape, node, self._trainer)
+        return create(shape, node, self._trainer, detached=self._address is not None)
 
-    def _retire(self, gang: _Gang) -> None:
+    def _retire(self, gang: Gang) -> None:
         self._idle.remove(gang)
-        _remove(gang)
-
-
-def _spare(gangs: Sequence[_Gang]) -> dict[str, tuple[int, int]]:
-    """CPUs and GPUs of each living node, by its id, that are not taken by these gangs."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    cpus: Counter[str] = Counter()
-    gpus: Counter[str] = Counter()
-    for gang in gangs:
-        cpus[gang.node] += gang.shape.ranks
-        gpus[gang.node] += gang.shape.ranks if gang.shape.device == "gpu" else 0
-    return {
-        node["NodeID"]: (
-            int(node["Resources"].get("CPU", 0)) - cpus[node["NodeID"]],
-            int(node["Resources"].get("GPU", 0)) - gpus[node["NodeID"]],
-        )
-        for node in nodes
-        if node["Alive"]
-    }
-
-
-def _fit(shape: GangConfig, cpus: int, gpus: int) -> int:
-    """How many gangs of the shape fit in so many CPUs and GPUs."""
-    return max(0, min(cpus, gpus) if shape.device == "gpu" else cpus) // shape.ranks
-
-
-def _create(shape: GangConfig, node: str, trainer: str) -> _Gang:
-    """Ask Ray for a gang, without waiting for it."""
-    name = f"caddie-{shape.device}{shape.ranks}-{uuid.uuid4().hex[:8]}"
-    gpus = 1 if shape.device == "gpu" else 0
-    bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
-    selector = [{NODE_LABEL: node}] * shape.ranks
-    group = placement_group([bundle] * shape.ranks, "STRICT_PACK", name, bundle_label_selector=selector)
-    actor_class: Any = ray.remote(RayRank)
-    actors = [
-        actor_class.options(
-            name=f"{name}-{rank}",
-            num_cpus=1,
-            num_gpus=gpus,
-            max_restarts=0,
-            max_concurrency=4,  # `serve` waits for torch while others answer; the job has a thread of its own
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        ).remote(rank, shape, trainer)
-        for rank in range(shape.ranks)
-    ]
-    port = actors[0].serve.remote() if shape.ranks > 1 else None
-    return _Gang(name, shape, node, group, actors, port)
-
-
-def _remove(gang: _Gang) -> None:
-    """Kill the gang's processes and give its room back. Repeatable."""
-    for actor in gang.actors:
-        ray.kill(actor, no_restart=True)
-    remove_placement_group(gang.group)
+        remove(gang)
 
 
 def _listen(held: _Held) -> Ending | None:
@@ -312,7 +272,7 @@ def _read(held: _Held, seconds: float) -> tuple[list[Mail], dict[int, RayError]]
     answers, errors = _answers(held.reads, seconds)
     mails = [Mail() if answer is None else Mail.model_validate_json(answer) for answer in answers]
     if answers[0] is not None:
-        held.phase = mails[0].phase
+        held.phase, held.beats = mails[0].phase, mails[0].beats
         held.measurements += [mail for mail in mails[0].measurements if mail.number > len(held.measurements)]
     if errors or None not in answers:
         held.reads = []
@@ -337,7 +297,7 @@ def _answers(calls: list[Any], seconds: float) -> tuple[list[Any], dict[int, Ray
 
 def _ending(held: _Held, mails: list[Mail], deaths: dict[int, RayError]) -> Ending | None:
     """The attempt's ending. What befell its node is not held against it."""
-    if deaths and held.gang.node not in _spare(()):
+    if deaths and held.gang.node not in spare(()):
         return Ending(Outcome.LOST, f"the node of gang {held.gang.name} is gone")
     if any(isinstance(error, RayActorError) and error.preempted for error in deaths.values()):
         return Ending(Outcome.PREEMPTED, f"the node of gang {held.gang.name} was preempted")

@@ -11,6 +11,9 @@ from typing import Any
 from worker.mailbox import Mail, MemoryMailbox
 from worker.spec import GangConfig, TrialSpec
 
+WAIT_SECONDS = 10.0
+"""How long one call waits for an attempt's end. It holds a thread, even if whoever asked is dead."""
+
 
 class RayRank:
     """One rank of a warm gang. Calls return at once; jobs run one after another, in one thread, so that what a process
@@ -21,6 +24,7 @@ class RayRank:
         self._gang = gang
         self._trainer = trainer
         self._mailboxes: dict[int, MemoryMailbox] = {}
+        self._ended: dict[int, threading.Event] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._runner: Any = None  # worker.gang.Rank, which needs torch: made and used by the thread
         self._store: Any = None
@@ -37,11 +41,13 @@ class RayRank:
     def assign(self, attempt_id: int, spec: str, data_root: str, port: int | None) -> int:
         """Queue an attempt of a TrialSpec (as JSON); this process's id. `port` is rank 0's, None in a gang of one."""
         mailbox = self._mailboxes[attempt_id] = MemoryMailbox()
+        ended = self._ended[attempt_id] = threading.Event()
 
         def job() -> None:
             if self._runner is None:
                 self._runner = self._open(port)
             self._runner.run(TrialSpec.model_validate_json(spec), Path(data_root), mailbox)
+            ended.set()
 
         self._jobs.put(job)
         return os.getpid()
@@ -50,6 +56,11 @@ class RayRank:
         """The attempt's Mail as JSON, with the measurements numbered above `after`."""
         mailbox = self._mailboxes.get(attempt_id)
         return (Mail() if mailbox is None else mailbox.read(after)).model_dump_json()
+
+    def ended(self, attempt_id: int) -> None:
+        """Return once the attempt has ended or is not known here, or after WAIT_SECONDS."""
+        if attempt_id in self._ended:
+            self._ended[attempt_id].wait(WAIT_SECONDS)
 
     def stop(self, attempt_id: int) -> None:
         """Answer STOP to the attempt from now on."""
@@ -66,6 +77,7 @@ class RayRank:
     def forget(self, attempt_id: int) -> None:
         """Drop the attempt's mailbox, and its artifact with it."""
         self._mailboxes.pop(attempt_id, None)
+        self._ended.pop(attempt_id, None)
 
     def _open(self, port: int | None) -> Any:
         gang = importlib.import_module("worker.gang")

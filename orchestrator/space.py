@@ -114,6 +114,7 @@ Space = Mapping[str, Parameter]
 _FIXED = {
     "gang": "the study's gangs say which shapes to propose for",
     "seed": "it is not part of the configuration",
+    "limits": "they are not part of the configuration",
     "schema_version": "there is one",
 }
 

@@ -15,10 +15,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from orchestrator.errors import Conflict, IllegalMove, NotFound
+from orchestrator.ledger import seconds_by_phase
 from orchestrator.lifecycle import (
     OPEN_TRIALS,
     STUDY_MOVES,
     TRIAL_MOVES,
+    Cause,
     Outcome,
     RunState,
     StudyState,
@@ -362,8 +364,10 @@ def _trial(row: TrialRow) -> Trial:
 def _attempt(row: AttemptRow, artifact: ArtifactRow | None) -> Attempt:
     return Attempt(
         id=row.id, run_id=row.run_id, number=row.number, owner=row.owner, gang=row.gang, phase=row.phase,
-        outcome=None if row.outcome is None else Outcome(row.outcome), reason=row.reason,
-        started_at=row.started_at, finished_at=row.finished_at,
+        outcome=None if row.outcome is None else Outcome(row.outcome),
+        cause=None if row.cause is None else Cause(row.cause),
+        reason=row.reason, started_at=row.started_at, finished_at=row.finished_at,
+        phase_seconds=seconds_by_phase(row, row.finished_at),
         artifact=None if artifact is None else Artifact(artifact.uri, artifact.bytes, artifact.sha256),
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from orchestrator.lifecycle import Outcome, RunState, StudyState, TrialState
+from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.space import Parameter, check_space
 from worker.report import Measurement, TrialResult
 from worker.shape import Frozen
@@ -136,9 +136,12 @@ class Attempt:
     gang: str | None
     phase: str
     outcome: Outcome | None
+    cause: Cause | None
     reason: str | None
     started_at: datetime
     finished_at: datetime | None
+    phase_seconds: dict[str, float]
+    """Seconds by phase, of the phases it has left; once it has ended, of all."""
     artifact: "Artifact | None"
 
 
@@ -169,6 +172,19 @@ class Claim:
     trial_number: int
     study_id: int
     spec: TrialSpec
+    started_at: datetime
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """An open attempt taken over from an orchestrator that is gone: what it had recorded of it by then."""
+
+    claim: Claim
+    gang: str | None
+    """None where the attempt may not have reached one."""
+    phase: str
+    after: int
+    """The number of the last measurement recorded, 0 without any."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +195,8 @@ class AttemptResult:
     reason: str = ""
     result: TrialResult | None = None
     artifact: Artifact | None = None
-    permanent: bool = False
+    cause: Cause | None = None
+    """Set only where it failed."""
 
 
 @dataclass(frozen=True)

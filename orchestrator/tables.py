@@ -1,6 +1,7 @@
 """The tables, and the invariants that the database itself keeps. One set for SQLite and PostgreSQL."""
 
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -20,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from orchestrator.lifecycle import OPEN_TRIALS, Outcome, RunState, StudyState, TrialState
+from orchestrator.lifecycle import OPEN_TRIALS, Cause, Outcome, RunState, StudyState, TrialState
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -64,7 +65,7 @@ class Base(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, datetime: UtcDateTime}
 
 
-def _one_of(column: str, values: type[StudyState] | type[TrialState] | type[RunState] | type[Outcome]) -> str:
+def _one_of(column: str, values: type[StrEnum]) -> str:
     return f"{column} IN ({', '.join(repr(value.value) for value in values)})"
 
 
@@ -167,6 +168,9 @@ class AttemptRow(Base):
     __table_args__ = (
         UniqueConstraint("run_id", "number"),
         CheckConstraint(f"outcome IS NULL OR {_one_of('outcome', Outcome)}", name="outcome"),
+        CheckConstraint(
+            f"cause IS NULL OR (outcome IS NOT NULL AND outcome = 'failed' AND {_one_of('cause', Cause)})", name="cause"
+        ),
         CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="finished_at"),
         CheckConstraint("(outcome IS NULL) = (lease_token IS NOT NULL)", name="lease_token"),
         CheckConstraint("(lease_token IS NULL) = (lease_expires_at IS NULL)", name="lease_expires_at"),
@@ -193,9 +197,14 @@ class AttemptRow(Base):
     """The orchestrator that claimed it."""
     gang: Mapped[str | None] = mapped_column(AnyText)
     phase: Mapped[str] = mapped_column(AnyText, default="queue")
+    phase_since: Mapped[datetime | None]
+    """When it entered its phase; None on attempts older than the ledger."""
+    phase_seconds: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Seconds by phase, of the phases it has left."""
     outcome: Mapped[str | None] = mapped_column(String(16))
     reason: Mapped[str | None] = mapped_column(AnyText)
     permanent: Mapped[bool] = mapped_column(default=False)
+    cause: Mapped[str | None] = mapped_column(String(16))
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     started_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]

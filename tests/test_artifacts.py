@@ -1,9 +1,11 @@
 import hashlib
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from orchestrator.artifacts import ArtifactStore, DamagedArtifact
+from orchestrator.artifacts import PARTIAL, ArtifactStore, DamagedArtifact
 from orchestrator.study import Artifact
 
 
@@ -45,3 +47,42 @@ def test_a_damaged_or_missing_file_is_refused(artifacts: ArtifactStore) -> None:
 def test_a_uri_never_leaves_the_folder(artifacts: ArtifactStore, uri: str) -> None:
     with pytest.raises(DamagedArtifact, match="not of the form"):
         artifacts.path(Artifact(uri, 1, "00"))
+
+
+def test_an_abandoned_file_is_removed_and_one_put_again_is_not(artifacts: ArtifactStore) -> None:
+    artifact = artifacts.put(b"weights")
+    os.utime(artifacts.path(artifact), (0, 0))
+    (abandoned,) = artifacts.files()
+    later = datetime.fromtimestamp(1, UTC)
+    assert (abandoned.uri, abandoned.bytes, abandoned.whole) == (artifact.uri, len(b"weights"), True)
+    artifacts.put(b"weights")  # by another attempt, whose row is on the way
+    assert not artifacts.remove(abandoned, later)
+    assert artifacts.get(artifact) == b"weights"
+    os.utime(artifacts.path(artifact), (0, 0))
+    assert artifacts.remove(abandoned, later)
+    assert artifacts.remove(abandoned, later)
+    assert list(artifacts.files()) == []
+
+
+def test_only_what_was_put_is_listed_whole_or_not(artifacts: ArtifactStore) -> None:
+    assert list(artifacts.files()) == []
+    artifact = artifacts.put(b"weights")
+    folder = artifacts.path(artifact).parent
+    (folder / f"{PARTIAL}x").write_bytes(b"wei")
+    (folder / "notes.txt").write_text("not ours")
+    (artifacts.root / "notes.txt").write_text("not ours")
+    assert {(file.uri, file.bytes, file.whole) for file in artifacts.files()} == {
+        (artifact.uri, 7, True),
+        (f"{folder.relative_to(artifacts.root).as_posix()}/{PARTIAL}x", 3, False),
+    }
+
+
+def test_a_check_finds_what_reading_would(artifacts: ArtifactStore) -> None:
+    artifact = artifacts.put(b"weights")
+    artifacts.check(artifact)
+    artifacts.path(artifact).write_bytes(b"weightz")
+    with pytest.raises(DamagedArtifact, match="does not have the SHA-256"):
+        artifacts.check(artifact)
+    artifacts.path(artifact).unlink()
+    with pytest.raises(DamagedArtifact, match="missing"):
+        artifacts.check(artifact)

@@ -150,7 +150,7 @@ def test_a_date_in_yaml_is_the_text_that_was_typed(caddie: Run, tmp_path: Path) 
     assert caddie("preview", "spec.yaml", "--set", "model.width=96", "--set", "data.dataset=2024-01-01").code == 0
 
 
-@pytest.mark.parametrize("command", ["up", "api", "migrate", "orchestrator", "demo", "data", "study list"])
+@pytest.mark.parametrize("command", ["up", "api", "migrate", "doctor", "orchestrator", "demo", "data", "study list"])
 def test_a_misspelt_setting_is_named_by_every_command(
     caddie: Run, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -158,7 +158,7 @@ def test_a_misspelt_setting_is_named_by_every_command(
     assert caddie(*command.split()).refusal(2).startswith("caddie: CADDIE_PROT is '9000': is not a setting")
 
 
-@pytest.mark.parametrize("command", ["up", "api", "migrate"])
+@pytest.mark.parametrize("command", ["up", "api", "migrate", "doctor"])
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
@@ -179,7 +179,7 @@ def test_a_database_that_is_none_is_named_without_its_password(
     assert not (tmp_path / "home").exists()
 
 
-@pytest.mark.parametrize("command", ["up", "api", "migrate"])
+@pytest.mark.parametrize("command", ["up", "api", "migrate", "doctor"])
 def test_a_database_that_does_not_answer_is_one_line(
     caddie: Run, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -190,7 +190,7 @@ def test_a_database_that_does_not_answer_is_one_line(
     assert "refused" in line
 
 
-@pytest.mark.parametrize("command", ["up", "api", "migrate", "demo"])
+@pytest.mark.parametrize("command", ["up", "api", "migrate", "doctor", "demo"])
 def test_a_home_that_cannot_be_made_is_one_line(
     caddie: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
 ) -> None:
@@ -243,7 +243,7 @@ def test_a_child_process_reads_the_settings_that_its_parent_has(tmp_path: Path) 
         "CADDIE_HOME": str(tmp_path), "CADDIE_DATABASE_URL": "postgresql://h/d", "CADDIE_ARTIFACTS": "/a",
         "CADDIE_DATA": "/d", "CADDIE_HOST": "0.0.0.0", "CADDIE_PORT": "9000", "CADDIE_URL": "http://caddie:1",
         "CADDIE_LAUNCHER": "local", "CADDIE_RAY_ADDRESS": "head:6379", "CADDIE_RANKS": "7",
-        "CADDIE_LEASE_SECONDS": "2.5", "CADDIE_OWNER": "me",
+        "CADDIE_LEASE_SECONDS": "2.5", "CADDIE_GPU_HOUR_DOLLARS": "3", "CADDIE_OWNER": "me",
     }  # fmt: skip
     assert set(chosen) == set(KNOWN)
     for given in (chosen, {"CADDIE_HOME": str(tmp_path)}):
@@ -351,6 +351,27 @@ def test_the_leaderboard_is_best_first(
     assert [(row["rank"], row["number"], row["val_bpb"]) for row in board["rows"]] == [(1, 1, 2.25), (2, 0, 2.5)]
     shown = caddie("leaderboard", "sweep").out
     assert shown.index("2.2500") < shown.index("2.5000")
+
+
+def test_the_ledger_shows_what_a_study_has_cost(caddie: Run, sweep: None, sqlite: Database, now: datetime) -> None:
+    caddie("submit", "sweep", "--set", "gang.device=gpu")
+    with sqlite.write() as session:
+        held = leases.claim(session, GangConfig(device="gpu"), "host", now, timedelta(minutes=5))
+        assert held is not None
+        leases.renew(session, held.lease, now, timedelta(minutes=5), gang="gang-1", phase="train")
+    with sqlite.write() as session:
+        leases.finish(session, held.lease, AttemptResult(Outcome.STOPPED), now + timedelta(hours=2))
+    ledger = json.loads(caddie("ledger", "sweep", "--json").out)
+    cost = {"seconds": 7200.0, "gpu_seconds": 7200.0, "dollars": 5.0}
+    nothing = {"seconds": 0.0, "gpu_seconds": 0.0, "dollars": 0.0}
+    assert ledger == {
+        "study": "sweep", "gpu_hour_dollars": 2.5, "attempts": 1, "phases": {"queue": nothing, "train": cost},
+        "wasted": nothing, "total": cost, "gangs": {"gang-1": cost},
+    }  # fmt: skip
+    shown = [line.split() for line in caddie("ledger", "sweep").out.splitlines()]
+    assert ["phase", "seconds", "GPU-seconds", "dollars"] in shown
+    assert ["total", "7,200.0", "7,200.0", "5.00"] in shown
+    assert "none" in caddie("ledger", "none").refusal(2)
 
 
 class Story(Caddie):

@@ -14,10 +14,10 @@ from pydantic_core import PydanticSerializationError
 
 from orchestrator.ending import ending_of
 from orchestrator.launcher import Ending
-from orchestrator.lifecycle import Outcome
+from orchestrator.lifecycle import Cause, Outcome
 from orchestrator.ray_folder import RayFolder
-from worker.gang import Rank
-from worker.mailbox import Closing, FileMailbox, Mail, Mailbox, MemoryMailbox
+from worker.gang import Rank, cause_of
+from worker.mailbox import BEAT_SECONDS, Closing, FileMailbox, Mail, Mailbox, MemoryMailbox
 from worker.recipes import load_recipe
 from worker.report import Directive, TrialResult
 from worker.spec import GangConfig, TrialSpec, override, parse_spec
@@ -42,7 +42,8 @@ RESULT = TrialResult(
     bytes_by_class={},
     diagnostics={"gammas": {"mlp": (0.5,)}},
 )
-DONE, FAILED = Closing(outcome="succeeded"), Closing(outcome="failed", reason="RuntimeError: no")
+DONE, FAILED = Closing(outcome="succeeded"), Closing(outcome="failed", reason="RuntimeError: no", cause="error")
+FULL = Closing(outcome="failed", reason="MemoryError", cause="out_of_memory")
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -89,6 +90,38 @@ def test_a_stop_is_answered_to_every_later_question(mailbox: Mailbox) -> None:
     mailbox.stop()
     assert mailbox.directive() is Directive.STOP
     assert mailbox.measure(1, 0.1, {}) is Directive.STOP
+
+
+def test_whatever_a_rank_says_or_asks_is_a_beat(mailbox: Mailbox) -> None:
+    assert mailbox.read(0).beats == 0
+    mailbox.directive()
+    beats = mailbox.read(0).beats
+    assert beats == mailbox.read(0).beats == 1, "reading is none"
+
+
+def test_asking_every_step_writes_a_beat_now_and_then(tmp_path: Path) -> None:
+    seconds = 100.0
+    mailbox, reader = FileMailbox(tmp_path, lambda: seconds), FileMailbox(tmp_path)
+    beats = []
+    for passed in (0.0, BEAT_SECONDS / 2, 1.5 * BEAT_SECONDS, 2 * BEAT_SECONDS, 3 * BEAT_SECONDS):
+        seconds = 100.0 + passed
+        mailbox.directive()
+        beats.append(reader.read(0).beats)
+    assert beats == [1, 1, 2, 2, 3]
+
+
+def test_a_beat_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / "beats").mkdir()
+    assert FileMailbox(tmp_path).directive() is Directive.CONTINUE
+
+
+def test_a_measurement_and_a_phase_are_beats(tmp_path: Path) -> None:
+    seconds = iter(range(100))
+    for mailbox in (MemoryMailbox(), FileMailbox(tmp_path, lambda: float(next(seconds)))):
+        mailbox.measure(1, 0.1, {})
+        mailbox.phase("train")
+        mailbox.directive()
+        assert mailbox.read(0).beats == 3
 
 
 def test_a_closing_comes_with_the_artifact_and_after_everything_else(mailbox: Mailbox) -> None:
@@ -166,8 +199,34 @@ def test_a_failure_brings_the_end_of_its_traceback(rank: Rank, tmp_path: Path) -
     rank.run(spec_for("out-of-memory"), tmp_path, mailbox)
     closing = mailbox.read(0).closing
     assert closing is not None
+    assert closing.cause == "out_of_memory"
     assert "in out_of_memory" in closing.traceback
     assert closing.traceback.endswith("MemoryError: no 64 GiB left")
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's, which stands for a CUDA device's memory."""
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (MemoryError(), "out_of_memory"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "out_of_memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate"), "out_of_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out_of_memory"),
+        (FloatingPointError("the loss is nan"), "diverged"),
+        (ZeroDivisionError(), "diverged"),
+        (ValueError("data.dataset"), "bad_input"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), "bad_input"),
+        (RuntimeError("NCCL error: unhandled system error"), "error"),
+        (KeyError("model"), "error"),
+        (SystemExit(3), "error"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value,
+)
+def test_the_kind_of_an_exception_is_the_cause(error: BaseException, cause: str) -> None:
+    assert cause_of(error) == cause
 
 
 @pytest.mark.parametrize("trainer", ["keeps", "keeps-and-fails"])
@@ -182,7 +241,7 @@ def test_a_trainer_that_does_not_exist_is_a_failure_that_may_pass(tmp_path: Path
     assert not Rank(0, GangConfig(), no_store, "worker.job:walk").run(spec_for("count"), tmp_path, mailbox)
     closing = mailbox.read(0).closing
     assert closing is not None
-    assert (closing.permanent, closing.reason) == (False, "AttributeError: module 'worker.job' has no attribute 'walk'")
+    assert (closing.cause, closing.reason) == ("error", "AttributeError: module 'worker.job' has no attribute 'walk'")
 
 
 @pytest.mark.parametrize(
@@ -193,15 +252,16 @@ def test_a_trainer_that_does_not_exist_is_a_failure_that_may_pass(tmp_path: Path
         ([None, DONE], {}, None),
         ([DONE, DONE], {0: "exited with status 0", 1: "exited with status 0"}, Outcome.SUCCEEDED),
         ([Closing(outcome="stopped"), DONE], {}, Outcome.STOPPED),
-        ([None, FAILED], {}, "rank 1: RuntimeError: no"),
-        ([FAILED, FAILED], {}, "rank 0: RuntimeError: no"),
-        ([FAILED, None], {1: "was killed by signal 9"}, "rank 1 was killed by signal 9"),
-        ([None, None], {1: "exited with status 0"}, "rank 1 exited with status 0"),
-        ([FAILED], {}, "RuntimeError: no"),
+        ([None, FAILED], {}, (Cause.ERROR, "rank 1: RuntimeError: no")),
+        ([FAILED, FAILED], {}, (Cause.ERROR, "rank 0: RuntimeError: no")),
+        ([FAILED, None], {1: "was killed by signal 9"}, (Cause.CRASH, "rank 1 was killed by signal 9")),
+        ([None, None], {1: "exited with status 0"}, (Cause.CRASH, "rank 1 exited with status 0")),
+        ([FAILED], {}, (Cause.ERROR, "RuntimeError: no")),
+        ([None, FULL], {}, (Cause.OUT_OF_MEMORY, "rank 1: MemoryError")),
     ],
 )
 def test_an_attempt_ends_as_its_worst_rank_or_once_all_have_ended(
-    closings: list[Closing | None], deaths: dict[int, str], ending: Outcome | str | None
+    closings: list[Closing | None], deaths: dict[int, str], ending: Outcome | tuple[Cause, str] | None
 ) -> None:
     ended = ending_of(1, [Mail(closing=closing) for closing in closings], deaths)
     if isinstance(ending, Outcome):
@@ -209,7 +269,7 @@ def test_an_attempt_ends_as_its_worst_rank_or_once_all_have_ended(
     elif ending is None:
         assert ended is None
     else:
-        assert ended == Ending(Outcome.FAILED, ending)
+        assert ended == Ending(Outcome.FAILED, ending[1], cause=ending[0])
 
 
 def test_a_folder_left_by_a_dead_owner_goes_when_the_next_is_made(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from orchestrator.leases import (
     record,
     still_held,
 )
-from orchestrator.lifecycle import OPEN_TRIALS, Outcome, RunState, StudyState, TrialState
+from orchestrator.lifecycle import OPEN_TRIALS, Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.store import (
     add_trial,
     cancel_trial,
@@ -195,16 +195,17 @@ class Play(RuleBasedStateMachine):
             self.leases[won.trial_number] = (won.lease, self.now + TTL)
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), outcome=st.sampled_from(Outcome), permanent=st.booleans())
-    def finish(self, data: st.DataObject, outcome: Outcome, permanent: bool) -> None:
+    @rule(data=st.data(), outcome=st.sampled_from(Outcome), cause=st.sampled_from(Cause))
+    def finish(self, data: st.DataObject, outcome: Outcome, cause: Cause) -> None:
         number = data.draw(st.sampled_from(sorted(self.leases)))
         lease, _ = self.leases[number]
         result = self.result if outcome is Outcome.SUCCEEDED else None
         with self.database.read() as session:
             holds = still_held(session, [lease]) == {lease.attempt_id}
+        ended = AttemptResult(outcome, result=result, cause=cause if outcome is Outcome.FAILED else None)
         try:
             with self.database.write() as session:
-                finish(session, lease, AttemptResult(outcome, result=result, permanent=permanent), self.now)
+                finish(session, lease, ended, self.now)
         except LeaseLost:
             assert not holds
             return
@@ -296,6 +297,9 @@ ATTEMPT: dict[str, Any] = {"owner": "a", "phase": "queue", "permanent": False}
         ({"outcome": None, "finished": True, "lease": True}, "ck_attempts_finished_at"),
         ({"outcome": "failed", "finished": True, "lease": True}, "ck_attempts_lease_token"),
         ({"outcome": "resting", "finished": True}, "ck_attempts_outcome"),
+        ({"outcome": "failed", "finished": True, "cause": "boredom"}, "ck_attempts_cause"),
+        ({"outcome": "lost", "finished": True, "cause": "crash"}, "ck_attempts_cause"),
+        ({"outcome": None, "lease": True, "number": 2, "cause": "crash"}, "ck_attempts_cause"),
         ({"outcome": "failed", "finished": True, "number": 1}, "uq_attempts_run_id|attempts.number"),
     ],
 )

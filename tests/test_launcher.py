@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom, Update
-from orchestrator.lifecycle import Outcome
+from orchestrator.lifecycle import Cause, Outcome
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.ray_launcher import RayLauncher
 from worker.recipes import load_recipe
@@ -134,7 +134,16 @@ def test_asking_again_with_the_same_cursor_gives_the_same(bench: Bench) -> None:
 
 def test_an_attempt_is_in_phase_start_until_its_trainer_names_another(bench: Bench) -> None:
     attempt = bench.start("until-stopped")
-    assert bench.launcher.poll(attempt.attempt_id, 9) == Update("start", (), None)
+    update = bench.launcher.poll(attempt.attempt_id, 9)
+    assert (update.phase, update.measurements, update.ending) == ("start", (), None)
+
+
+def test_an_attempt_that_trains_beats_and_one_that_hangs_does_not(bench: Bench) -> None:
+    hanging, training = bench.start("hang"), bench.start("until-stopped")
+    first = bench.until(training, lambda update: update.beats > 0)
+    said = bench.until(hanging, lambda update: len(update.measurements) == 1)
+    bench.until(training, lambda update: update.beats > first.beats)
+    assert bench.launcher.poll(hanging.attempt_id, 0) == said
 
 
 def test_starting_an_attempt_twice_starts_it_once(bench: Bench) -> None:
@@ -183,7 +192,7 @@ def test_stop_ends_an_attempt_early_with_a_result(bench: Bench, gang: GangConfig
 def test_a_rank_that_dies_fails_the_attempt_and_ends_the_gang(bench: Bench) -> None:
     attempt = bench.start("killed", TWO)
     ending = bench.ending(attempt)
-    assert (ending.outcome, ending.result, ending.permanent) == (Outcome.FAILED, None, False)
+    assert (ending.outcome, ending.result, ending.cause) == (Outcome.FAILED, None, Cause.CRASH)
     assert ending.reason.startswith("rank 1 ")
     assert ("was killed by signal 9" if bench.kind == "local" else "died") in ending.reason
     assert gone(bench.processes(attempt))
@@ -193,26 +202,30 @@ def test_a_rank_that_fails_fails_the_attempt_and_ends_the_gang(bench: Bench) -> 
     attempt = bench.start("diverged", TWO)
     ended = bench.until(attempt, lambda update: update.ending is not None)
     assert ended.ending == Ending(
-        Outcome.FAILED, "rank 1: FloatingPointError: the loss is nan at step 1", None, permanent=True
+        Outcome.FAILED, "rank 1: FloatingPointError: the loss is nan at step 1", None, Cause.DIVERGED
     )
     assert gone(bench.processes(attempt))
     assert bench.launcher.poll(attempt.attempt_id, 0) == ended
 
 
 @pytest.mark.parametrize(
-    ("trainer", "reason", "permanent"),
+    ("trainer", "reason", "cause"),
     [
-        ("out-of-memory", "MemoryError: no 64 GiB left", False),
-        ("exits", "SystemExit: tired", False),
-        ("silent", "TypeError: trainers:run returned no result on rank 0", False),
-        ("bad-data", "ValueError: data.dataset is 'bad-data'", True),
-        ("unspeakable", "PydanticSerializationError: Unable to serialize unknown type: <class 'object'>", True),
+        ("out-of-memory", "MemoryError: no 64 GiB left", Cause.OUT_OF_MEMORY),
+        ("exits", "SystemExit: tired", Cause.ERROR),
+        ("silent", "TypeError: trainers:run returned no result on rank 0", Cause.ERROR),
+        ("bad-data", "ValueError: data.dataset is 'bad-data'", Cause.BAD_INPUT),
+        (
+            "unspeakable",
+            "PydanticSerializationError: Unable to serialize unknown type: <class 'object'>",
+            Cause.BAD_INPUT,
+        ),
     ],
 )
-def test_what_a_trainer_raises_is_the_reason_and_bad_input_is_permanent(
-    bench: Bench, trainer: str, reason: str, permanent: bool
+def test_what_a_trainer_raises_is_the_reason_and_its_kind_the_cause(
+    bench: Bench, trainer: str, reason: str, cause: Cause
 ) -> None:
-    assert bench.ending(bench.start(trainer)) == Ending(Outcome.FAILED, reason, permanent=permanent)
+    assert bench.ending(bench.start(trainer)) == Ending(Outcome.FAILED, reason, cause=cause)
 
 
 def test_a_process_that_vanishes_fails_its_attempt(bench: Bench) -> None:

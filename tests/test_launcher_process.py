@@ -178,3 +178,59 @@ cluster.shutdown()
         assert lost["outcomes"] == ["lost"]
         assert "node" in lost["reasons"][0]
         assert heard(process, tmp_path) == {"one": 0, "other": None}
+
+
+def test_a_gang_on_a_cluster_outlives_its_launcher_and_the_next_one_adopts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)  # the same for the cluster and whoever joins it
+    cluster = """
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+tell(address=cluster.address)
+sys.stdin.read()
+"""
+    first = """
+launcher = make("ray", sys.stdin.readline().strip())
+gangs = [launcher.start(assignment(1, "until-stopped")), launcher.start(assignment(2, "hang", ranks=2))]
+for number in (1, 2):
+    until(launcher, number, lambda update: update.measurements)
+tell(gangs=gangs)
+sys.stdin.read()
+"""
+    second = """
+launcher = make("ray", sys.stdin.readline().strip())
+gang = sys.stdin.readline().strip()
+adopted = [launcher.adopt(1, gang), launcher.adopt(9, "caddie-cpu1-00000000"), launcher.adopt(9, "nonsense")]
+tell(adopted=adopted, reaped=[launcher.reap(), launcher.reap()], measured=len(launcher.poll(1, 0).measurements))
+launcher.stop(1)
+ending = until(launcher, 1, lambda update: update.ending).ending
+artifact = len(launcher.artifact(1))
+launcher.release(1)
+again = launcher.start(assignment(3, "count"))
+succeeded = until(launcher, 3, lambda update: update.ending).ending.outcome
+launcher.release(3)
+from orchestrator import ray_gang
+room = launcher.free(GangConfig(ranks=1))
+warm = ray_gang.names()
+launcher.close()
+tell(outcomes=[ending.outcome, succeeded], artifact=artifact, again=again, room=room, warm=sorted(warm))
+"""
+    folders = [tmp_path / name for name in ("cluster", "first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    with driver(folders[0], cluster) as ray:
+        address = heard(ray, folders[0])["address"]
+        with driver(folders[1], first) as process:
+            print(address, file=process.stdin, flush=True)
+            gang, other = heard(process, folders[1])["gangs"]
+            process.kill()
+        with driver(folders[2], second) as process:
+            print(address, gang, sep="\n", file=process.stdin, flush=True)
+            told = heard(process, folders[2])
+            assert told == {"adopted": [True, False, False], "reaped": [1, 0], "measured": 1}
+            told = heard(process, folders[2])
+            assert told["outcomes"] == ["stopped", "succeeded"]
+            assert told["artifact"] == 32_000
+            assert told["again"] == gang != other, "an adopted gang is warm"
+            assert (told["room"], told["warm"]) == (3, [gang])

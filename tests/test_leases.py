@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta
 from threading import Barrier
 from typing import Any
@@ -20,9 +21,10 @@ from orchestrator.leases import (
     finish,
     record,
     renew,
+    resume,
     still_held,
 )
-from orchestrator.lifecycle import Outcome, RunState, StudyState, TrialState
+from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.store import (
     add_trial,
     cancel_trial,
@@ -47,6 +49,10 @@ TTL = timedelta(seconds=60)
 SECOND = timedelta(seconds=1)
 ONE_CPU = GangConfig()
 TWO_CPUS = GangConfig(ranks=2)
+TRIED = {
+    Cause.CRASH: 3, Cause.OUT_OF_MEMORY: 2, Cause.HANG: 3, Cause.LIMIT: 3, Cause.DIVERGED: 1, Cause.BAD_INPUT: 1,
+    Cause.ERROR: 3,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -340,10 +346,51 @@ def test_a_failure_is_tried_again_until_its_attempts_are_spent(database: Databas
         assert get_trial(session, held.study_id, 0).finished_at == now
 
 
-def test_a_permanent_failure_is_not_tried_again(database: Database, held: Claim, now: datetime) -> None:
+@pytest.mark.parametrize(("cause", "attempts"), TRIED.items())
+def test_the_cause_of_a_failure_says_how_often_a_run_is_tried(
+    cause: Cause, attempts: int, database: Database, held: Claim, now: datetime
+) -> None:
+    won: Claim | None = held
+    for _ in range(attempts):
+        assert won is not None
+        with database.write() as session:
+            finish(session, won.lease, AttemptResult(Outcome.PREEMPTED), now)  # which costs nothing
+            again = claimed(session, now)
+            finish(session, again.lease, AttemptResult(Outcome.FAILED, "why", cause=cause), now)
+            won = claim(session, ONE_CPU, "a", now, TTL)
+    trial_state, run_state, made = look(database, held)
+    assert (won, trial_state, run_state) == (None, TrialState.FAILED, RunState.FAILED)
+    assert [attempt.cause for attempt in made] == [None, cause] * attempts
+
+
+def test_every_cause_has_its_policy() -> None:
+    assert set(TRIED) == set(Cause)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "batch_tokens", "ranks", "halved"),
+    [(8, 2048, 1, 4), (64, 2048, 1, 8), (64, 2048, 2, 4), (5, 2048, 1, 2), (1, 2048, 1, 1)],
+)
+def test_a_run_that_ran_out_of_memory_is_tried_with_half_its_micro_batch(
+    micro_batch: int, batch_tokens: int, ranks: int, halved: int,
+    database: Database, study: Study, new_trial: NewTrials, now: datetime,
+) -> None:  # fmt: skip
+    changes = {"data.sequence_length": 128, "data.batch_tokens": batch_tokens, "gang.ranks": ranks}
+    new = new_trial({**changes, "data.micro_batch_sequences": micro_batch})
+    gang = new.spec.gang
     with database.write() as session:
-        finish(session, held.lease, AttemptResult(Outcome.FAILED, "diverged", permanent=True), now)
-    assert look(database, held)[:2] == (TrialState.FAILED, RunState.FAILED)
+        add_trial(session, study.id, new, now)
+        first = claimed(session, now, gang)
+        finish(session, first.lease, AttemptResult(Outcome.FAILED, cause=Cause.CRASH), now)
+        second = claimed(session, now, gang)
+        finish(session, second.lease, AttemptResult(Outcome.FAILED, cause=Cause.OUT_OF_MEMORY), now)
+        third = claimed(session, now, gang)
+        told = list_events(session)[-1].message
+        trial = get_trial(session, study.id, 0)
+    assert first.spec == second.spec == trial.spec == new.spec
+    assert third.spec.data == new.spec.data.model_copy(update={"micro_batch_sequences": halved})
+    assert third.spec.model_copy(update={"data": new.spec.data}) == new.spec
+    assert told == f"Trial 0 started, attempt 3, with micro-batches of {halved} sequences"
 
 
 def test_lost_and_preempted_attempts_cost_a_run_nothing_but_losses_do_not_go_on_for_ever(
@@ -388,3 +435,27 @@ def test_a_paused_study_gets_its_run_back_and_hands_it_out_when_it_resumes(
         assert claim(session, ONE_CPU, "a", now, TTL) is None
         move_study(session, study.id, StudyState.RUNNING, now)
         assert claimed(session, now).run_id == held.run_id
+
+
+def test_an_orchestrator_that_comes_back_takes_over_what_it_left_and_nothing_else(
+    database: Database, study: Study, held: Claim, new_trial: NewTrials, now: datetime
+) -> None:
+    with database.write() as session:
+        renew(session, held.lease, now, TTL, gang="gang-1", phase="train")
+        record(session, held.lease, "train", measured(1, 2), now, TTL)
+        add_trial(session, study.id, new_trial(), now)
+        other = claim(session, ONE_CPU, "b", now, TTL)
+    assert other is not None
+    with database.write() as session:
+        (resumed,) = resume(session, "a", now + SECOND, TTL)
+    assert (resumed.gang, resumed.phase, resumed.after) == ("gang-1", "train", 2)
+    assert resumed.claim == replace(held, lease=resumed.claim.lease)
+    assert resumed.claim.lease.token != held.lease.token
+    with database.write() as session, pytest.raises(LeaseLost):
+        renew(session, held.lease, now, TTL)  # the one that was there before
+    with database.read() as session:
+        assert still_held(session, [resumed.claim.lease, other.lease]) == {
+            resumed.claim.lease.attempt_id, other.lease.attempt_id,
+        }  # fmt: skip
+    with database.write() as session:
+        assert resume(session, "nobody", now, TTL) == []

@@ -13,7 +13,7 @@ from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.launcher import Assignment
-from orchestrator.lifecycle import Outcome, StudyState, TrialState
+from orchestrator.lifecycle import Cause, Outcome, StudyState, TrialState
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.loop import Loop, run
 from orchestrator.study import NewStudy, NewTrial, Study, Trial
@@ -79,6 +79,15 @@ class Scene:
         with self.database.read() as session:
             trial = store.get_trial(session, self.study.id, number)
             return [attempt.outcome for attempt in store.list_attempts(session, trial.id)]
+
+    def causes(self, number: int) -> list[Cause | None]:
+        with self.database.read() as session:
+            trial = store.get_trial(session, self.study.id, number)
+            return [attempt.cause for attempt in store.list_attempts(session, trial.id)]
+
+    def measured(self) -> bool:
+        with self.database.read() as session:
+            return bool(session.scalar(select(MeasurementRow.number)))
 
     def submit(self, trial: NewTrial) -> Trial:
         with self.database.write() as session:
@@ -184,12 +193,7 @@ def test_a_cancel_frees_the_gang_and_nothing_is_recorded_afterwards(
     stage = scene(max_trials=0, dataset="hang")
     trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
     loop = stage.orchestrator(ranks=1)
-
-    def measured() -> bool:
-        with stage.database.read() as session:
-            return bool(session.scalar(select(MeasurementRow.number)))
-
-    stage.run(loop, measured, pause)
+    stage.run(loop, stage.measured, pause)
     assert loop.launcher.free(GangConfig()) == 0
     with stage.database.write() as session:
         store.cancel_trial(session, stage.study.id, trial.number, stage.now)
@@ -218,15 +222,69 @@ def test_a_stop_hands_attempts_back_and_the_next_orchestrator_goes_on_at_once(
 
 
 @ON_SQLITE
-@pytest.mark.parametrize(("dataset", "attempts"), [("vanishes", 3), ("diverged", 1), ("bad-data", 1)])
+@pytest.mark.parametrize(
+    ("dataset", "attempts", "cause"),
+    [
+        ("vanishes", 3, Cause.CRASH),
+        ("diverged", 1, Cause.DIVERGED),
+        ("bad-data", 1, Cause.BAD_INPUT),
+        ("out-of-memory", 2, Cause.OUT_OF_MEMORY),
+    ],
+)
 def test_a_failure_is_tried_again_unless_it_would_end_the_same_way(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial], dataset: str, attempts: int
-) -> None:
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial], dataset: str, attempts: int,
+    cause: Cause,
+) -> None:  # fmt: skip
     stage = scene(max_trials=0)
     trial = stage.submit(new_trial({"data.dataset": dataset}, origin="submitted"))
     stage.run(stage.orchestrator(), lambda: stage.states() == [TrialState.FAILED], pause)
     assert stage.outcomes(trial.number) == [Outcome.FAILED] * attempts
+    assert stage.causes(trial.number) == [cause] * attempts
     assert stage.trials()[0].reason
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("limits", "cause", "reason"),
+    [
+        ({"silence_seconds": 3600}, Cause.HANG, "no progress for 3600 s in phase start"),
+        ({"attempt_seconds": 3600, "silence_seconds": 7200}, Cause.LIMIT, "not finished after 3600 s"),
+    ],
+)
+def test_a_gang_that_outlives_its_limits_is_killed_and_its_run_tried_again(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial], limits: dict[str, float],
+    cause: Cause, reason: str,
+) -> None:  # fmt: skip
+    stage = scene(max_trials=0)
+    trial = stage.submit(new_trial({"data.dataset": "hang", "limits": limits}, origin="submitted"))
+    loop = stage.orchestrator(ranks=1)
+    stage.run(loop, stage.measured, pause)
+    began = stage.now
+    while stage.outcomes(trial.number) == [None]:  # and the gang, which has measured, stays silent
+        stage.now += TTL
+        loop.tick(stage.now)
+    assert timedelta(seconds=3500) < stage.now - began < timedelta(seconds=3700)
+    assert stage.outcomes(trial.number) == [Outcome.FAILED, None]
+    assert stage.causes(trial.number) == [cause, None]
+    with stage.database.read() as session:
+        assert store.list_attempts(session, trial.id)[0].reason == reason
+    assert len(loop.held) == 1, "the next gang is there, and the one that hung is not"
+    assert loop.launcher.free(GangConfig()) == 0
+
+
+@ON_SQLITE
+def test_the_limit_of_an_attempt_goes_on_under_the_orchestrator_that_takes_it_over(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    trial = stage.submit(new_trial({"data.dataset": "hang", "limits.attempt_seconds": 3600}, origin="submitted"))
+    gone = stage.orchestrator(ranks=1)
+    stage.run(gone, stage.measured, pause)
+    stage.now += timedelta(hours=1)
+    back = Loop(stage.database, gone.launcher, stage.artifacts, gone.owner, TTL)
+    back.resume(stage.now)
+    back.tick(stage.now)
+    assert stage.causes(trial.number) == [Cause.LIMIT, None]
 
 
 @ON_SQLITE
@@ -416,3 +474,36 @@ def test_whatever_ends_the_loop_hands_the_attempts_back(
         run(loop, lambda: stage.now, lambda seconds: True)
     del loop.database.read
     assert stage.states() == [TrialState.QUEUED]
+
+
+@ON_SQLITE
+def test_an_orchestrator_that_comes_back_adopts_its_gangs_and_the_training_never_notices(
+    scene: Callable[..., Scene], pause: Any
+) -> None:
+    there = scene(max_trials=1)
+    gone = there.orchestrator()
+    there.run(gone, lambda: bool(gone.held), pause)
+    back = Loop(there.database, gone.launcher, there.artifacts, gone.owner, TTL)
+    back.resume(there.now)
+    assert set(back.held) == set(gone.held)
+    there.run(back, there.complete, pause)
+    assert there.outcomes(0) == [Outcome.SUCCEEDED]
+    with there.database.read() as session:
+        numbers = session.scalars(select(MeasurementRow.step).where(MeasurementRow.name == "total")).all()
+    assert sorted(numbers) == [1, 2, 3]
+
+
+@ON_SQLITE
+def test_what_died_with_its_orchestrator_is_queued_again_as_soon_as_that_is_back(
+    scene: Callable[..., Scene], pause: Any
+) -> None:
+    there = scene(max_trials=1, dataset="hang")
+    gone = there.orchestrator()
+    there.run(gone, lambda: bool(gone.held), pause)
+    gone.launcher.close()
+    back = there.orchestrator()
+    back.owner = gone.owner
+    back.resume(there.now)
+    assert not back.held
+    assert there.outcomes(0) == [Outcome.LOST]
+    assert there.states() == [TrialState.QUEUED]

@@ -2,16 +2,18 @@
 
 import multiprocessing
 from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy import Connection, Engine, insert, inspect, select, text
 from sqlalchemy.engine.interfaces import ReflectedIndex
 
 from orchestrator.database import Database, alembic_config
-from orchestrator.tables import Base
+from orchestrator.tables import AttemptRow, Base, MeasurementRow, RunRow, StudyRow, TrialRow
 
 
 @pytest.fixture
@@ -56,6 +58,21 @@ def test_a_database_needs_migration_until_it_is_at_the_head(empty: Database) -> 
     assert empty.needs_migration()
 
 
+def test_rows_and_what_refers_to_them_outlive_an_upgrade_and_a_downgrade(empty: Database, now: datetime) -> None:
+    with empty.engine.connect() as connection, connection.begin(), alembic_config(connection) as config:
+        command.upgrade(config, "0001")
+        for table, values in _attempt_and_a_measurement(now):
+            connection.execute(insert(table).values(values))
+    empty.migrate()
+    with empty.read() as session:
+        (attempt,) = session.scalars(select(AttemptRow))
+        assert (attempt.outcome, attempt.cause) == ("failed", None)
+    with empty.engine.connect() as connection, connection.begin(), alembic_config(connection) as config:
+        command.downgrade(config, "0001")
+        assert connection.execute(text("SELECT attempt_id, value FROM measurements")).all() == [(1, 2.5)]
+        assert connection.execute(text("SELECT id, run_id, outcome FROM attempts")).all() == [(1, 1, "failed")]
+
+
 def test_migrating_again_changes_nothing(empty: Database) -> None:
     empty.migrate()
     before = _constraints(empty.engine)
@@ -95,6 +112,28 @@ def _migrate_together(url: str, barrier: "multiprocessing.synchronize.Barrier") 
 def _downgrade(connection: Connection) -> None:
     with alembic_config(connection) as config:
         command.downgrade(config, "base")
+
+
+def _attempt_and_a_measurement(now: datetime) -> list[tuple[type[Base], dict[str, Any]]]:
+    """One row of each table that an attempt needs, and one that needs it, in columns of the first revision."""
+    parent = {"id": 1, "created_at": now}
+    return [
+        (StudyRow, {**parent, "name": "s", "state": "running", "definition": {}, "max_trials": 0, "changed_at": now}),
+        (TrialRow, {
+            **parent, "study_id": 1, "number": 0, "state": "queued", "origin": "submitted", "spec": {}, "params": {},
+            "spec_hash": "0", "prediction": {}, "verdict": "fits",
+        }),
+        (RunRow, {
+            **parent, "trial_id": 1, "seed": 1, "budget": {}, "state": "queued", "ranks": 1, "device": "cpu",
+        }),
+        (AttemptRow, {
+            "id": 1, "run_id": 1, "number": 1, "owner": "a", "phase": "train", "outcome": "failed", "started_at": now,
+            "finished_at": now, "permanent": False,
+        }),
+        (MeasurementRow, {
+            "attempt_id": 1, "number": 1, "name": "val_bpb", "step": 1, "value": 2.5, "elapsed_seconds": 0.5,
+        }),
+    ]  # fmt: skip
 
 
 def _definition(index: ReflectedIndex) -> str:

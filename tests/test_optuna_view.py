@@ -22,7 +22,7 @@ from sqlalchemy import event
 
 from orchestrator import leases, store
 from orchestrator.database import Database
-from orchestrator.lifecycle import Outcome
+from orchestrator.lifecycle import Cause, Outcome
 from orchestrator.optuna_view import DashboardView, ReadOnlyError, StudyView, distribution_of
 from orchestrator.space import Parameter, as_category
 from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
@@ -63,8 +63,8 @@ class Sweep:
 
     def finish(self, claim: Claim, outcome: Outcome = Outcome.SUCCEEDED, **result: Any) -> None:
         scored = outcome in (Outcome.SUCCEEDED, Outcome.STOPPED)
-        permanent = outcome is Outcome.FAILED
-        ended = AttemptResult(outcome, "", self.trial_result(**result) if scored else None, permanent=permanent)
+        cause = Cause.DIVERGED if outcome is Outcome.FAILED else None
+        ended = AttemptResult(outcome, "", self.trial_result(**result) if scored else None, cause=cause)
         with self.database.write() as session:
             leases.finish(session, claim.lease, ended, self.now + timedelta(minutes=1))
 

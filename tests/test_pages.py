@@ -22,7 +22,7 @@ from api.submission import submit
 from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
-from orchestrator.lifecycle import Outcome
+from orchestrator.lifecycle import Cause, Outcome
 from orchestrator.study import AttemptResult, Claim, NewStudy, Study
 from worker.inventory import tensor_inventory
 from worker.recipes import load_recipe
@@ -100,7 +100,7 @@ class Sweep:
         over = self.start({"sharing.unique_blocks": 6, "sharing.tying": "sequence", "sharing.lora.rank": 2})
         self.finish(over, artifact_bytes=616_200)
         failed = self.start({"sharing.unique_blocks": 3, "sharing.tying": "sequence", "sharing.lora.rank": 1})
-        self.end(failed, AttemptResult(Outcome.FAILED, "ArithmeticError: loss is nan at step 31", permanent=True))
+        self.end(failed, AttemptResult(Outcome.FAILED, "ArithmeticError: loss is nan at step 31", cause=Cause.DIVERGED))
         self.running = self.start({"sharing.unique_blocks": 3, "sharing.tying": "sequence", "sharing.lora.rank": 8})
         self.submit({"sharing.unique_blocks": 2, "sharing.tying": "cycle", "sharing.lora.rank": 0})
         self.submit({"model.width": 512, "sharing.unique_blocks": 6, "sharing.tying": "sequence"})
@@ -373,7 +373,7 @@ def test_what_a_user_wrote_is_shown_as_text(small_database: Database, serve: Cal
     with small_database.write() as session:
         claim = leases.claim(session, parse_spec(new.base).gang, "<script>alert(1)</script>", now, TTL)
         assert claim is not None
-        ended = AttemptResult(Outcome.FAILED, "<img src=x onerror=alert(2)>", permanent=True)
+        ended = AttemptResult(Outcome.FAILED, "<img src=x onerror=alert(2)>", cause=Cause.DIVERGED)
         leases.finish(session, claim.lease, ended, now)
     url = serve(small_database, dashboard=False)
     for path in ("/studies/demo", "/studies/demo/trials/0"):

@@ -62,6 +62,11 @@ def test_a_study_proposes_for_the_shapes_of_gang_it_names() -> None:
         ({"space": {"gang": {"choice": [{"ranks": 1}]}}}, "space.gang", "gangs"),
         ({"space": {"seed": {"low": 0, "high": 9}}}, "space.seed", "not part of the configuration"),
         (
+            {"space": {"limits.patience_seconds": RANK}},
+            "space.limits.patience_seconds",
+            "not part of the configuration",
+        ),
+        (
             {"space": {"sharing.lora": {"choice": [{}]}, "sharing.lora.rank": RANK}},
             "space.sharing.lora.rank",
             "lies inside",

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from orchestrator.database import Database
 from orchestrator.errors import IllegalMove, NotFound
 from orchestrator.leases import claim, finish, record
-from orchestrator.lifecycle import Outcome, RunState, StudyState, TrialState
+from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.store import (
     add_trial,
     cancel_trial,
@@ -292,7 +292,7 @@ def test_what_a_gang_says_is_kept_whatever_bytes_are_in_it(
         claimed = claim(session, ONE_CPU, "host" * 100, now, TTL)
         assert claimed is not None
         record(session, claimed.lease, "a phase with quite a long name", (), now, TTL)
-        finish(session, claimed.lease, AttemptResult(Outcome.FAILED, "nul \0 and \udc80", permanent=True), now)
+        finish(session, claimed.lease, AttemptResult(Outcome.FAILED, "nul \0 and \udc80", cause=Cause.DIVERGED), now)
     with database.read() as session:
         assert get_trial(session, study.id, 0).reason == "nul \ufffd and ?"
         (attempt,) = list_attempts(session, claimed.trial_id)

@@ -137,6 +137,13 @@ def keeps_and_fails(job: Job, reporter: Reporter) -> Produced:
     raise RuntimeError(f"the traceback holds the frame that holds {type(held).__name__}")
 
 
+def nap(job: Job, reporter: Reporter) -> Produced:
+    """What a trial of 50 ms takes: for benchmarks/slots.py."""
+    reporter.phase("train")
+    threading.Event().wait(0.05)
+    return produced(job, stopped=False)
+
+
 def silent(job: Job, reporter: Reporter) -> Produced:
     return None
 
@@ -186,6 +193,7 @@ TRAINERS: dict[str, Trainer] = {
     "vanishes": vanishes,
     "keeps": keeps,
     "keeps-and-fails": keeps_and_fails,
+    "nap": nap,
     "silent": silent,
     "unspeakable": unspeakable,
     "topics_sp512": lambda job, reporter: find_trainer("worker.job:run")(job, reporter),  # the real one

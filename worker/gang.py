@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from worker.mailbox import Closing, FileMailbox, Mailbox
+from worker.mailbox import Cause, Closing, FileMailbox, Mailbox
 from worker.report import TrialResult
 from worker.spec import GangConfig, TrialSpec
 from worker.trainer import Job, Trainer, find_trainer
 
 TRACEBACK_LINES = 20
 REASON_LENGTH = 500
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # a RuntimeError says so in its message alone
 
 
 class Rank:
@@ -50,14 +51,14 @@ class Rank:
         try:
             trainer = self._join()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the attempt's ending
-            mailbox.close(_failed(error, permanent=False))
+            mailbox.close(_failed(error, "error"))  # of the gang, whatever it is: another one may do better
             return False
         try:
             produced = trainer(Job(spec=spec, data_root=data_root, rank=self._rank, ranks=self._gang.ranks), mailbox)
             mailbox.close(*self._closing(produced))
             return True
         except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
-            mailbox.close(_failed(error, permanent=isinstance(error, ValueError | ArithmeticError)))
+            mailbox.close(_failed(error, cause_of(error)))
             return False
         finally:
             gc.collect()
@@ -140,14 +141,26 @@ def _die_with_parent() -> threading.Thread:
     return thread
 
 
-def _failed(error: BaseException, *, permanent: bool) -> Closing:
+def cause_of(error: BaseException) -> Cause:
+    """What kind of failure an exception of a trainer is. Torch's own are known by name: a gang may do without torch."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
+        return "out_of_memory"
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY):
+        return "out_of_memory"
+    if isinstance(error, ArithmeticError):
+        return "diverged"
+    return "bad_input" if isinstance(error, ValueError) else "error"
+
+
+def _failed(error: BaseException, cause: Cause) -> Closing:
     lines = traceback.format_exception(error)
     sys.stderr.writelines(lines)
     sys.stderr.flush()
     message = " ".join(str(error).split())
     reason = f"{type(error).__name__}: {message}" if message else type(error).__name__
     last = "".join(lines).splitlines()[-TRACEBACK_LINES:]
-    return Closing(outcome="failed", reason=reason[:REASON_LENGTH], permanent=permanent, traceback="\n".join(last))
+    return Closing(outcome="failed", reason=reason[:REASON_LENGTH], cause=cause, traceback="\n".join(last))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,44 @@
 """Mailboxes: where one rank leaves what it says, and others read it, in memory or as files. Torch-free."""
 
+import contextlib
+import math
 import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
 from worker.report import Directive, Measurement, Reporter, TrialResult
 from worker.shape import Frozen
 
+Cause = Literal["out_of_memory", "diverged", "bad_input", "error"]
+"""Why a job failed. One that diverged (ArithmeticError) or had bad input (ValueError) would do so again."""
+
+BEAT_SECONDS = 0.2  # a file's beats are no closer than this, so that asking costs a step nothing
+
 
 class Closing(Frozen):
     """The last thing a rank says about a job. `result` is set on rank 0, unless the job failed.
 
-    `permanent` says that the job would fail the same way again: on bad input (ValueError) or by diverging
-    (ArithmeticError). `traceback` holds the last lines of a failure's, for a log.
+    `cause` is set where it failed. `traceback` holds the last lines of a failure's, for a log.
     """
 
     outcome: Literal["succeeded", "stopped", "failed"]
     reason: str = ""
-    permanent: bool = False
+    cause: Cause | None = None
     traceback: str = ""
     result: TrialResult | None = None
 
 
 class Mail(Frozen):
-    """What a rank has said: the phase it is in, the measurements asked for, and its closing once there is one."""
+    """What a rank has said: the phase it is in, the measurements asked for, and its closing once there is one.
+
+    `beats` counts its signs of life: a rank whose beats stand still has not said or asked anything.
+    """
 
     phase: str = "start"
+    beats: int = 0
     measurements: tuple[Measurement, ...] = ()
     closing: Closing | None = None
 
@@ -60,6 +71,7 @@ class MemoryMailbox:
         self._lock = threading.Lock()
         self._mail = Mail()
         self._measurements: list[Measurement] = []
+        self._beats = 0
         self._directive = Directive.CONTINUE
         self._artifact: bytes | None = None
 
@@ -69,13 +81,17 @@ class MemoryMailbox:
             self._measurements.append(
                 Measurement(number=number, step=step, elapsed_seconds=elapsed_seconds, metrics=dict(metrics))
             )
+            self._beats += 1
             return self._directive
 
     def directive(self) -> Directive:
-        return self._directive
+        with self._lock:
+            self._beats += 1
+            return self._directive
 
     def phase(self, name: str) -> None:
         with self._lock:
+            self._beats += 1
             self._mail = self._mail.model_copy(update={"phase": name})
 
     def close(self, closing: Closing, artifact: bytes | None = None) -> None:
@@ -86,7 +102,8 @@ class MemoryMailbox:
 
     def read(self, after: int) -> Mail:
         with self._lock:
-            return self._mail.model_copy(update={"measurements": tuple(self._measurements[after:])})
+            said = {"measurements": tuple(self._measurements[after:]), "beats": self._beats}
+            return self._mail.model_copy(update=said)
 
     def stop(self) -> None:
         self._directive = Directive.STOP
@@ -100,14 +117,16 @@ class MemoryMailbox:
 class FileMailbox:
     """A mailbox in a folder, for one writing process and any reading ones. Survives the writer's death at any moment.
 
-    `measurements.jsonl` grows by whole lines; every other file appears complete, under its name, or not at all; the
-    closing is written last.
+    `measurements.jsonl` grows by whole lines and `beats` by a byte each; every other file appears complete, under its
+    name, or not at all; the closing is written last.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Makes the folder where it is missing. What lies in it already counts as said."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
+        self._clock = clock
+        self._beat_at = -math.inf
         self._measurements: list[Measurement] = []
         self._offset = 0
 
@@ -121,10 +140,12 @@ class FileMailbox:
         return self.directive()
 
     def directive(self) -> Directive:
+        self._beat()
         return Directive.STOP if os.path.exists(self._directory / "stop") else Directive.CONTINUE
 
     def phase(self, name: str) -> None:
         self._write("phase", name.encode())
+        self._beat()
 
     def close(self, closing: Closing, artifact: bytes | None = None) -> None:
         said = closing.model_dump_json().encode()
@@ -137,6 +158,7 @@ class FileMailbox:
         self._catch_up()
         return Mail(
             phase=(self._read("phase") or b"start").decode(),
+            beats=self._beats(),
             measurements=tuple(self._measurements[after:]),
             closing=None if closing is None else Closing.model_validate_json(closing),
         )
@@ -149,6 +171,19 @@ class FileMailbox:
         if artifact is None:
             raise KeyError(f"{self._directory} holds no artifact")
         return artifact
+
+    def _beat(self) -> None:
+        now = self._clock()
+        if now - self._beat_at >= BEAT_SECONDS:
+            self._beat_at = now
+            with contextlib.suppress(OSError), (self._directory / "beats").open("ab") as file:
+                file.write(b".")  # where it cannot be written, a full disk say, training goes on while patience lasts
+
+    def _beats(self) -> int:
+        try:
+            return (self._directory / "beats").stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def _catch_up(self) -> None:
         """Take in the measurements written since the last time, as far as their lines are whole."""

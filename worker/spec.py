@@ -180,6 +180,17 @@ class GangConfig(Frozen):
     device: Literal["cpu", "gpu"] = "cpu"
 
 
+class LimitsConfig(Frozen):
+    """How long an attempt may take before its gang is replaced. No part of what it computes, nor of the hash."""
+
+    patience_seconds: float = Field(default=600.0, ge=1)
+    """Of training: the longest step, with the validation and the compilation that may come with it."""
+    silence_seconds: float = Field(default=3600.0, ge=1)
+    """Of any other phase: ranks that start, read data, score or pack say nothing until they are done."""
+    attempt_seconds: float | None = Field(default=None, ge=1)
+    """Of all phases together; none: no limit."""
+
+
 class TrialSpec(Frozen):
     """One configuration to train. On one machine's CPU equal specs give bit-identical losses and artifacts, unless
     their budget is in seconds."""
@@ -197,6 +208,7 @@ class TrialSpec(Frozen):
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = Field(default=1337, ge=0, lt=2**63)
     gang: GangConfig = GangConfig()
+    limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "TrialSpec":
@@ -230,7 +242,7 @@ class TrialSpec(Frozen):
 
     @property
     def canonical_hash(self) -> str:
-        """SHA-256 (hex) of the configuration without its seed: equal for specs that train one model in one way."""
+        """SHA-256 (hex) of the configuration without seed and limits: equal for one model trained in one way."""
         return hashlib.sha256(json.dumps(_canonical(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -351,7 +363,7 @@ def _canonical(spec: TrialSpec) -> dict[str, Any]:
         update["objective"] = spec.objective.model_copy(update={"nuclear_norm_every": 1})
     if not spec.averaging.swa_every:
         update["averaging"] = spec.averaging.model_copy(update={"swa_from": 1.0})
-    return spec.model_copy(update=update).model_dump(mode="json", exclude={"seed"})
+    return spec.model_copy(update=update).model_dump(mode="json", exclude={"seed", "limits"})
 
 
 def _canonical_optimizer(spec: TrialSpec) -> OptimizerConfig:

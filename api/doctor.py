@@ -1,0 +1,57 @@
+"""`caddie doctor`: what does not belong, straight from the database and the folder of artifacts, without a server."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from orchestrator.artifacts import ArtifactStore
+from orchestrator.database import Database
+from orchestrator.doctor import Finding, clear, examine
+from orchestrator.settings import Settings
+
+
+def run_doctor(settings: Settings, *, clearing: bool, as_json: bool) -> int:
+    """Print what does not belong, after clearing it where asked to. 0 where nothing of it remains, else 1, or 2 where
+    the database is of another version."""
+    database = Database(settings.database_url)
+    try:
+        if database.needs_migration():
+            print("caddie: the database is not at this version's schema: run `caddie migrate` first", file=sys.stderr)
+            return 2
+        artifacts, now = ArtifactStore(settings.artifacts), datetime.now(UTC)
+        remaining = examine(database, artifacts, now)
+        cleared: list[Finding] = []
+        if clearing:
+            cleared, remaining = clear(database, artifacts, remaining, now)
+    finally:
+        database.close()
+    if as_json:
+        answer = {
+            "cleared": [_json(finding) for finding in cleared],
+            "remaining": [_json(found) for found in remaining],
+        }
+        print(json.dumps(answer, indent=2))
+    else:
+        print("\n".join(doctor_lines(cleared, remaining)))
+    return 1 if remaining else 0
+
+
+def doctor_lines(cleared: Sequence[Finding], remaining: Sequence[Finding]) -> list[str]:
+    """A line for each finding, and a sum."""
+    lines = [f"cleared: {_sentence(finding)}" for finding in cleared]
+    lines += [f"{_sentence(finding)}; --clear {finding.remedy or 'leaves it as it is'}" for finding in remaining]
+    if not remaining:
+        return [*lines, f"nothing is wrong{f' any more: {len(cleared)} cleared' if cleared else ''}"]
+    kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(finding.kind for finding in remaining).items())
+    return [*lines, f"{len(remaining)} found{f' after {len(cleared)} were cleared' if cleared else ''}: {kinds}"]
+
+
+def _sentence(finding: Finding) -> str:
+    return f"{finding.kind}: {finding.where}: {finding.what}"
+
+
+def _json(finding: Finding) -> dict[str, Any]:
+    return {"kind": finding.kind, "what": finding.what, "where": finding.where, "remedy": finding.remedy}

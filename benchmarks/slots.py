@@ -1,0 +1,121 @@
+"""What a slot loses between two trials: the whole orchestrator, against actors fed from memory and bare Ray tasks.
+
+Trials of 50 ms on two slots, proposed by Optuna, every state durable in SQLite. The slot time lost per trial is
+(wallclock × slots − trials × 50 ms) / trials, from the first start to the last end.
+
+Run: .venv/bin/python benchmarks/slots.py [--trials 100]
+"""
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator import store
+from orchestrator.artifacts import ArtifactStore
+from orchestrator.database import Database
+from orchestrator.lifecycle import StudyState
+from orchestrator.loop import Loop, run
+from orchestrator.ray_launcher import RayLauncher
+from orchestrator.study import NewStudy
+from worker.recipes import load_recipe
+from worker.spec import GangConfig, override
+
+TESTS = Path(__file__).parents[1] / "tests"  # whose trainer `nap` sleeps
+SLOTS = 2
+NAP_SECONDS = 0.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=100)
+    trials = parser.parse_args().trials
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = RayLauncher(None, Path(folder), SLOTS, "trainers:run", import_path=[TESTS, Path(__file__).parent])
+        try:
+            launcher.free(GangConfig())  # connects
+            print(f"bare Ray tasks: {lost(trials, bare_tasks(trials)):.1f} ms a trial")
+            print(f"actors fed from memory: {lost(trials, fed_from_memory(trials)):.1f} ms a trial")
+            print(f"orchestrator, SQLite: {lost(trials, orchestrated(launcher, Path(folder), trials)):.1f} ms a trial")
+        finally:
+            launcher.close()
+
+
+def lost(trials: int, seconds: float) -> float:
+    """Milliseconds of slot time a trial that were no trial's."""
+    return 1000 * (seconds * SLOTS - trials * NAP_SECONDS) / trials
+
+
+def orchestrated(launcher: RayLauncher, folder: Path, trials: int) -> float:
+    """Seconds for a study, on gangs that are warm."""
+    database = Database(f"sqlite:///{folder / 'caddie.db'}")
+    database.migrate()
+    loop = Loop(database, launcher, ArtifactStore(folder / "artifacts"), "benchmark", timedelta(seconds=60))
+    took = 0.0
+    for name, count in (("warm-up", 2 * SLOTS), ("measured", trials)):
+        base = override(load_recipe("laptop"), {"data.dataset": "nap"})
+        space = {
+            "optimizer.matrix_lr": {"low": 0.01, "high": 0.1, "log": True},
+            "sharing.lora.rank": {"low": 0, "high": 16},
+            "model.qk_gain": {"low": 1.0, "high": 5.0},
+        }
+        new = NewStudy.model_validate(
+            {"name": name, "base": base, "space": space, "max_trials": count, "cap_bytes": 16_000_000}
+        )
+        with database.write() as session:
+            study = store.create_study(session, new, datetime.now(UTC))
+        done = threading.Event()
+
+        def wait(_seconds: float, study: Any = study, done: threading.Event = done) -> bool:
+            with database.read() as session:
+                if store.get_study(session, study.name).state is StudyState.COMPLETE:
+                    done.set()
+            return done.is_set()
+
+        began = time.perf_counter()
+        run(loop, lambda: datetime.now(UTC), wait)
+        took = time.perf_counter() - began
+    database.close()
+    return took
+
+
+def fed_from_memory(trials: int) -> float:
+    @ray.remote(num_cpus=1)
+    class Actor:
+        def nap(self) -> None:
+            time.sleep(NAP_SECONDS)
+
+    actors: list[Any] = [Actor.remote() for _ in range(SLOTS)]  # type: ignore[attr-defined]
+    ray.get([actor.nap.remote() for actor in actors])
+    began = time.perf_counter()
+    running = {actor.nap.remote(): actor for actor in actors}
+    for _ in range(trials - SLOTS):
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        actor = running.pop(done)
+        running[actor.nap.remote()] = actor
+    ray.get(list(running))
+    took = time.perf_counter() - began
+    for actor in actors:
+        ray.kill(actor)
+    return took
+
+
+def bare_tasks(trials: int) -> float:
+    @ray.remote(num_cpus=1)
+    def nap() -> None:
+        time.sleep(NAP_SECONDS)
+
+    ray.get([nap.remote() for _ in range(SLOTS)])
+    began = time.perf_counter()
+    ray.get([nap.remote() for _ in range(trials)])
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main())
