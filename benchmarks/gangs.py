@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=50)
     trials = parser.parse_args().trials
     with tempfile.TemporaryDirectory() as data_root:
-        launcher = RayLauncher(None, Path(data_root), 3, "trainers:run", import_path=[TESTS])
+        launcher = RayLauncher(None, Path(data_root), 3, "trainers:run", import_path=[TESTS, Path(__file__).parent])
         try:
             began = time.perf_counter()
             launcher.free(GangConfig())

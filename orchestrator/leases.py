@@ -96,7 +96,9 @@ def resume(session: Session, owner: str, now: datetime, ttl: timedelta) -> list[
     for attempt_id, token, gang, phase, started_at in left:
         assert token is not None, "an open attempt has a lease"
         lease = Lease(attempt_id, secrets.token_hex(16))
-        _write(session, Lease(attempt_id, token), lease_token=lease.token, lease_expires_at=now + ttl)
+        values = {"lease_token": lease.token, "lease_expires_at": now + ttl}
+        if not _written(session, Lease(attempt_id, token), values):
+            continue  # another orchestrator has just ended it as expired
         run, trial = session.execute(
             select(RunRow, TrialRow).join(TrialRow, TrialRow.id == RunRow.trial_id)
             .join(AttemptRow, AttemptRow.run_id == RunRow.id).where(AttemptRow.id == attempt_id)
@@ -202,7 +204,8 @@ def _time_spent(session: Session, lease: Lease, now: datetime) -> dict[str, Any]
     ).one_or_none()  # fmt: skip
     if left is None or left.phase_since is None:
         return {}
-    seconds = (left.phase_seconds or {}).get(left.phase, 0.0) + (now - left.phase_since).total_seconds()
+    spent = max((now - left.phase_since).total_seconds(), 0.0)  # another machine's clock may have been ahead
+    seconds = (left.phase_seconds or {}).get(left.phase, 0.0) + spent
     return {"phase_since": now, "phase_seconds": {**(left.phase_seconds or {}), left.phase: seconds}}
 
 

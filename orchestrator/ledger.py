@@ -77,5 +77,6 @@ def seconds_by_phase(attempt: AttemptRow, until: datetime | None) -> dict[str, f
     if until is not None:
         known = attempt.phase_since is not None
         phase, since = (attempt.phase, attempt.phase_since) if known else (UNKNOWN, attempt.started_at)
-        seconds[phase] = seconds.get(phase, 0.0) + (until - (since or until)).total_seconds()
+        spent = (until - (since or until)).total_seconds()
+        seconds[phase] = seconds.get(phase, 0.0) + max(spent, 0.0)  # another machine's clock may be behind
     return seconds

@@ -109,11 +109,12 @@ class LocalLauncher:
         return Update(mails[0].phase, mails[0].measurements, gang.ending, mails[0].beats)
 
     def wait(self, seconds: float) -> None:
-        leads = [gang.processes[0] for gang in self._gangs.values() if gang.ending is None]
-        ends = [os.pidfd_open(process.pid) for process in leads if process.poll() is None]
+        running = [gang for gang in self._gangs.values() if gang.ending is None]
+        processes = [process for gang in running for process in gang.processes]
+        # An end that a poll has seen is no news. One that none has seen is left for it: it then ends the rank's group.
+        ends = [os.pidfd_open(process.pid) for process in processes if process.returncode is None]
         try:
-            if len(ends) == len(leads):
-                select.select(ends, [], [], seconds)
+            select.select(ends, [], [], seconds)
         finally:
             for end in ends:
                 os.close(end)

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 0.25
 """How long a poll waits for ranks that are busy; what they say later is taken by the next poll."""
-WARM_SECONDS = 1.0
-"""How long a warm gang may take to accept an attempt before it is replaced. It takes 1 ms."""
+WARM_SECONDS = 5.0
+"""How long a warm gang may take to accept an attempt before it is replaced. It takes 1 ms, on a busy machine more."""
 DEATH_SECONDS = 5.0
 """How long the other ranks of a failed gang have to turn out dead, the better explanation. Live ones answer at once."""
 ARTIFACT_SECONDS = 60.0
@@ -49,6 +49,8 @@ class _Held:
     reads: list[Any] = field(default_factory=list)
     ends: list[Any] = field(default_factory=list)
     began: bool = False
+    unknown: bool = False
+    """Whether a rank does not know of it: whoever started it died before the gang was there to be told."""
     phase: str = "start"
     beats: int = 0
     measurements: list[Measurement] = field(default_factory=list)
@@ -110,6 +112,7 @@ class RayLauncher:
             answers, errors = _answers(held.accepted, WARM_SECONDS)
             if not errors and None not in answers:
                 self._idle.remove(gang)
+                held.began = True
                 break
             self._retire(gang)  # it has lost a rank or its node while it was idle
         else:
@@ -144,7 +147,7 @@ class RayLauncher:
     def wait(self, seconds: float) -> None:
         running = [held for held in self._held.values() if held.ending is None]
         for held in running:
-            held.ends = held.ends or [actor.ended.remote(held.attempt_id) for actor in held.gang.actors]
+            held.ends = held.ends or _news(held)
         ends = [call for held in running for call in held.ends]
         if not ends:
             time.sleep(seconds)
@@ -246,6 +249,14 @@ class RayLauncher:
         remove(gang)
 
 
+def _news(held: _Held) -> list[Any]:
+    """Calls of which each returns when its rank has something new to say. A rank may answer them out of order, and
+    knows of no attempt that it has not accepted."""
+    if not held.began:
+        return list(held.accepted)
+    return [actor.ended.remote(held.attempt_id) for actor in held.gang.actors]
+
+
 def _listen(held: _Held) -> Ending | None:
     """Take in what the ranks have said since the last time; the attempt's ending once there is one."""
     if not held.began:
@@ -256,6 +267,8 @@ def _listen(held: _Held) -> Ending | None:
             return None
         held.began = True
     mails, deaths = _read(held, ANSWER_SECONDS)
+    if held.unknown:
+        return Ending(Outcome.LOST, f"its orchestrator died before gang {held.gang.name} had it")
     failed = any(mail.closing is not None and mail.closing.outcome == "failed" for mail in mails)
     if failed and len(mails) > 1 and not deaths:
         # A rank whose peer died fails too, and says so before Ray knows of the death.
@@ -270,8 +283,9 @@ def _read(held: _Held, seconds: float) -> tuple[list[Mail], dict[int, RayError]]
         seen = len(held.measurements)
         held.reads = [actor.read.remote(held.attempt_id, seen) for actor in held.gang.actors]
     answers, errors = _answers(held.reads, seconds)
-    mails = [Mail() if answer is None else Mail.model_validate_json(answer) for answer in answers]
-    if answers[0] is not None:
+    held.unknown = "" in answers
+    mails = [Mail.model_validate_json(answer) if answer else Mail() for answer in answers]
+    if answers[0]:
         held.phase, held.beats = mails[0].phase, mails[0].beats
         held.measurements += [mail for mail in mails[0].measurements if mail.number > len(held.measurements)]
     if errors or None not in answers:

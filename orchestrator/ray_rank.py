@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from worker.mailbox import Mail, MemoryMailbox
+from worker.mailbox import MemoryMailbox
 from worker.spec import GangConfig, TrialSpec
 
 WAIT_SECONDS = 10.0
@@ -53,9 +53,9 @@ class RayRank:
         return os.getpid()
 
     def read(self, attempt_id: int, after: int) -> str:
-        """The attempt's Mail as JSON, with the measurements numbered above `after`."""
+        """The attempt's Mail as JSON, with the measurements numbered above `after`; empty if it is not known here."""
         mailbox = self._mailboxes.get(attempt_id)
-        return (Mail() if mailbox is None else mailbox.read(after)).model_dump_json()
+        return "" if mailbox is None else mailbox.read(after).model_dump_json()
 
     def ended(self, attempt_id: int) -> None:
         """Return once the attempt has ended or is not known here, or after WAIT_SECONDS."""

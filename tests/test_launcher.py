@@ -146,6 +146,13 @@ def test_an_attempt_that_trains_beats_and_one_that_hangs_does_not(bench: Bench) 
     assert bench.launcher.poll(hanging.attempt_id, 0) == said
 
 
+@pytest.mark.parametrize("gang", [ONE, TWO])
+def test_waiting_ends_when_an_attempt_does(bench: Bench, gang: GangConfig) -> None:
+    attempt = bench.start("count", gang)
+    while bench.launcher.poll(attempt.attempt_id, 0).ending is None:
+        bench.launcher.wait(3600)
+
+
 def test_starting_an_attempt_twice_starts_it_once(bench: Bench) -> None:
     attempt = bench.start("until-stopped")
     assert bench.launcher.start(attempt) == bench.launcher.start(attempt)

@@ -202,7 +202,8 @@ sys.stdin.read()
 launcher = make("ray", sys.stdin.readline().strip())
 gang = sys.stdin.readline().strip()
 adopted = [launcher.adopt(1, gang), launcher.adopt(9, "caddie-cpu1-00000000"), launcher.adopt(9, "nonsense")]
-tell(adopted=adopted, reaped=[launcher.reap(), launcher.reap()], measured=len(launcher.poll(1, 0).measurements))
+reaped = [launcher.reap(), launcher.reap()]
+tell(adopted=adopted, reaped=reaped, measured=len(until(launcher, 1, lambda update: update.measurements).measurements))
 launcher.stop(1)
 ending = until(launcher, 1, lambda update: update.ending).ending
 artifact = len(launcher.artifact(1))
@@ -213,8 +214,10 @@ launcher.release(3)
 from orchestrator import ray_gang
 room = launcher.free(GangConfig(ranks=1))
 warm = ray_gang.names()
+launcher.adopt(4, gang)
+untold = until(launcher, 4, lambda update: update.ending).ending.outcome
 launcher.close()
-tell(outcomes=[ending.outcome, succeeded], artifact=artifact, again=again, room=room, warm=sorted(warm))
+tell(outcomes=[ending.outcome, succeeded, untold], artifact=artifact, again=again, room=room, warm=sorted(warm))
 """
     folders = [tmp_path / name for name in ("cluster", "first", "second")]
     for folder in folders:
@@ -230,7 +233,7 @@ tell(outcomes=[ending.outcome, succeeded], artifact=artifact, again=again, room=
             told = heard(process, folders[2])
             assert told == {"adopted": [True, False, False], "reaped": [1, 0], "measured": 1}
             told = heard(process, folders[2])
-            assert told["outcomes"] == ["stopped", "succeeded"]
+            assert told["outcomes"] == ["stopped", "succeeded", "lost"], "the last never reached its gang"
             assert told["artifact"] == 32_000
             assert told["again"] == gang != other, "an adopted gang is warm"
             assert (told["room"], told["warm"]) == (3, [gang])

@@ -135,17 +135,18 @@ class FileMailbox:
         measurement = Measurement(
             number=len(self._measurements) + 1, step=step, elapsed_seconds=elapsed_seconds, metrics=dict(metrics)
         )
+        self._beat()  # before: whoever reads the measurement has its beat as well
         with (self._directory / "measurements.jsonl").open("ab") as file:
             file.write(measurement.model_dump_json().encode() + b"\n")
-        return self.directive()
+        return self._answer()
 
     def directive(self) -> Directive:
         self._beat()
-        return Directive.STOP if os.path.exists(self._directory / "stop") else Directive.CONTINUE
+        return self._answer()
 
     def phase(self, name: str) -> None:
-        self._write("phase", name.encode())
         self._beat()
+        self._write("phase", name.encode())
 
     def close(self, closing: Closing, artifact: bytes | None = None) -> None:
         said = closing.model_dump_json().encode()
@@ -171,6 +172,9 @@ class FileMailbox:
         if artifact is None:
             raise KeyError(f"{self._directory} holds no artifact")
         return artifact
+
+    def _answer(self) -> Directive:
+        return Directive.STOP if os.path.exists(self._directory / "stop") else Directive.CONTINUE
 
     def _beat(self) -> None:
         now = self._clock()
