@@ -73,7 +73,11 @@ def open_launcher(settings: Settings) -> Launcher:
     if settings.launcher == "local":
         gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         return LocalLauncher(settings.home / "gangs", settings.data, settings.ranks, gpus=gpus)
-    return RayLauncher(settings.ray_address, settings.data, settings.ranks)
+    # A lease is renewed every third of its length: a gang that is silent to nobody for the rest has surely lost it.
+    orphan_seconds = settings.lease_seconds * 2 / 3
+    return RayLauncher(
+        settings.ray_address, settings.data, settings.ranks, owner=settings.owner, orphan_seconds=orphan_seconds
+    )
 
 
 def _stop_on_signals(stop: threading.Event) -> None:

@@ -16,7 +16,8 @@ def ending_of(attempt_id: int, mails: Sequence[Mail], deaths: Mapping[int, str])
     """The attempt's ending, or None while it goes on. `mails` is by rank; `deaths` says what became of ended processes.
 
     A rank that died without a closing is the cause, since its death makes its peers' collectives fail; next comes the
-    lowest rank that failed; else the attempt has ended once every rank has, with rank 0's result.
+    lowest rank that failed; then one that declined to begin; else the attempt has ended once every rank has, with
+    rank 0's result.
     """
     for rank in sorted(deaths):
         if mails[rank].closing is None:
@@ -27,6 +28,9 @@ def ending_of(attempt_id: int, mails: Sequence[Mail], deaths: Mapping[int, str])
             log.warning("attempt %d failed on rank %d:\n%s", attempt_id, rank, closing.traceback)
             reason = closing.reason if len(mails) == 1 else f"rank {rank}: {closing.reason}"
             return Ending(Outcome.FAILED, reason, cause=Cause(closing.cause or Cause.ERROR))
+    for closing in closings:
+        if closing is not None and closing.outcome == "declined":
+            return Ending(Outcome.PREEMPTED, f"its gang is replaced: {closing.reason}")
     lead = closings[0]
     if lead is None or any(closing is None for closing in closings):
         return None

@@ -1,6 +1,7 @@
 """The contract between the loop and whatever runs gangs. Two implementations: local processes, and Ray."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.lifecycle import Cause, Outcome
@@ -32,16 +33,27 @@ class Update:
     """What a gang has said since the caller last asked. Asking again with the same cursor gives the same messages.
 
     `beats` counts rank 0's signs of life: one that stands still has not taken a step, nor said or asked anything.
+    `seconds` is what each phase took so far, by the gang's own clock. Phase "queue": it waits for the attempt before it
+    on its gang; "store": its ranks are at the next one already.
     """
 
     phase: str
     measurements: tuple[Measurement, ...]
     ending: Ending | None
     beats: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A gang, by its name, that would take an attempt: at once, or `behind` the one that it runs."""
+
+    gang: str
+    behind: bool
 
 
 class NoRoom(RuntimeError):
-    """No gang of this shape can start now. Nothing was started."""
+    """The gang that was offered cannot take the attempt after all. Nothing was started."""
 
 
 class Launcher(Protocol):
@@ -55,8 +67,23 @@ class Launcher(Protocol):
         """How many gangs of this shape could run here if nothing else did; 0 says that one would wait for ever."""
         ...
 
-    def start(self, assignment: Assignment) -> str:
-        """Give the attempt to a gang of spec.gang's shape and return the gang's name. Raises NoRoom."""
+    def offer(self, gang: GangConfig) -> Offer | None:
+        """A gang of this shape that would take an attempt: one that is free or can be made, else one whose attempt is
+        about to end. Promises nothing, and changes nothing."""
+        ...
+
+    def reserve(self, gang: GangConfig | None) -> None:
+        """Keep room for one gang of this shape, and for no other that was said before: where it can be had soonest,
+        nothing of another shape starts. None: keep none."""
+        ...
+
+    def want(self, gangs: Mapping[GangConfig, int]) -> None:
+        """So many runs wait, by shape: ask for the nodes to run them, where nodes can be asked for."""
+        ...
+
+    def start(self, assignment: Assignment, gang: str) -> str:
+        """Give the attempt to the gang that was offered for spec.gang's shape, or to a new one where that is gone; the
+        name of the gang that has it. Raises NoRoom."""
         ...
 
     def adopt(self, attempt_id: int, gang: str) -> bool:
@@ -68,8 +95,9 @@ class Launcher(Protocol):
         """Remove every gang that a launcher before this one left and nobody adopted; how many there were."""
         ...
 
-    def poll(self, attempt_id: int, after: int) -> Update:
-        """Measurements numbered above `after`, and the ending once there is one. An attempt not known here is lost."""
+    def poll(self, cursors: Mapping[int, int]) -> dict[int, Update]:
+        """For each attempt its measurements numbered above its cursor, and its ending once there is one. One that is
+        not known here is lost. Gangs that are not polled for long may take it that nobody wants them."""
         ...
 
     def wait(self, seconds: float) -> None:
@@ -85,7 +113,8 @@ class Launcher(Protocol):
         ...
 
     def release(self, attempt_id: int) -> None:
-        """Free the attempt's gang. One still running is killed, with every process of its gang. Repeatable."""
+        """Free the attempt's gang. One still running is killed, with every process of its gang; one that waits for
+        another is taken from it. Repeatable."""
         ...
 
     def close(self) -> None:

@@ -26,8 +26,13 @@ MAX_OUT_OF_MEMORY = 2  # of these; the second has half the micro-batch
 MAX_LOST = 20  # uncharged, but beyond this something is wrong with the run after all
 
 
-def claim(session: Session, gang: GangConfig, owner: str, now: datetime, ttl: timedelta) -> Claim | None:
-    """Take the queued run of this shape that is first in line, and open its next attempt under a new lease."""
+def claim(
+    session: Session, gang: GangConfig, owner: str, now: datetime, ttl: timedelta, *, name: str | None = None
+) -> Claim | None:
+    """Take the queued run of this shape that is first in line, and open its next attempt under a new lease.
+
+    `name` is that of the gang which is to have it: whoever resumes looks for it there.
+    """
     queued = aliased(RunRow)
     first = (
         select(queued.id).join(TrialRow, TrialRow.id == queued.trial_id)
@@ -52,7 +57,7 @@ def claim(session: Session, gang: GangConfig, owner: str, now: datetime, ttl: ti
     token = secrets.token_hex(16)
     attempt_id = session.scalar(
         insert(AttemptRow).values(
-            run_id=taken.id, number=made + 1, owner=owner, phase="queue", phase_since=now, phase_seconds={},
+            run_id=taken.id, number=made + 1, owner=owner, gang=name, phase="queue", phase_since=now, phase_seconds={},
             started_at=now, permanent=False,
             lease_token=token, lease_expires_at=now + ttl,
         ).returning(AttemptRow.id)
@@ -142,8 +147,9 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
     or preempted goes back without charge. Nothing goes back in a stopped study.
     """
     _lock(session, AttemptRow.id == lease.attempt_id)
+    measured = {} if ended.seconds is None else {"phase_seconds": dict(ended.seconds), "phase_since": now}
     _write(
-        session, lease, outcome=ended.outcome, reason=ended.reason or None, cause=ended.cause,
+        session, lease, **measured, outcome=ended.outcome, reason=ended.reason or None, cause=ended.cause,
         permanent=ended.cause in PERMANENT, finished_at=now, lease_token=None, lease_expires_at=None,
         result=None if ended.result is None else ended.result.model_dump(mode="json"),
     )  # fmt: skip

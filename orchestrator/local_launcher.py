@@ -1,19 +1,20 @@
 """Gangs as plain processes of this machine: started cold for each attempt, gone after it. Needs no Ray."""
 
 import contextlib
+import itertools
 import os
 import select
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import worker
 from orchestrator.ending import ending_of, lost
-from orchestrator.launcher import Assignment, Ending, NoRoom, Update
+from orchestrator.launcher import Assignment, Ending, NoRoom, Offer, Update
 from worker.mailbox import FileMailbox
 from worker.spec import GangConfig
 
@@ -23,6 +24,7 @@ class _Gang:
     """One attempt's processes and mailboxes, by rank. `ending` is kept from the moment it is known."""
 
     attempt_id: int
+    name: str
     shape: GangConfig
     directory: Path
     gpus: tuple[str, ...]
@@ -58,6 +60,8 @@ class LocalLauncher:
         self._gpus = tuple(gpus)
         self._import_path = tuple(import_path)
         self._gangs: dict[int, _Gang] = {}
+        self._names = itertools.count(1)
+        self._reserved: GangConfig | None = None
 
     def free(self, gang: GangConfig) -> int:
         if gang.device == "gpu":
@@ -68,10 +72,21 @@ class LocalLauncher:
     def capacity(self, gang: GangConfig) -> int:
         return (len(self._gpus) if gang.device == "gpu" else self._ranks) // gang.ranks
 
-    def start(self, assignment: Assignment) -> str:
+    def offer(self, gang: GangConfig) -> Offer | None:
+        if not self.free(gang) or self._reserved not in (None, gang):
+            return None
+        return Offer(f"local-{os.getpid()}-{next(self._names)}", behind=False)
+
+    def reserve(self, gang: GangConfig | None) -> None:
+        self._reserved = gang
+
+    def want(self, gangs: Mapping[GangConfig, int]) -> None:
+        pass  # there is this machine
+
+    def start(self, assignment: Assignment, gang: str) -> str:
         attempt_id, shape = assignment.attempt_id, assignment.spec.gang
         if attempt_id in self._gangs:
-            return _name(attempt_id)
+            return self._gangs[attempt_id].name
         if self.free(shape) < 1:
             raise NoRoom(f"no room for {shape.ranks} {shape.device} ranks beside the {len(self._gangs)} gangs here")
         directory = self._directory / str(attempt_id)
@@ -79,14 +94,15 @@ class LocalLauncher:
         mailboxes = [FileMailbox(directory / f"rank-{rank}") for rank in range(shape.ranks)]
         (directory / "spec.json").write_text(assignment.spec.model_dump_json())
         gpus = self._free_gpus()[: shape.ranks] if shape.device == "gpu" else ()
-        gang = self._gangs[attempt_id] = _Gang(attempt_id, shape, directory, gpus, [], mailboxes)
+        mailboxes[0].phase("start")
+        started = self._gangs[attempt_id] = _Gang(attempt_id, gang, shape, directory, gpus, [], mailboxes)
         try:
             for rank in range(shape.ranks):
-                gang.processes.append(self._spawn(gang, rank))
+                started.processes.append(self._spawn(started, rank))
         except OSError:
             self.release(attempt_id)
             raise
-        return _name(attempt_id)
+        return gang
 
     def adopt(self, attempt_id: int, gang: str) -> bool:
         return attempt_id in self._gangs  # processes die with the launcher that started them
@@ -94,7 +110,10 @@ class LocalLauncher:
     def reap(self) -> int:
         return 0
 
-    def poll(self, attempt_id: int, after: int) -> Update:
+    def poll(self, cursors: Mapping[int, int]) -> dict[int, Update]:
+        return {attempt_id: self._poll(attempt_id, after) for attempt_id, after in cursors.items()}
+
+    def _poll(self, attempt_id: int, after: int) -> Update:
         gang = self._gangs.get(attempt_id)
         if gang is None:
             return Update("lost", (), lost(attempt_id))
@@ -106,7 +125,7 @@ class LocalLauncher:
             gang.ending = ending_of(attempt_id, mails, deaths)
             if gang.ending is not None:
                 _kill(gang)
-        return Update(mails[0].phase, mails[0].measurements, gang.ending, mails[0].beats)
+        return Update(mails[0].phase, mails[0].measurements, gang.ending, mails[0].beats, mails[0].seconds)
 
     def wait(self, seconds: float) -> None:
         running = [gang for gang in self._gangs.values() if gang.ending is None]
@@ -180,10 +199,6 @@ def source_roots() -> tuple[Path, ...]:
     """Where ranks find Caddie's own packages: the source tree that runs this; nothing where they are installed."""
     root = Path(worker.__file__).resolve().parents[1]
     return () if root.name in ("site-packages", "dist-packages") else (root,)
-
-
-def _name(attempt_id: int) -> str:
-    return f"local-{attempt_id}"
 
 
 def _deaths(gang: _Gang) -> dict[int, str]:

@@ -14,14 +14,20 @@ from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.errors import LeaseLost
-from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom
+from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom, Update
 from orchestrator.lifecycle import Cause, Outcome, StudyState
+from orchestrator.queue import Queue
 from orchestrator.study import AttemptResult, Claim, Study
 from orchestrator.supply import Supply
 from orchestrator.watch import Watch
 from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
+
+EXPIRY_SECONDS = 1.0
+"""How often overdue leases are looked for."""
+SHARE = timedelta(seconds=1)
+"""So long an attempt waits at least before it is moved to a gang that is free."""
 
 
 @dataclass
@@ -39,6 +45,10 @@ class Held:
     def __post_init__(self) -> None:
         self.watch = Watch(self.claim.spec.limits, self.claim.started_at)
 
+    @property
+    def attempt_id(self) -> int:
+        return self.claim.lease.attempt_id
+
 
 @dataclass
 class Loop:
@@ -50,12 +60,14 @@ class Loop:
     owner: str
     ttl: timedelta
     held: dict[int, Held] = field(default_factory=dict)
-    told: set[tuple[int, GangConfig]] = field(default_factory=set)
-    """Studies and shapes of which it was said that nothing here can hold them."""
     supply: Supply = field(init=False)
+    queue: Queue = field(init=False)
+    _ticked_at: datetime | None = field(init=False, default=None)
+    _expires_at: datetime | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.supply = Supply(self.database)
+        self.queue = Queue(self.database, self.launcher, self.owner)
 
     def resume(self, now: datetime) -> None:
         """Take over what an orchestrator of our name left: attempts whose gang still lives train on and never notice,
@@ -74,34 +86,31 @@ class Loop:
 
     def tick(self, now: datetime) -> None:
         """Everything that is due at `now`, once."""
+        # Before the database, which may be away: gangs that are polled know that they are wanted.
+        updates = self.launcher.poll({attempt_id: held.after for attempt_id, held in self.held.items()})
         self._drop_lost()
+        self._record(updates, now)
         for held in list(self.held.values()):
-            try:
-                self._poll(held, now)
-            except OperationalError:  # the database is away: nothing is lost, the gang keeps what it measured
-                raise
-            except Exception as error:  # one gang must not stop the others
-                log.exception("attempt %d could not be polled", held.claim.lease.attempt_id)
-                self._finish(held, _failed(error), now)
-        # After our own were renewed: a lease that ran out while we could not write is ours until someone takes it.
-        with self.database.write() as session:
-            lost = leases.expire(session, now)
-        if lost:
-            log.warning("%d attempts lost their lease and were queued again", lost)
+            if held.attempt_id in updates:
+                self._settle(held, updates[held.attempt_id], now)
+        self._expire(now)
         with self.database.read() as session:
             studies = store.list_studies(session, (StudyState.RUNNING,))
         gave_up = {study.id: self._feed(study, now) for study in studies}
+        self._share(self.queue.look(now), updates, now)
         for study in studies:
             self.supply.complete(study, gave_up[study.id], now)
 
     def hand_back(self, now: datetime) -> None:
         """Record what has ended, queue the rest again without charge, and free every gang."""
-        for attempt_id, held in list(self.held.items()):
+        updates = self.launcher.poll({attempt_id: held.after for attempt_id, held in self.held.items()})
+        for held in list(self.held.values()):
             try:
-                self._poll(held, now)
+                self._record({held.attempt_id: updates[held.attempt_id]}, now)
+                self._settle(held, updates[held.attempt_id], now)
             except Exception:
-                log.exception("attempt %d could not be polled a last time", attempt_id)
-            if attempt_id in self.held:
+                log.exception("attempt %d could not be recorded a last time", held.attempt_id)
+            if held.attempt_id in self.held:
                 self._finish(held, AttemptResult(Outcome.PREEMPTED, "the orchestrator was stopped"), now)
 
     def _drop_lost(self) -> None:
@@ -111,43 +120,66 @@ class Loop:
         for attempt_id in set(self.held) - ours:
             self._release(attempt_id, "is no longer ours")
 
-    def _poll(self, held: Held, now: datetime) -> None:
-        lease = held.claim.lease
-        update = self.launcher.poll(lease.attempt_id, held.after)
-        if update.measurements or update.phase != held.phase or now - held.renewed_at > self.ttl / 3:
-            try:
-                with self.database.write() as session:
-                    leases.record(session, lease, update.phase, update.measurements, now, self.ttl)
-            except LeaseLost:
-                self._release(lease.attempt_id, "lost its lease")
-                return
+    def _record(self, updates: Mapping[int, Update], now: datetime) -> None:
+        """Write down what running attempts have said, and renew their leases, in one transaction."""
+        due = [held for held in self.held.values() if self._is_due(held, updates.get(held.attempt_id), now)]
+        if not due:
+            return
+        lost = set()
+        with self.database.write() as session:
+            for held in due:
+                update = updates[held.attempt_id]
+                try:
+                    leases.record(session, held.claim.lease, update.phase, update.measurements, now, self.ttl)
+                except LeaseLost:
+                    lost.add(held.attempt_id)
+        for held in due:
+            update = updates[held.attempt_id]
             held.after = update.measurements[-1].number if update.measurements else held.after
             held.phase, held.renewed_at = update.phase, now
+            if held.attempt_id in lost:
+                self._release(held.attempt_id, "lost its lease")
+
+    def _is_due(self, held: Held, update: Update | None, now: datetime) -> bool:
+        if update is None:
+            return False
+        news = update.measurements or update.phase != held.phase
+        return bool(news and update.ending is None) or now - held.renewed_at > self.ttl / 3
+
+    def _settle(self, held: Held, update: Update, now: datetime) -> None:
+        """End the attempt if it has ended, or should."""
         ending = update.ending or held.watch.look(update, now)
         if ending is None:
             return
         try:
-            result = self._keep(lease.attempt_id, ending)
+            self._finish(held, self._keep(held, ending, update), now, update)
         except OSError as error:  # a full disk, say: the gang has the only copy and keeps it until there is room
             if not held.unstored:
-                log.error("the artifact of attempt %d cannot be stored, trying again: %s", lease.attempt_id, error)
+                log.error("the artifact of attempt %d cannot be stored, trying again: %s", held.attempt_id, error)
             held.unstored = True
-            return
-        self._finish(held, result, now)
+        except OperationalError:  # the database is away: nothing is lost, the gang keeps what it measured
+            raise
+        except Exception as error:  # one gang must not stop the others
+            log.exception("attempt %d could not be ended", held.attempt_id)
+            self._finish(held, _failed(error), now)
 
-    def _keep(self, attempt_id: int, ending: Ending) -> AttemptResult:
+    def _keep(self, held: Held, ending: Ending, update: Update) -> AttemptResult:
         """The ending with its artifact stored: on disk first, so that no row ever names a file that is not there."""
-        artifact = self.artifacts.put(self.launcher.artifact(attempt_id)) if ending.result is not None else None
-        return AttemptResult(ending.outcome, ending.reason, ending.result, artifact, ending.cause)
+        artifact = None
+        if ending.result is not None:
+            artifact = self.artifacts.put(self.launcher.artifact(held.attempt_id))
+        return AttemptResult(ending.outcome, ending.reason, ending.result, artifact, ending.cause, update.seconds)
 
-    def _finish(self, held: Held, result: AttemptResult, now: datetime) -> None:
+    def _finish(self, held: Held, result: AttemptResult, now: datetime, update: Update | None = None) -> None:
         try:
             with self.database.write() as session:
+                if update is not None and update.measurements:
+                    leases.record(session, held.claim.lease, update.phase, update.measurements, now, self.ttl)
                 leases.finish(session, held.claim.lease, result, now)
             log.info("trial %d ended as %s %s", held.claim.trial_number, result.outcome, result.reason)
         except LeaseLost:
             log.warning("trial %d ended as %s without its lease; dropped", held.claim.trial_number, result.outcome)
-        self._release(held.claim.lease.attempt_id, None)
+        self._release(held.attempt_id, None)
 
     def _release(self, attempt_id: int, why: str | None) -> None:
         if why:
@@ -155,65 +187,77 @@ class Loop:
         self.launcher.release(attempt_id)
         self.held.pop(attempt_id, None)
 
+    def _expire(self, now: datetime) -> None:
+        """End what others have left, after our own were renewed: a lease that ran out while nobody could write is its
+        holder's until someone takes it, so after such a time everyone gets a lease's length to renew."""
+        if self._ticked_at is not None and now - self._ticked_at > self.ttl / 2:
+            self._expires_at = now + self.ttl
+        self._ticked_at = now
+        if self._expires_at is not None and now < self._expires_at:
+            return
+        self._expires_at = now + min(timedelta(seconds=EXPIRY_SECONDS), self.ttl / 4)
+        with self.database.write() as session:
+            lost = leases.expire(session, now)
+        if lost:
+            log.warning("%d attempts lost their lease and were queued again", lost)
+
     def _feed(self, study: Study, now: datetime) -> str | None:
-        """Keep a proposal waiting for each shape while free gangs take runs, widest first; why none is left to make."""
+        """Keep a proposal waiting for each shape while gangs take runs, widest first; why none is left to make."""
         shapes = sorted(study.definition.shapes, key=lambda gang: -gang.ranks)
         gave_up: dict[GangConfig, str] = {}
         moved = True
         while moved:
-            before = self._queued(study)
+            before = self.queue.waiting(study.id)
             waiting = sorted({*shapes, *before}, key=lambda gang: -gang.ranks)
             started = sum(self._start(gang, now) for gang in waiting)
             # Only now, and for next time: a free gang does not wait for the sampler.
-            queued = self._queued(study) if started else before
+            queued = self.queue.waiting(study.id) if started else before
             for gang in shapes:
                 if not queued.get(gang) and gang not in gave_up and (why := self.supply.propose(study, gang, now)):
                     gave_up[gang] = why
-            moved = started > 0 or self._queued(study) != before
-        self._tell_of_no_room(study, queued, now)
+            moved = started > 0 or self.queue.waiting(study.id) != before
+        self.queue.tell_of_no_room(study, queued, now)
         return "; ".join(dict.fromkeys(gave_up.values())) if len(gave_up) == len(shapes) else None
 
-    def _queued(self, study: Study) -> Mapping[GangConfig, int]:
-        with self.database.read() as session:
-            return store.count_queued(session, study.id)
+    def _share(self, waiting: Mapping[GangConfig, int], updates: Mapping[int, Update], now: datetime) -> None:
+        """Queue an attempt again that waits behind another while a gang of its shape is free and has nothing to do."""
+        for held in list(self.held.values()):
+            gang, update = held.claim.spec.gang, updates.get(held.attempt_id)
+            waits = update is not None and update.phase == "queue" and now - held.claim.started_at > SHARE
+            if waits and not waiting.get(gang) and self.launcher.free(gang):
+                self._finish(held, AttemptResult(Outcome.PREEMPTED, "another gang is free for it"), now)
+                return
 
     def _start(self, gang: GangConfig, now: datetime) -> bool:
-        """Claim a run of this shape for a free gang, if there is both."""
-        if not self.launcher.free(gang):
+        """Claim a run of this shape for a gang that would take it, if there is both."""
+        offer = self.launcher.offer(gang)
+        if offer is None:
             return False
         with self.database.write() as session:
-            claim = leases.claim(session, gang, self.owner, now, self.ttl)
+            claim = leases.claim(session, gang, self.owner, now, self.ttl, name=offer.gang)
         if claim is None:
             return False
-        held = self.held[claim.lease.attempt_id] = Held(claim, now, phase="start")
+        held = self.held[claim.lease.attempt_id] = Held(claim, now)
         try:
-            name = self.launcher.start(Assignment(claim.lease.attempt_id, claim.spec))
+            name = self.launcher.start(Assignment(held.attempt_id, claim.spec), offer.gang)
+            if name != offer.gang:  # it had died meanwhile
+                with self.database.write() as session:
+                    leases.renew(session, claim.lease, now, self.ttl, gang=name)
+        except LeaseLost:  # cancelled between the claim and now
+            self._release(held.attempt_id, "lost its lease before it began")
+            return True
         except NoRoom as error:
             self._finish(held, AttemptResult(Outcome.PREEMPTED, str(error)), now)
             return False
+        except OperationalError:
+            raise
         except Exception as error:  # one gang must not stop the others
-            log.exception("attempt %d could not be started", claim.lease.attempt_id)
+            log.exception("attempt %d could not be started", held.attempt_id)
             self._finish(held, _failed(error), now)
             return False
-        try:
-            with self.database.write() as session:
-                leases.renew(session, claim.lease, now, self.ttl, gang=name, phase=held.phase)
-        except LeaseLost:  # cancelled between the claim and now
-            self._release(claim.lease.attempt_id, "lost its lease before it began")
-        log.info("trial %d started on %s", claim.trial_number, name)
+        self.queue.started(gang)
+        log.info("trial %d started %s %s", claim.trial_number, "behind another on" if offer.behind else "on", name)
         return True
-
-    def _tell_of_no_room(self, study: Study, queued: Mapping[GangConfig, int], now: datetime) -> None:
-        """Say once, as an event of the study, that runs wait for a shape that nothing here can ever hold."""
-        for gang in queued:
-            if (study.id, gang) in self.told or self.launcher.capacity(gang):
-                continue
-            self.told.add((study.id, gang))
-            shape = f"{gang.ranks} {gang.device} ranks"
-            why = f"Runs wait for a gang of {shape}: {self.owner} has no node that could hold one"
-            log.warning("study %s: %s", study.name, why)
-            with self.database.write() as session:
-                store.add_event(session, study.id, None, "study.waiting", why, now)
 
 
 def _failed(error: Exception) -> AttemptResult:

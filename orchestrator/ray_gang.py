@@ -1,14 +1,15 @@
 """A gang on Ray: a placement group on one node and an actor a rank. Made, found again by its name, and removed."""
 
+import hashlib
 import re
 import uuid
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -22,12 +23,16 @@ from orchestrator.ray_rank import RayRank
 from worker.spec import GangConfig
 
 NODE_LABEL = "ray.io/node-id"
-_NAME = re.compile(r"caddie-(?P<device>cpu|gpu)(?P<ranks>\d+)-[0-9a-f]{8}")
+_NAME = re.compile(r"caddie-(?P<owner>[0-9a-f]{6})-(?P<device>cpu|gpu)(?P<ranks>\d+)-[0-9a-f]{8}")
 
 
 @dataclass(eq=False)
 class Gang:
-    """A placement group on one node and its actors, by rank. `port` is the call that opens rank 0's rendezvous."""
+    """A placement group on one node and its actors, by rank. `port` is the call that opens rank 0's rendezvous.
+
+    `attempts` counts those that it was given through this object. `quick`: its last one took a moment. `condemned`: it
+    takes no more, and goes as soon as nothing that is done is left on it.
+    """
 
     name: str
     shape: GangConfig
@@ -35,30 +40,44 @@ class Gang:
     group: PlacementGroup
     actors: list[Any]
     port: Any
+    attempts: int = 0
+    quick: bool = False
+    condemned: bool = False
 
 
-def create(shape: GangConfig, node: str, trainer: str, *, detached: bool) -> Gang:
-    """Ask Ray for a gang, without waiting for it. A detached one outlives this process, until it is removed."""
-    name = f"caddie-{shape.device}{shape.ranks}-{uuid.uuid4().hex[:8]}"
+def new_name(shape: GangConfig, owner: str) -> str:
+    """A name that no gang has, and that says whose it is and of which shape."""
+    return f"caddie-{_tag(owner)}-{shape.device}{shape.ranks}-{uuid.uuid4().hex[:8]}"
+
+
+def create(name: str, node: str, trainer: str, *, orphan_seconds: float | None) -> Gang:
+    """Ask Ray for the gang that the name says, without waiting for it. With `orphan_seconds` it is detached: it
+    outlives this process, until it is removed or nobody has asked it anything for so long."""
+    shape = _shape(name)
+    assert shape is not None, name
     gpus = 1 if shape.device == "gpu" else 0
     bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
     selector = [{NODE_LABEL: node}] * shape.ranks
-    lifetime = "detached" if detached else None
+    lifetime = None if orphan_seconds is None else "detached"
     group = placement_group([bundle] * shape.ranks, "STRICT_PACK", name, lifetime, bundle_label_selector=selector)
     actor_class: Any = ray.remote(RayRank)
-    actors = [
-        actor_class.options(
-            name=_actor(name, rank),
-            lifetime=lifetime,
-            num_cpus=1,
-            num_gpus=gpus,
-            max_restarts=0,
-            # `serve` waits for torch and `ended` for an attempt while others answer; the job has a thread of its own.
-            max_concurrency=16,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        ).remote(rank, shape, trainer)
-        for rank in range(shape.ranks)
-    ]
+    try:
+        actors = [
+            actor_class.options(
+                name=_actor(name, rank),
+                lifetime=lifetime,
+                num_cpus=1,
+                num_gpus=gpus,
+                max_restarts=0,
+                # `serve` waits for torch and `ended` for an attempt while others answer; jobs have their own thread.
+                max_concurrency=16,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            ).remote(rank, shape, trainer, name, orphan_seconds)
+            for rank in range(shape.ranks)
+        ]
+    except BaseException:
+        remove_named(name)
+        raise
     return Gang(name, shape, node, group, actors, _port(shape, actors))
 
 
@@ -78,12 +97,13 @@ def find(name: str) -> Gang | None:
     return Gang(name, shape, nodes.pop(), group, actors, _port(shape, actors))
 
 
-def names() -> set[str]:
-    """The gangs that this cluster has anything of: a rank or a reservation."""
+def names(owner: str) -> set[str]:
+    """The gangs of this owner that the cluster has anything of: a rank or a reservation."""
     tables: dict[str, Any] = placement_group_table()
     groups = {table["name"] for table in tables.values() if table["state"] != "REMOVED"}
     actors = {name.rpartition("-")[0] for name in ray.util.list_named_actors()}
-    return {name for name in groups | actors if _shape(name) is not None}
+    said = {name: _NAME.fullmatch(name) for name in groups | actors}
+    return {name for name, parts in said.items() if parts is not None and parts["owner"] == _tag(owner)}
 
 
 def remove(gang: Gang) -> None:
@@ -97,34 +117,51 @@ def remove_named(name: str) -> None:
     """The same for whatever is left of a gang of another process. Repeatable."""
     shape = _shape(name)
     assert shape is not None, name
+    with suppress(ValueError):  # there is none
+        remove_placement_group(get_placement_group(name))  # first: it may be a rank of the gang that asks
     for rank in range(shape.ranks):
-        with suppress(ValueError):  # there is none
+        with suppress(ValueError):
             ray.kill(ray.get_actor(_actor(name, rank)), no_restart=True)
-    with suppress(ValueError):
-        remove_placement_group(get_placement_group(name))
 
 
-def spare(gangs: Sequence[Gang]) -> dict[str, tuple[int, int]]:
-    """CPUs and GPUs of each living node, by its id, that are not taken by these gangs."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    cpus: Counter[str] = Counter()
-    gpus: Counter[str] = Counter()
-    for gang in gangs:
-        cpus[gang.node] += gang.shape.ranks
-        gpus[gang.node] += gang.shape.ranks if gang.shape.device == "gpu" else 0
+def nodes() -> dict[str, tuple[int, int]]:
+    """CPUs and GPUs of each living node, by its id."""
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return {
-        node["NodeID"]: (
-            int(node["Resources"].get("CPU", 0)) - cpus[node["NodeID"]],
-            int(node["Resources"].get("GPU", 0)) - gpus[node["NodeID"]],
-        )
-        for node in nodes
+        node["NodeID"]: (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        for node in found
         if node["Alive"]
     }
+
+
+def spare(rooms: Mapping[str, tuple[int, int]], gangs: Iterable[Gang]) -> dict[str, tuple[int, int]]:
+    """What these gangs leave of the nodes' CPUs and GPUs."""
+    left = dict(rooms)
+    for gang in gangs:
+        if gang.node in left:
+            cpus, gpus = left[gang.node]
+            left[gang.node] = cpus - gang.shape.ranks, gpus - (gang.shape.ranks if gang.shape.device == "gpu" else 0)
+    return left
+
+
+def ask_for(gangs: Mapping[GangConfig, int]) -> None:
+    """Ask Ray's autoscaler, where there is one, for nodes that hold these gangs together; it keeps them until it is
+    asked for less. A gang is one bundle, since it needs one node."""
+    bundles = [
+        {"CPU": shape.ranks, "GPU": shape.ranks} if shape.device == "gpu" else {"CPU": shape.ranks}
+        for shape, count in gangs.items()
+        for _ in range(count)
+    ]
+    request_resources(bundles=bundles)
 
 
 def fit(shape: GangConfig, cpus: int, gpus: int) -> int:
     """How many gangs of the shape fit in so many CPUs and GPUs."""
     return max(0, min(cpus, gpus) if shape.device == "gpu" else cpus) // shape.ranks
+
+
+def _tag(owner: str) -> str:
+    return hashlib.sha256(owner.encode()).hexdigest()[:6]
 
 
 def _actor(name: str, rank: int) -> str:

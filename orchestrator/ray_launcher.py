@@ -6,24 +6,24 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import RayError
 from ray.job_config import JobConfig
 
-from orchestrator.ending import ending_of, lost
-from orchestrator.launcher import Assignment, Ending, NoRoom, Update
+from orchestrator.ending import lost
+from orchestrator.launcher import Assignment, Ending, NoRoom, Offer, Update
 from orchestrator.lifecycle import Outcome
 from orchestrator.local_launcher import source_roots
+from orchestrator.ray_attempt import RayAttempt, answers_of, one_line
 from orchestrator.ray_folder import RayFolder
-from orchestrator.ray_gang import Gang, create, find, fit, names, remove, remove_named, spare
-from worker.mailbox import Mail
-from worker.report import Measurement
+from orchestrator.ray_gang import Gang, ask_for, create, find, fit, names, new_name, nodes, remove, remove_named, spare
 from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
@@ -32,37 +32,27 @@ ANSWER_SECONDS = 0.25
 """How long a poll waits for ranks that are busy; what they say later is taken by the next poll."""
 WARM_SECONDS = 5.0
 """How long a warm gang may take to accept an attempt before it is replaced. It takes 1 ms, on a busy machine more."""
-DEATH_SECONDS = 5.0
-"""How long the other ranks of a failed gang have to turn out dead, the better explanation. Live ones answer at once."""
+NODES_SECONDS = 1.0
+"""How long it may go unnoticed that a node has come or gone."""
+TEND_SECONDS = 3.0
+"""How often idle gangs are told that they are wanted."""
+QUICK_SECONDS = 2.0
+"""An attempt that takes less is followed at once; after longer ones the next is chosen when training is over."""
+RECYCLE_ATTEMPTS = 200
+"""So many attempts a gang is given before it is replaced: what leaks slowly gets no time to."""
 ARTIFACT_SECONDS = 60.0
 OBJECT_STORE_BYTES = 80 * 1024**2
 """Of a local Ray. Only artifacts travel through it."""
 
 
-@dataclass(eq=False)
-class _Held:
-    """An attempt on its gang, until it is released: what was said, and the calls that are still unanswered."""
-
-    attempt_id: int
-    gang: Gang
-    accepted: list[Any]
-    reads: list[Any] = field(default_factory=list)
-    ends: list[Any] = field(default_factory=list)
-    began: bool = False
-    unknown: bool = False
-    """Whether a rank does not know of it: whoever started it died before the gang was there to be told."""
-    phase: str = "start"
-    beats: int = 0
-    measurements: list[Measurement] = field(default_factory=list)
-    ending: Ending | None = None
-
-
 class RayLauncher:
-    """A Launcher on Ray, one a process, for one thread. Its first call connects, which takes a local Ray 5 to 15 s.
+    """A Launcher on Ray, for one thread. Its first call connects, which takes a local Ray 5 to 15 s.
 
-    It places its gangs itself, each on one node of its choosing, and counts on having the cluster to itself. A gang
-    that ended an attempt well waits, warm, for the next of its shape, and gives way to other shapes; one that failed in
-    any way is removed. On a cluster that was joined gangs are detached: they outlive this process, and its successor
+    It places its gangs itself, each on one node of its choosing, and counts on having the cluster's nodes to itself. A
+    gang that ended an attempt well waits, warm, for the next of its shape, and gives way to other shapes; one that
+    failed in any way is removed. While an attempt is scored and packed the next one waits on its gang already.
+
+    On a cluster that was joined gangs are detached: they outlive this process, and its successor of the same `owner`
     adopts them by name. Those of a local Ray die with the process that made it. (Two idle agents live on for the 60 s
     that they try to tell it.)
     """
@@ -74,87 +64,128 @@ class RayLauncher:
         ranks: int,
         trainer: str = "worker.job:run",
         *,
+        owner: str = "caddie",
+        orphan_seconds: float = 3600.0,
         namespace: str = "caddie",
         import_path: Sequence[Path] = (),
     ) -> None:
         """Join the cluster at `address`, or with None start a Ray on this machine with room for `ranks` ranks.
 
-        `trainer` is `module:function`, found by the ranks on `import_path` or in their own environment.
+        `trainer` is `module:function`, found by the ranks on `import_path` or in their own environment. Detached gangs
+        remove themselves once nobody has polled them for `orphan_seconds`.
         """
         self._address = address
         self._data_root = data_root
         self._ranks = ranks
         self._trainer = trainer
+        self._owner = owner
+        self._orphan_seconds = None if address is None else orphan_seconds
         self._namespace = namespace
         self._import_path = tuple(import_path)
         self._connected = False
         self._folder: RayFolder | None = None
-        self._held: dict[int, _Held] = {}
-        self._idle: list[Gang] = []
+        self._held: dict[int, RayAttempt] = {}
+        self._gangs: dict[str, Gang] = {}
+        self._pings: dict[str, dict[int, Any]] = {}
+        self._reserved: tuple[GangConfig, str] | None = None
+        self._wanted: Counter[GangConfig] = Counter()
+        self._tended_at = 0.0
+        self._nodes: dict[str, tuple[int, int]] = {}
+        self._nodes_at = 0.0
 
     def free(self, gang: GangConfig) -> int:
         self._connect()
-        alike = [idle for idle in self._idle if idle.shape == gang]
-        rooms = spare([*self._busy(), *alike])
-        return sum(idle.node in rooms for idle in alike) + sum(fit(gang, *room) for room in rooms.values())
+        idle = self._idle(gang)
+        rooms = spare(self._living(), [*self._busy(), *idle])
+        return len(idle) + sum(fit(gang, *room) for room in rooms.values())
 
     def capacity(self, gang: GangConfig) -> int:
         self._connect()
-        return sum(fit(gang, *room) for room in spare(()).values())
+        return sum(fit(gang, *room) for room in self._living().values())
 
-    def start(self, assignment: Assignment) -> str:
+    def offer(self, gang: GangConfig) -> Offer | None:
+        self._connect()
+        if idle := [each for each in self._idle(gang) if self._is_open(each.node, gang)]:
+            return Offer(idle[0].name, behind=False)
+        if self._node_for(gang) is not None:
+            return Offer(new_name(gang, self._owner), behind=False)
+        open_gangs = [each for each in self._gangs.values() if self._is_open(each.node, gang)]
+        ending = [each for each in open_gangs if each.shape == gang and self._about_to_end(each)]
+        return Offer(ending[0].name, behind=True) if ending else None
+
+    def reserve(self, gang: GangConfig | None) -> None:
+        kept = self._reserved is not None and self._reserved[1] in self._living() and self._reserved[0] == gang
+        if not kept:
+            self._reserved = None
+        if gang is not None and not kept:
+            rooms = spare(self._living(), self._busy())
+            able = [node for node, room in self._living().items() if fit(gang, *room)]
+            self._reserved = (gang, max(able, key=lambda node: (rooms[node], node))) if able else None
+
+    def want(self, gangs: Mapping[GangConfig, int]) -> None:
+        wanted = Counter(gangs) + Counter(gang.shape for gang in self._busy())
+        if self._address is not None and wanted != self._wanted:
+            self._wanted = wanted
+            ask_for(wanted)
+
+    def start(self, assignment: Assignment, gang: str) -> str:
         attempt_id, shape = assignment.attempt_id, assignment.spec.gang
         if attempt_id in self._held:
             return self._held[attempt_id].gang.name
         self._connect()
-        for gang in [idle for idle in self._idle if idle.shape == shape]:
-            held = self._assign(assignment, gang)
-            answers, errors = _answers(held.accepted, WARM_SECONDS)
-            if not errors and None not in answers:
-                self._idle.remove(gang)
-                held.began = True
-                break
-            self._retire(gang)  # it has lost a rank or its node while it was idle
-        else:
-            held = self._assign(assignment, self._open(shape))
-        self._held[attempt_id] = held
-        return held.gang.name
+        known = self._gangs.get(gang)
+        if known is not None and self._on(known):
+            if known.condemned or len(self._on(known)) > 1:
+                raise NoRoom(f"gang {gang} takes no other attempt now")
+            return self._give(assignment, known, waits=True).gang.name
+        for warm in ([known] if known is not None else []) + self._idle(shape):
+            given = self._give(assignment, warm, waits=False)
+            if given.accepted(WARM_SECONDS):
+                return warm.name
+            del self._held[attempt_id]
+            self._remove(warm)  # it has lost a rank or its node while it was idle
+        name = gang if known is None else new_name(shape, self._owner)
+        return self._give(assignment, self._open(name, shape), waits=False).gang.name
 
     def adopt(self, attempt_id: int, gang: str) -> bool:
         self._connect()
-        found = None if attempt_id in self._held else find(gang)
+        found = None if attempt_id in self._held else self._gangs.get(gang) or find(gang)
         if found is not None:
-            self._held[attempt_id] = _Held(attempt_id, found, accepted=[], began=True)
+            self._gangs[gang] = found
+            self._held[attempt_id] = RayAttempt(attempt_id, found)
         return attempt_id in self._held
 
     def reap(self) -> int:
         self._connect()
-        orphans = names() - {gang.name for gang in [*self._busy(), *self._idle]}
+        orphans = names(self._owner) - set(self._gangs)
         for name in orphans:
             remove_named(name)
         return len(orphans)
 
-    def poll(self, attempt_id: int, after: int) -> Update:
-        held = self._held.get(attempt_id)
-        if held is None:
-            return Update("lost", (), lost(attempt_id))
-        if held.ending is None:
-            held.ending = _listen(held)
-            if held.ending is not None and held.ending.result is None:
-                remove(held.gang)
-        return Update(held.phase, tuple(held.measurements[after:]), held.ending, held.beats)
+    def poll(self, cursors: Mapping[int, int]) -> dict[int, Update]:
+        running = [held for held in map(self._held.get, cursors) if held is not None and held.ending is None]
+        if calls := [call for held in running for call in held.ask()]:
+            ray.wait(calls, num_returns=len(calls), timeout=ANSWER_SECONDS)
+        for held in running:
+            if not held.gang.condemned or held.phase == "store":
+                held.listen(nodes)
+            if held.ending is not None and held.ending.result is None and held.phase != "queue":
+                held.gang.condemned = True
+        for held in running:
+            if held.ending is None and held.gang.condemned and held.phase != "store":
+                held.ending = Ending(Outcome.PREEMPTED, f"its gang {held.gang.name} is replaced")
+        self._remove_condemned()
+        self._tend()
+        return {attempt_id: self._update(attempt_id, after) for attempt_id, after in cursors.items()}
 
     def wait(self, seconds: float) -> None:
         running = [held for held in self._held.values() if held.ending is None]
-        for held in running:
-            held.ends = held.ends or _news(held)
-        ends = [call for held in running for call in held.ends]
-        if not ends:
+        if not (news := [call for held in running for call in held.news()]):
             time.sleep(seconds)
             return
-        done, _ = ray.wait(ends, num_returns=1, timeout=seconds)
-        for held in running:  # a rank that has ended is news once, while its peers go on
-            held.ends = [call for call in held.ends if call not in done]
+        done, _ = ray.wait(news, num_returns=1, timeout=seconds)
+        for held in running:
+            held.heard(done)
 
     def stop(self, attempt_id: int) -> None:
         held = self._held.get(attempt_id)
@@ -168,7 +199,7 @@ class RayLauncher:
         try:
             artifact = ray.get(held.gang.actors[0].artifact.remote(attempt_id), timeout=ARTIFACT_SECONDS)
         except RayError as error:
-            raise KeyError(f"the artifact of attempt {attempt_id} is gone: {_one_line(error)}") from error
+            raise KeyError(f"the artifact of attempt {attempt_id} is gone: {one_line(error)}") from error
         if not isinstance(artifact, bytes):
             raise KeyError(f"attempt {attempt_id} left no artifact")
         return artifact
@@ -177,20 +208,23 @@ class RayLauncher:
         held = self._held.pop(attempt_id, None)
         if held is None:
             return
-        if held.ending is not None and held.ending.result is not None:
-            for actor in held.gang.actors:
+        gang, ended_well = held.gang, held.ending is not None and held.ending.result is not None
+        if ended_well:
+            gang.quick = sum(held.update.seconds.values()) < QUICK_SECONDS
+            gang.condemned = gang.condemned or (gang.attempts >= RECYCLE_ATTEMPTS and not self._on(gang))
+        elif not gang.condemned:
+            gang.condemned = held.phase != "queue" or not self._withdraw(held)
+        if not gang.condemned:
+            for actor in gang.actors:
                 actor.forget.remote(attempt_id)
-            self._idle.append(held.gang)
-        else:
-            remove(held.gang)
+        self._remove_condemned()
 
     def close(self) -> None:
         if not self._connected:
             return
-        for gang in [*self._busy(), *self._idle]:
-            remove(gang)
+        for gang in list(self._gangs.values()):
+            self._remove(gang)
         self._held.clear()
-        self._idle.clear()
         ray.shutdown()
         self._connected = False
         if self._folder is not None:
@@ -199,7 +233,7 @@ class RayLauncher:
 
     def _connect(self) -> None:
         """Be connected. A local Ray that has lost its node is started again, once no attempt is held on it."""
-        if self._connected and self._folder is not None and not self._held and not spare(()):
+        if self._connected and self._folder is not None and not self._held and not self._living():
             log.warning("the local Ray has lost its node and is started again")
             self.close()
         if self._connected:
@@ -219,111 +253,104 @@ class RayLauncher:
             else:
                 ray.init(self._address, **options)
         self._connected = True
+        self._nodes_at = 0.0
+
+    def _update(self, attempt_id: int, after: int) -> Update:
+        held = self._held.get(attempt_id)
+        if held is None:
+            return Update("lost", (), lost(attempt_id))
+        update = held.update
+        return replace(update, measurements=update.measurements[after:])
+
+    def _living(self) -> Mapping[str, tuple[int, int]]:
+        """CPUs and GPUs of each node, as of a moment ago."""
+        if time.monotonic() - self._nodes_at > NODES_SECONDS:
+            self._nodes, self._nodes_at = nodes(), time.monotonic()
+        return self._nodes
+
+    def _on(self, gang: Gang) -> list[RayAttempt]:
+        """The attempts that the gang's ranks are at, or that wait there."""
+        at = [held for held in self._held.values() if held.gang is gang]
+        return [held for held in at if held.ending is None and held.phase != "store"]
 
     def _busy(self) -> list[Gang]:
-        return [held.gang for held in self._held.values()]
+        return [gang for gang in self._gangs.values() if gang.condemned or self._on(gang)]
 
-    def _assign(self, assignment: Assignment, gang: Gang) -> _Held:
+    def _idle(self, shape: GangConfig | None = None) -> list[Gang]:
+        """The gangs, of this shape or any, that could start an attempt at once."""
+        idle = [gang for gang in self._gangs.values() if not gang.condemned and not self._on(gang)]
+        return [gang for gang in idle if gang.node in self._living() and shape in (None, gang.shape)]
+
+    def _is_open(self, node: str, shape: GangConfig) -> bool:
+        """Whether the node's room is not kept for another shape."""
+        return self._reserved is None or self._reserved[1] != node or self._reserved[0] == shape
+
+    def _about_to_end(self, gang: Gang) -> bool:
+        """Whether the gang may be given an attempt that waits for the one it runs."""
+        at = self._on(gang)
+        if gang.condemned or gang.attempts >= RECYCLE_ATTEMPTS or len(at) != 1 or gang.node not in self._living():
+            return False
+        return at[0].phase in ("evaluate", "pack") or (gang.quick and at[0].age_seconds < QUICK_SECONDS)
+
+    def _give(self, assignment: Assignment, gang: Gang, *, waits: bool) -> RayAttempt:
         """Send the attempt to the gang's ranks."""
-        attempt_id, spec = assignment.attempt_id, assignment.spec.model_dump_json()
-        calls = [actor.assign.remote(attempt_id, spec, str(self._data_root), gang.port) for actor in gang.actors]
-        return _Held(attempt_id, gang, calls)
+        held = self._held[assignment.attempt_id] = RayAttempt(assignment.attempt_id, gang)
+        held.give(assignment, str(self._data_root), waits=waits)
+        return held
 
-    def _open(self, shape: GangConfig) -> Gang:
-        """A new gang on the node that it fills best, after retiring the idle gangs there that are in its way."""
-        for counted in ([*self._busy(), *self._idle], self._busy()):
-            rooms = {node: room for node, room in spare(counted).items() if fit(shape, *room)}
+    def _node_for(self, shape: GangConfig) -> str | None:
+        """The node that a new gang of the shape fills best, idle gangs in its way retired only where it must be."""
+        for counted in (list(self._gangs.values()), self._busy()):
+            spared = spare(self._living(), counted)
+            rooms = {node: room for node, room in spared.items() if fit(shape, *room) and self._is_open(node, shape)}
             if rooms:
-                node = min(rooms, key=lambda name: (rooms[name], name))
-                break
-        else:
-            raise NoRoom(f"no node has room for {shape.ranks} {shape.device} ranks")
-        for idle in [gang for gang in self._idle if gang.node == node]:
-            if fit(shape, *spare([*self._busy(), *self._idle])[node]):
-                break
-            self._retire(idle)
-        return create(shape, node, self._trainer, detached=self._address is not None)
+                return min(rooms, key=lambda name: (rooms[name], name))
+        return None
 
-    def _retire(self, gang: Gang) -> None:
-        self._idle.remove(gang)
+    def _open(self, name: str, shape: GangConfig) -> Gang:
+        """A new gang of this name, after retiring the idle gangs that are in its way."""
+        node = self._node_for(shape)
+        if node is None:
+            raise NoRoom(f"no node has room for {shape.ranks} {shape.device} ranks")
+        for idle in self._idle():
+            if fit(shape, *spare(self._living(), self._gangs.values())[node]):
+                break
+            if idle.node == node:
+                self._remove(idle)
+        gang = self._gangs[name] = create(name, node, self._trainer, orphan_seconds=self._orphan_seconds)
+        return gang
+
+    def _withdraw(self, held: RayAttempt) -> bool:
+        """Take from its gang an attempt that waits there; False where it has begun, or the gang does not say."""
+        withdrawn, _ = answers_of({0: held.gang.actors[0].withdraw.remote(held.attempt_id)}, WARM_SECONDS)
+        return withdrawn.get(0) is True
+
+    def _remove_condemned(self) -> None:
+        """Remove the condemned gangs, except where a result is still to be fetched."""
+        kept = [held.gang for held in self._held.values() if held.ending is None and held.phase == "store"]
+        kept += [
+            held.gang for held in self._held.values() if held.ending is not None and held.ending.result is not None
+        ]
+        for gang in list(self._gangs.values()):
+            if gang.condemned and gang not in kept:
+                self._remove(gang)
+
+    def _remove(self, gang: Gang) -> None:
+        gang.condemned = True
+        self._gangs.pop(gang.name, None)
+        self._pings.pop(gang.name, None)
         remove(gang)
 
-
-def _news(held: _Held) -> list[Any]:
-    """Calls of which each returns when its rank has something new to say. A rank may answer them out of order, and
-    knows of no attempt that it has not accepted."""
-    if not held.began:
-        return list(held.accepted)
-    return [actor.ended.remote(held.attempt_id) for actor in held.gang.actors]
-
-
-def _listen(held: _Held) -> Ending | None:
-    """Take in what the ranks have said since the last time; the attempt's ending once there is one."""
-    if not held.began:
-        accepted, deaths = _answers(held.accepted, seconds=0)
-        if deaths:
-            return _ending(held, [Mail()] * len(accepted), deaths)
-        if None in accepted:
-            return None
-        held.began = True
-    mails, deaths = _read(held, ANSWER_SECONDS)
-    if held.unknown:
-        return Ending(Outcome.LOST, f"its orchestrator died before gang {held.gang.name} had it")
-    failed = any(mail.closing is not None and mail.closing.outcome == "failed" for mail in mails)
-    if failed and len(mails) > 1 and not deaths:
-        # A rank whose peer died fails too, and says so before Ray knows of the death.
-        again, deaths = _read(held, DEATH_SECONDS)
-        mails = [new if new.closing is not None else old for old, new in zip(mails, again, strict=True)]
-    return _ending(held, mails, deaths)
-
-
-def _read(held: _Held, seconds: float) -> tuple[list[Mail], dict[int, RayError]]:
-    """Each rank's mail, an empty one where it has not answered in time, and the ranks that are dead."""
-    if not held.reads:
-        seen = len(held.measurements)
-        held.reads = [actor.read.remote(held.attempt_id, seen) for actor in held.gang.actors]
-    answers, errors = _answers(held.reads, seconds)
-    held.unknown = "" in answers
-    mails = [Mail.model_validate_json(answer) if answer else Mail() for answer in answers]
-    if answers[0]:
-        held.phase, held.beats = mails[0].phase, mails[0].beats
-        held.measurements += [mail for mail in mails[0].measurements if mail.number > len(held.measurements)]
-    if errors or None not in answers:
-        held.reads = []
-    # A rank that Ray has lost sight of is asked again; Ray decides in the end whether it lives.
-    return mails, {rank: error for rank, error in errors.items() if not isinstance(error, ActorUnavailableError)}
-
-
-def _answers(calls: list[Any], seconds: float) -> tuple[list[Any], dict[int, RayError]]:
-    """The answers of calls to a gang's ranks, None where there is none yet, and errors instead of the others."""
-    done, _ = ray.wait(calls, num_returns=len(calls), timeout=seconds)
-    answers: list[Any] = [None] * len(calls)
-    errors: dict[int, RayError] = {}
-    for rank, call in enumerate(calls):
-        if call not in done:
-            continue
-        try:
-            answers[rank] = ray.get(call)
-        except RayError as error:
-            errors[rank] = error
-    return answers, errors
-
-
-def _ending(held: _Held, mails: list[Mail], deaths: dict[int, RayError]) -> Ending | None:
-    """The attempt's ending. What befell its node is not held against it."""
-    if deaths and held.gang.node not in spare(()):
-        return Ending(Outcome.LOST, f"the node of gang {held.gang.name} is gone")
-    if any(isinstance(error, RayActorError) and error.preempted for error in deaths.values()):
-        return Ending(Outcome.PREEMPTED, f"the node of gang {held.gang.name} was preempted")
-    return ending_of(held.attempt_id, mails, {rank: f"died: {_one_line(error)}" for rank, error in deaths.items()})
-
-
-def _one_line(error: RayError) -> str:
-    """The gist of Ray's explanation: the exception where one was raised, else the sentences without the identifiers."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if "Traceback" in str(error) or not lines:
-        return (lines or [type(error).__name__])[-1].strip()[:300]
-    return " ".join(line.strip() for line in lines if not line.startswith("\t"))[:300]
+    def _tend(self) -> None:
+        """Tell idle gangs that they are wanted; those that have lost a rank since the last time are removed."""
+        if time.monotonic() - self._tended_at < TEND_SECONDS:
+            return
+        self._tended_at = time.monotonic()
+        for gang in self._idle():
+            if answers_of(self._pings.get(gang.name, {}))[1]:
+                self._remove(gang)
+            else:
+                self._pings[gang.name] = {rank: actor.ping.remote() for rank, actor in enumerate(gang.actors)}
 
 
 def _start_local(ranks: int, options: dict[str, Any]) -> RayFolder:

@@ -2,34 +2,48 @@
 
 import importlib
 import os
-import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from worker.mailbox import MemoryMailbox
+from worker.mailbox import Closing, MemoryMailbox
 from worker.spec import GangConfig, TrialSpec
+from worker.trainer import Job, find_check
 
 WAIT_SECONDS = 10.0
 """How long one call waits for an attempt's end. It holds a thread, even if whoever asked is dead."""
+WATCH_SECONDS = 1.0
 
 
 class RayRank:
     """One rank of a warm gang. Calls return at once; jobs run one after another, in one thread, so that what a process
-    group and a thread hold stays between them. A mailbox is kept until its attempt is forgotten."""
+    group and a thread hold stays between them. A mailbox is kept until its attempt is forgotten.
 
-    def __init__(self, rank: int, gang: GangConfig, trainer: str) -> None:
-        self._rank = rank
-        self._gang = gang
-        self._trainer = trainer
+    Rank 0 takes jobs in the order in which it gets them, and the other ranks follow it. A detached gang that nobody has
+    asked anything for `orphan_seconds` belongs to nobody, and removes itself.
+    """
+
+    def __init__(
+        self, rank: int, gang: GangConfig, trainer: str, name: str = "", orphan_seconds: float | None = None
+    ) -> None:
+        self._rank, self._gang, self._trainer, self._name = rank, gang, trainer, name
         self._mailboxes: dict[int, MemoryMailbox] = {}
         self._ended: dict[int, threading.Event] = {}
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: dict[int, Callable[[], None]] = {}
+        """What waits, in order."""
+        self._news = threading.Condition()
+        self._busy = False
         self._runner: Any = None  # worker.gang.Rank, which needs torch: made and used by the thread
         self._store: Any = None
-        # A daemon: a process that Ray ends must not wait for training.
+        self._orders: Any = None
+        self._port: int | None = None
+        self._heard_at = time.monotonic()
+        # Daemons: a process that Ray ends must not wait for training.
         threading.Thread(target=self._work, name="train", daemon=True).start()
+        if orphan_seconds is not None:
+            threading.Thread(target=self._watch, args=(orphan_seconds,), name="watch", daemon=True).start()
 
     def serve(self) -> int:
         """The port of the gang's rendezvous, opened here, on rank 0. Waits for torch."""
@@ -39,21 +53,38 @@ class RayRank:
         return port
 
     def assign(self, attempt_id: int, spec: str, data_root: str, port: int | None) -> int:
-        """Queue an attempt of a TrialSpec (as JSON); this process's id. `port` is rank 0's, None in a gang of one."""
-        mailbox = self._mailboxes[attempt_id] = MemoryMailbox()
-        ended = self._ended[attempt_id] = threading.Event()
+        """Queue an attempt of a TrialSpec (as JSON); this process's id. `port` is rank 0's, None in a gang of one.
 
-        def job() -> None:
-            if self._runner is None:
-                self._runner = self._open(port)
-            self._runner.run(TrialSpec.model_validate_json(spec), Path(data_root), mailbox)
-            ended.set()
+        The data of one that has to wait is checked meanwhile: where it is wrong, rank 0's mailbox closes at once.
+        """
+        self._heard_at = time.monotonic()
+        parsed = TrialSpec.model_validate_json(spec)
+        with self._news:
+            waits = self._busy or bool(self._jobs)
+            mailbox = self._mailboxes[attempt_id] = MemoryMailbox("queue" if waits else "start")
+            ended = self._ended[attempt_id] = threading.Event()
 
-        self._jobs.put(job)
+            def job() -> None:
+                if self._runner is None:
+                    self._runner = self._open(port)
+                self._runner.run(parsed, Path(data_root), mailbox)
+                ended.set()
+
+            self._jobs[attempt_id] = job
+            self._port = port
+            self._news.notify_all()
+        check = find_check(self._trainer) if waits and self._rank == 0 else None
+        if check is not None:
+            try:
+                check(Job(spec=parsed, data_root=Path(data_root), rank=0, ranks=self._gang.ranks))
+            except ValueError as error:
+                mailbox.close(Closing(outcome="failed", reason=f"{type(error).__name__}: {error}", cause="bad_input"))
+                ended.set()
         return os.getpid()
 
     def read(self, attempt_id: int, after: int) -> str:
         """The attempt's Mail as JSON, with the measurements numbered above `after`; empty if it is not known here."""
+        self._heard_at = time.monotonic()
         mailbox = self._mailboxes.get(attempt_id)
         return "" if mailbox is None else mailbox.read(after).model_dump_json()
 
@@ -67,6 +98,11 @@ class RayRank:
         if attempt_id in self._mailboxes:
             self._mailboxes[attempt_id].stop()
 
+    def withdraw(self, attempt_id: int) -> bool:
+        """Drop an attempt that waits; whether it had not begun. For rank 0, which the others follow."""
+        with self._news:
+            return self._jobs.pop(attempt_id, None) is not None
+
     def artifact(self, attempt_id: int) -> bytes | None:
         """The attempt's artifact, None where there is none."""
         try:
@@ -76,22 +112,73 @@ class RayRank:
 
     def forget(self, attempt_id: int) -> None:
         """Drop the attempt's mailbox, and its artifact with it."""
+        with self._news:
+            self._jobs.pop(attempt_id, None)
         self._mailboxes.pop(attempt_id, None)
         self._ended.pop(attempt_id, None)
 
+    def ping(self) -> None:
+        """Somebody still wants this gang."""
+        self._heard_at = time.monotonic()
+
     def _open(self, port: int | None) -> Any:
         gang = importlib.import_module("worker.gang")
+        return gang.Rank(self._rank, self._gang, lambda: self._meet(port), self._trainer)
 
-        def open_store() -> Any:
-            if self._rank == 0:
-                return self._store
-            return importlib.import_module("worker.rendezvous").join_store(port, self._gang.ranks)
-
-        return gang.Rank(self._rank, self._gang, open_store, self._trainer)
+    def _meet(self, port: int | None) -> Any:
+        """The gang's rendezvous, which rank 0 serves."""
+        if self._store is None:
+            self._store = importlib.import_module("worker.rendezvous").join_store(port, self._gang.ranks)
+        return self._store
 
     def _work(self) -> None:
         try:
-            while True:
-                self._jobs.get()()
+            free_at: float | None = None
+            for number in range(1, 2**62):
+                attempt_id, job = self._next(number)
+                began_at = time.monotonic()
+                if attempt_id in self._mailboxes:
+                    self._mailboxes[attempt_id].begin(0.0 if free_at is None else began_at - free_at)
+                if self._runner is not None and (why := self._runner.worn()):
+                    self._decline(attempt_id, why)
+                else:
+                    job()
+                free_at = time.monotonic()
         finally:
             os._exit(1)  # a rank that cannot even say that its job failed must not look as if it were training
+
+    def _next(self, number: int) -> tuple[int, Callable[[], None]]:
+        """The gang's next job, which rank 0 chooses. Waits for it."""
+        with self._news:
+            self._busy = False
+            self._news.wait_for(lambda: self._jobs)
+            self._busy = True
+            if self._rank == 0:
+                attempt_id = next(iter(self._jobs))
+                job = self._jobs.pop(attempt_id)
+            port = self._port
+        if self._gang.ranks == 1:
+            return attempt_id, job
+        rendezvous = importlib.import_module("worker.rendezvous")
+        if self._rank == 0:
+            rendezvous.tell(self._meet(port), number, attempt_id)
+            return attempt_id, job
+        if self._orders is None:
+            self._orders = rendezvous.follow_store(port, self._gang.ranks)
+        attempt_id = rendezvous.hear(self._orders, number)
+        with self._news:
+            self._news.wait_for(lambda: attempt_id in self._jobs)
+            return attempt_id, self._jobs.pop(attempt_id)
+
+    def _decline(self, attempt_id: int, why: str) -> None:
+        self._mailboxes[attempt_id].close(Closing(outcome="declined", reason=why))
+        self._ended[attempt_id].set()
+
+    def _watch(self, orphan_seconds: float) -> None:
+        while time.monotonic() - self._heard_at < orphan_seconds:
+            time.sleep(WATCH_SECONDS)
+        try:
+            if self._rank == 0:
+                importlib.import_module("orchestrator.ray_gang").remove_named(self._name)
+        finally:
+            os._exit(1)

@@ -253,11 +253,14 @@ def count_trials(session: Session, study_id: int) -> dict[TrialState, int]:
     return {TrialState(state): count for state, count in session.execute(query)}
 
 
-def count_queued(session: Session, study_id: int) -> dict[GangConfig, int]:
-    """How many of the study's runs wait for a gang of each shape."""
+def count_queued(session: Session, study_id: int | None = None) -> dict[GangConfig, int]:
+    """How many runs wait for a gang of each shape: the study's, or those of all studies that run."""
+    of_study = TrialRow.study_id == study_id
     query = (
         select(RunRow.ranks, RunRow.device, func.count()).join(TrialRow, TrialRow.id == RunRow.trial_id)
-        .where(TrialRow.study_id == study_id, RunRow.state == RunState.QUEUED).group_by(RunRow.ranks, RunRow.device)
+        .join(StudyRow, StudyRow.id == TrialRow.study_id)
+        .where(RunRow.state == RunState.QUEUED, StudyRow.state == StudyState.RUNNING if study_id is None else of_study)
+        .group_by(RunRow.ranks, RunRow.device)
     )  # fmt: skip
     return {_gang(ranks, device): count for ranks, device, count in session.execute(query)}
 

@@ -1,5 +1,6 @@
 """The values that pass between store, proposer, loop and api. Frozen; no database row leaves the store."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -197,6 +198,8 @@ class AttemptResult:
     artifact: Artifact | None = None
     cause: Cause | None = None
     """Set only where it failed."""
+    seconds: Mapping[str, float] | None = None
+    """By phase, where its gang has told; else they are reckoned from when the phases were recorded."""
 
 
 @dataclass(frozen=True)

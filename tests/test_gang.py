@@ -75,14 +75,14 @@ def test_measurements_are_numbered_from_one_and_read_from_a_cursor_on(mailbox: M
         (3, 30, 15),
     ]
     assert mailbox.read(1).measurements == everything[1:]
-    assert mailbox.read(1) == mailbox.read(1)
+    assert mailbox.read(1).measurements == everything[1:]
     assert mailbox.read(3).measurements == ()
 
 
 def test_a_measurement_that_is_not_a_number_is_refused(mailbox: Mailbox) -> None:
     with pytest.raises(ValidationError):
         mailbox.measure(1, 0.1, {"train_loss": math.nan})
-    assert mailbox.read(0) == Mail()
+    assert mailbox.read(0).model_copy(update={"seconds": {}}) == Mail()
 
 
 def test_a_stop_is_answered_to_every_later_question(mailbox: Mailbox) -> None:
@@ -140,7 +140,7 @@ def test_a_result_that_cannot_be_told_closes_nothing(mailbox: Mailbox) -> None:
     result = RESULT.model_copy(update={"diagnostics": {"what": object()}})
     with pytest.raises(PydanticSerializationError):
         mailbox.close(Closing(outcome="succeeded", result=result), b"model")
-    assert mailbox.read(0) == Mail()
+    assert mailbox.read(0).model_copy(update={"seconds": {}}) == Mail()
     with pytest.raises(KeyError):
         mailbox.artifact()
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import ray
 
-from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom, Update
+from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom, Offer, Update
 from orchestrator.lifecycle import Cause, Outcome
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.ray_launcher import RayLauncher
@@ -26,6 +26,7 @@ PATIENCE_SECONDS = 100.0
 RANKS = 2
 ONE, TWO = GangConfig(ranks=1), GangConfig(ranks=2)
 seeds = itertools.count(1)
+both_shapes = pytest.mark.parametrize("gang", [ONE, TWO], ids=["1-rank", "2-ranks"])
 
 pytestmark = pytest.mark.timeout(180)  # Ray takes up to 15 s to start and torch 3 s to import, more on a busy machine
 
@@ -41,13 +42,21 @@ class Bench:
     def start(self, trainer: str, gang: GangConfig = ONE, **changes: Any) -> Assignment:
         """Start an attempt under a number of its own, which is its seed too."""
         attempt = assignment(trainer, gang, **changes)
-        self.launcher.start(attempt)
+        self.give(attempt)
         return attempt
+
+    def give(self, attempt: Assignment) -> str:
+        """The name of the gang that was offered and took the attempt."""
+        offer = self.launcher.offer(attempt.spec.gang)
+        return self.launcher.start(attempt, "none" if offer is None else offer.gang)
+
+    def poll(self, attempt: Assignment, after: int) -> Update:
+        return self.launcher.poll({attempt.attempt_id: after})[attempt.attempt_id]
 
     def until(self, attempt: Assignment, holds: Callable[[Update], bool], after: int = 0) -> Update:
         """The first update of which `holds` is true."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not holds(update := self.launcher.poll(attempt.attempt_id, after)):
+        while not holds(update := self.poll(attempt, after)):
             assert update.ending is None, f"ended instead: {update.ending}"
             assert time.monotonic() < deadline, f"still {update}"
             time.sleep(0.01)
@@ -112,7 +121,7 @@ def test_measurements_arrive_once_and_in_order(bench: Bench) -> None:
     attempt = bench.start("count", ONE, **{"budget.steps": 20})
     seen: list[Measurement] = []
     while True:
-        update = bench.launcher.poll(attempt.attempt_id, len(seen))
+        update = bench.poll(attempt, len(seen))
         seen += update.measurements
         if update.ending is not None:
             break
@@ -126,15 +135,15 @@ def test_asking_again_with_the_same_cursor_gives_the_same(bench: Bench) -> None:
     attempt = bench.start("count", ONE, **{"budget.steps": 5})
     ended = bench.until(attempt, lambda update: update.ending is not None)
     assert len(ended.measurements) == 5
-    assert bench.launcher.poll(attempt.attempt_id, 0) == ended
-    later = bench.launcher.poll(attempt.attempt_id, 3)
+    assert bench.poll(attempt, 0) == ended
+    later = bench.poll(attempt, 3)
     assert later.measurements == ended.measurements[3:]
-    assert bench.launcher.poll(attempt.attempt_id, 5).measurements == ()
+    assert bench.poll(attempt, 5).measurements == ()
 
 
 def test_an_attempt_is_in_phase_start_until_its_trainer_names_another(bench: Bench) -> None:
     attempt = bench.start("until-stopped")
-    update = bench.launcher.poll(attempt.attempt_id, 9)
+    update = bench.poll(attempt, 9)
     assert (update.phase, update.measurements, update.ending) == ("start", (), None)
 
 
@@ -143,23 +152,23 @@ def test_an_attempt_that_trains_beats_and_one_that_hangs_does_not(bench: Bench) 
     first = bench.until(training, lambda update: update.beats > 0)
     said = bench.until(hanging, lambda update: len(update.measurements) == 1)
     bench.until(training, lambda update: update.beats > first.beats)
-    assert bench.launcher.poll(hanging.attempt_id, 0) == said
+    assert bench.poll(hanging, 0) == said
 
 
 @pytest.mark.parametrize("gang", [ONE, TWO])
 def test_waiting_ends_when_an_attempt_does(bench: Bench, gang: GangConfig) -> None:
     attempt = bench.start("count", gang)
-    while bench.launcher.poll(attempt.attempt_id, 0).ending is None:
+    while bench.poll(attempt, 0).ending is None:
         bench.launcher.wait(3600)
 
 
 def test_starting_an_attempt_twice_starts_it_once(bench: Bench) -> None:
     attempt = bench.start("until-stopped")
-    assert bench.launcher.start(attempt) == bench.launcher.start(attempt)
+    assert bench.give(attempt) == bench.give(attempt)
     assert bench.launcher.free(ONE) == RANKS - 1
 
 
-@pytest.mark.parametrize("gang", [ONE, TWO], ids=["1-rank", "2-ranks"])
+@both_shapes
 def test_the_artifact_is_what_the_trainer_returned(bench: Bench, gang: GangConfig) -> None:
     attempt = bench.start("count", gang)
     with pytest.raises(KeyError):
@@ -183,7 +192,7 @@ def test_the_ranks_of_a_gang_share_one_process_group_and_a_core_each(bench: Benc
     ]
 
 
-@pytest.mark.parametrize("gang", [ONE, TWO], ids=["1-rank", "2-ranks"])
+@both_shapes
 def test_stop_ends_an_attempt_early_with_a_result(bench: Bench, gang: GangConfig) -> None:
     attempt = bench.start("until-stopped", gang)
     bench.until(attempt, lambda update: len(update.measurements) == 1)
@@ -212,7 +221,7 @@ def test_a_rank_that_fails_fails_the_attempt_and_ends_the_gang(bench: Bench) -> 
         Outcome.FAILED, "rank 1: FloatingPointError: the loss is nan at step 1", None, Cause.DIVERGED
     )
     assert gone(bench.processes(attempt))
-    assert bench.launcher.poll(attempt.attempt_id, 0) == ended
+    assert bench.poll(attempt, 0) == ended
 
 
 @pytest.mark.parametrize(
@@ -254,7 +263,7 @@ def test_releasing_a_hanging_gang_leaves_no_process_and_gives_its_room_back(benc
 
 
 def test_an_attempt_that_is_not_known_is_lost(bench: Bench) -> None:
-    update = bench.launcher.poll(10**9, 0)
+    update = bench.launcher.poll({10**9: 0})[10**9]
     assert update.ending is not None
     assert (update.ending.outcome, update.measurements) == (Outcome.LOST, ())
     bench.launcher.stop(10**9)
@@ -273,8 +282,8 @@ def test_room_is_counted_in_ranks_and_a_start_without_room_starts_nothing(bench:
     assert bench.launcher.free(ONE) == 0
     refused = assignment("count", ONE)
     with pytest.raises(NoRoom):
-        bench.launcher.start(refused)
-    ending = bench.launcher.poll(refused.attempt_id, 0).ending
+        bench.give(refused)
+    ending = bench.poll(refused, 0).ending
     assert ending is not None and ending.outcome is Outcome.LOST
     bench.launcher.release(first.attempt_id)
     assert bench.launcher.free(ONE) == 1
@@ -289,7 +298,7 @@ def test_a_gpu_gang_has_no_room_where_there_is_no_gpu(bench: Bench) -> None:
         bench.start("count", GangConfig(ranks=1, device="gpu"))
 
 
-@pytest.mark.parametrize("gang", [ONE, TWO], ids=["1-rank", "2-ranks"])
+@both_shapes
 def test_the_real_trainer_gives_the_same_bytes_on_a_gang_that_has_run_before(bench: Bench, gang: GangConfig) -> None:
     changes = {
         "model": {"vocab_size": 512, "width": 32, "heads": 4, "kv_heads": 2},
@@ -301,7 +310,7 @@ def test_the_real_trainer_gives_the_same_bytes_on_a_gang_that_has_run_before(ben
     attempt = assignment("topics_sp512", gang, **changes)
     for number in (attempt.attempt_id, next(seeds)):
         again = Assignment(number, attempt.spec)
-        bench.launcher.start(again)
+        bench.give(again)
         ended = bench.until(again, lambda update: update.ending is not None)
         assert ended.ending is not None
         assert ended.ending.outcome is Outcome.SUCCEEDED, ended.ending.reason
@@ -315,7 +324,7 @@ def test_the_real_trainer_gives_the_same_bytes_on_a_gang_that_has_run_before(ben
     assert any(loss is not None for loss in losses[0])
 
 
-@pytest.mark.parametrize("gang", [ONE, TWO], ids=["1-rank", "2-ranks"])
+@both_shapes
 def test_a_warm_gang_is_used_again_and_one_that_died_idle_is_not(bench: Bench, gang: GangConfig) -> None:
     if bench.kind == "local":
         pytest.skip("a local gang is started cold for each attempt")
@@ -338,3 +347,96 @@ def test_an_idle_gang_gives_way_to_another_shape(bench: Bench) -> None:
         assert bench.ending(attempt).outcome is Outcome.SUCCEEDED
         bench.launcher.release(attempt.attempt_id)
         assert (bench.launcher.free(ONE), bench.launcher.free(TWO)) == (2, 1)
+
+
+@pytest.fixture
+def warm(bench: Bench) -> Bench:
+    if bench.kind == "local":
+        pytest.skip("a local gang runs one attempt, and is gone")
+    return bench
+
+
+def occupied(bench: Bench, trainer: str, gang: GangConfig) -> tuple[Assignment, str]:
+    """An attempt that runs, and the name of its gang."""
+    first = assignment(trainer, gang)
+    name = bench.give(first)
+    bench.until(first, lambda update: len(update.measurements) == 1)
+    return first, name
+
+
+@both_shapes
+def test_the_next_attempt_waits_on_the_gang_and_begins_by_itself(warm: Bench, gang: GangConfig) -> None:
+    first, name = occupied(warm, "until-stopped", gang)
+    second, third = assignment("count", gang), assignment("count", gang)
+    assert warm.launcher.start(second, name) == name
+    assert warm.until(second, lambda update: update.phase == "queue").measurements == ()
+    with pytest.raises(NoRoom):
+        warm.launcher.start(third, name)
+    warm.launcher.stop(first.attempt_id)
+    ended = warm.until(second, lambda update: update.ending is not None)
+    assert ended.ending is not None and ended.ending.outcome is Outcome.SUCCEEDED
+    assert ended.seconds["queue"] > 0 < ended.seconds["train"]
+    assert warm.ending(first).outcome is Outcome.STOPPED, "its result waits to be fetched"
+    assert len(warm.launcher.artifact(first.attempt_id)) == 32_000
+
+
+@both_shapes
+def test_an_attempt_that_waits_is_taken_back_and_the_one_that_runs_goes_on(warm: Bench, gang: GangConfig) -> None:
+    first, name = occupied(warm, "until-stopped", gang)
+    for _ in range(2):
+        second = assignment("count", gang)
+        warm.launcher.start(second, name)
+        warm.launcher.release(second.attempt_id)
+        ending = warm.poll(second, 0).ending
+        assert ending is not None and ending.outcome is Outcome.LOST
+    warm.launcher.stop(first.attempt_id)
+    assert warm.ending(first).outcome is Outcome.STOPPED
+    warm.launcher.release(first.attempt_id)
+    third = assignment("count", gang)
+    assert warm.give(third) == name
+    assert warm.ending(third).outcome is Outcome.SUCCEEDED
+
+
+@both_shapes
+@pytest.mark.parametrize("trainer", ["fails-when-stopped", "hang"])
+def test_what_waits_for_a_gang_that_fails_or_is_killed_is_not_charged_for_it(
+    warm: Bench, trainer: str, gang: GangConfig
+) -> None:
+    first, name = occupied(warm, trainer, gang)
+    second = assignment("count", gang)
+    warm.launcher.start(second, name)
+    if trainer == "hang":
+        warm.launcher.release(first.attempt_id)
+    else:
+        warm.launcher.stop(first.attempt_id)
+        assert warm.ending(first).cause is Cause.DIVERGED
+    assert warm.ending(second).outcome is Outcome.PREEMPTED
+    assert gone(warm.processes(first))
+    assert not warm.processes(second)
+    warm.launcher.release(first.attempt_id)
+    warm.launcher.release(second.attempt_id)
+    assert warm.launcher.free(gang) == RANKS // gang.ranks
+
+
+def test_the_data_of_what_waits_is_checked_while_another_trains(warm: Bench) -> None:
+    first, name = occupied(warm, "until-stopped", TWO)
+    second = assignment("unknown-data", TWO)
+    warm.launcher.start(second, name)
+    assert warm.ending(second) == Ending(
+        Outcome.FAILED, "rank 0: ValueError: there is no unknown-data", cause=Cause.BAD_INPUT
+    )
+    warm.launcher.release(second.attempt_id)
+    warm.launcher.stop(first.attempt_id)
+    assert warm.ending(first).outcome is Outcome.STOPPED
+
+
+def test_a_gang_takes_its_next_attempt_once_training_is_over_or_where_its_last_one_was_quick(warm: Bench) -> None:
+    first, name = occupied(warm, "until-stopped", TWO)
+    assert warm.launcher.offer(TWO) is None
+    warm.launcher.stop(first.attempt_id)
+    assert warm.ending(first).outcome is Outcome.STOPPED
+    warm.launcher.release(first.attempt_id)
+    second, _ = occupied(warm, "evaluates", TWO)
+    warm.until(second, lambda update: update.phase == "evaluate")
+    assert warm.launcher.offer(TWO) == Offer(name, behind=True)
+    warm.launcher.stop(second.attempt_id)

@@ -37,9 +37,12 @@ def assignment(number, trainer, ranks=1):
     return Assignment(number, parse_spec(override(load_recipe("laptop"), changes)))
 
 def until(launcher, number, holds):
-    while not holds(update := launcher.poll(number, 0)):
+    while not holds(update := launcher.poll({number: 0})[number]):
         pass
     return update
+
+def start(launcher, attempt):
+    return launcher.start(attempt, launcher.offer(attempt.spec.gang).gang)
 
 def tell(**values):
     print(json.dumps(values), flush=True)
@@ -78,7 +81,7 @@ def heard(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
 def test_a_killed_driver_takes_its_ranks_and_whatever_they_started_with_it(tmp_path: Path, kind: str) -> None:
     code = f"""
 launcher = make({kind!r})
-launcher.start(assignment(1, "hang", ranks=2))
+start(launcher, assignment(1, "hang", ranks=2))
 update = until(launcher, 1, lambda update: update.measurements)
 tell(child=int(update.measurements[0].metrics["child"]))
 sys.stdin.read()
@@ -103,7 +106,7 @@ def test_a_package_in_the_drivers_folder_does_not_hide_ours(tmp_path: Path, kind
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
     code = f"""
 launcher = make({kind!r})
-launcher.start(assignment(1, "count"))
+start(launcher, assignment(1, "count"))
 ending = until(launcher, 1, lambda update: update.ending).ending
 launcher.close()
 tell(outcome=ending.outcome, reason=ending.reason)
@@ -117,7 +120,7 @@ def test_one_ray_launcher_can_follow_another(tmp_path: Path) -> None:
 import psutil
 for number in (1, 2):
     launcher = make("ray")
-    launcher.start(assignment(number, "count"))
+    start(launcher, assignment(number, "count"))
     ending = until(launcher, number, lambda update: update.ending).ending
     launcher.close()
     tell(outcome=ending.outcome, reason=ending.reason, left=len(psutil.Process().children()))
@@ -141,7 +144,7 @@ launcher.free(GangConfig())
 first.kill()
 while not raylets() or first in raylets():
     launcher.free(GangConfig())
-launcher.start(assignment(1, "count"))
+start(launcher, assignment(1, "count"))
 tell(outcome=until(launcher, 1, lambda update: update.ending).ending.outcome)
 launcher.close()
 """
@@ -157,17 +160,17 @@ nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 launcher = make("ray", cluster.address)
 tell(one=launcher.free(GangConfig(ranks=1)), two=launcher.free(GangConfig(ranks=2)))
 for number in (1, 2):
-    launcher.start(assignment(number, "hang"))
+    start(launcher, assignment(number, "hang"))
     until(launcher, number, lambda update: update.measurements)
 tell(one=launcher.free(GangConfig(ranks=1)))
 cluster.remove_node(nodes[0], allow_graceful=False)
 ended = {}
 while not ended:
-    ended = {number: ending for number in (1, 2) if (ending := launcher.poll(number, 0).ending)}
+    ended = {number: ending for number in (1, 2) if (ending := launcher.poll({number: 0})[number].ending)}
 tell(outcomes=[ending.outcome for ending in ended.values()], reasons=[ending.reason for ending in ended.values()])
 (number,) = ended
 launcher.release(number)
-tell(one=launcher.free(GangConfig(ranks=1)), other=launcher.poll(3 - number, 0).ending)
+tell(one=launcher.free(GangConfig(ranks=1)), other=launcher.poll({3 - number: 0})[3 - number].ending)
 launcher.close()
 cluster.shutdown()
 """
@@ -192,7 +195,7 @@ sys.stdin.read()
 """
     first = """
 launcher = make("ray", sys.stdin.readline().strip())
-gangs = [launcher.start(assignment(1, "until-stopped")), launcher.start(assignment(2, "hang", ranks=2))]
+gangs = [start(launcher, assignment(1, "until-stopped")), start(launcher, assignment(2, "hang", ranks=2))]
 for number in (1, 2):
     until(launcher, number, lambda update: update.measurements)
 tell(gangs=gangs)
@@ -201,19 +204,19 @@ sys.stdin.read()
     second = """
 launcher = make("ray", sys.stdin.readline().strip())
 gang = sys.stdin.readline().strip()
-adopted = [launcher.adopt(1, gang), launcher.adopt(9, "caddie-cpu1-00000000"), launcher.adopt(9, "nonsense")]
+adopted = [launcher.adopt(1, gang), launcher.adopt(9, "caddie-000000-cpu1-00000000"), launcher.adopt(9, "nonsense")]
 reaped = [launcher.reap(), launcher.reap()]
 tell(adopted=adopted, reaped=reaped, measured=len(until(launcher, 1, lambda update: update.measurements).measurements))
 launcher.stop(1)
 ending = until(launcher, 1, lambda update: update.ending).ending
 artifact = len(launcher.artifact(1))
 launcher.release(1)
-again = launcher.start(assignment(3, "count"))
+again = start(launcher, assignment(3, "count"))
 succeeded = until(launcher, 3, lambda update: update.ending).ending.outcome
 launcher.release(3)
 from orchestrator import ray_gang
 room = launcher.free(GangConfig(ranks=1))
-warm = ray_gang.names()
+warm = ray_gang.names("caddie")
 launcher.adopt(4, gang)
 untold = until(launcher, 4, lambda update: update.ending).ending.outcome
 launcher.close()

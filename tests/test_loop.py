@@ -363,13 +363,14 @@ def test_a_run_cancelled_while_its_gang_starts_is_released(
     loop = stage.orchestrator()
     start = loop.launcher.start
 
-    def start_and_cancel(assignment: Assignment) -> str:
-        name = start(assignment)
+    def start_and_cancel(assignment: Assignment, gang: str) -> str:
+        name = start(assignment, gang)
         with stage.database.write() as session:
             store.cancel_trial(session, stage.study.id, trial.number, stage.now)
         return name
 
     loop.launcher.start = start_and_cancel  # type: ignore[method-assign]
+    loop.tick(stage.now)
     loop.tick(stage.now)
     assert not loop.held
     assert loop.launcher.free(GangConfig()) == 3
@@ -432,7 +433,7 @@ def test_what_ended_since_the_last_look_is_recorded_before_a_stop(
     loop = stage.orchestrator()
     stage.run(loop, lambda: bool(loop.held), pause)
     (attempt,) = loop.held
-    while loop.launcher.poll(attempt, 0).ending is None:
+    while loop.launcher.poll({attempt: 0})[attempt].ending is None:
         pause(PAUSE)
     loop.hand_back(stage.now)
     assert stage.outcomes(trial.number) == [Outcome.SUCCEEDED]

@@ -68,6 +68,24 @@ def until_stopped(job: Job, reporter: Reporter) -> Produced:
     return produced(job, stopped=True)
 
 
+def evaluates(job: Job, reporter: Reporter) -> Produced:
+    """Trained, and being scored until told to stop."""
+    if job.rank == 0:
+        reporter.phase("evaluate")
+    return until_stopped(job, reporter)
+
+
+def fails_when_stopped(job: Job, reporter: Reporter) -> Produced:
+    until_stopped(job, reporter)
+    raise FloatingPointError("the loss is nan")
+
+
+def check(job: Job) -> None:
+    """What launchers ask of a job that has to wait."""
+    if job.spec.data.dataset == "unknown-data":
+        raise ValueError("there is no unknown-data")
+
+
 def hang(job: Job, reporter: Reporter) -> Produced:
     """Start a child of its own, measure once all ranks are there, then wait for ever."""
     child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
@@ -184,6 +202,8 @@ def produced(job: Job, *, stopped: bool) -> Produced:
 TRAINERS: dict[str, Trainer] = {
     "count": count,
     "until-stopped": until_stopped,
+    "evaluates": evaluates,
+    "fails-when-stopped": fails_when_stopped,
     "hang": hang,
     "killed": killed,
     "diverged": diverged,

@@ -41,6 +41,7 @@ class Rank:
         self._open_store = open_store
         self._trainer_name = trainer
         self._trainer: Trainer | None = None
+        self._failed = False
 
     def run(self, spec: TrialSpec, data_root: Path, mailbox: Mailbox) -> bool:
         """Run one job to its end and close its mailbox; whether it went well.
@@ -51,6 +52,7 @@ class Rank:
         try:
             trainer = self._join()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the attempt's ending
+            self._failed = True
             mailbox.close(_failed(error, "error"))  # of the gang, whatever it is: another one may do better
             return False
         try:
@@ -58,12 +60,17 @@ class Rank:
             mailbox.close(*self._closing(produced))
             return True
         except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
+            self._failed = True
             mailbox.close(_failed(error, cause_of(error)))
             return False
         finally:
             gc.collect()
             if self._gang.device == "gpu" and "torch" in sys.modules:
                 _rendezvous().release_memory()
+
+    def worn(self) -> str:
+        """Why this process should not start another job; empty where it may."""
+        return "a job has failed on it" if self._failed else ""
 
     def leave(self) -> None:
         """Leave the process group, if it was joined."""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
+from pydantic import Field
+
 from worker.report import Directive, Measurement, Reporter, TrialResult
 from worker.shape import Frozen
 
@@ -21,10 +23,11 @@ BEAT_SECONDS = 0.2  # a file's beats are no closer than this, so that asking cos
 class Closing(Frozen):
     """The last thing a rank says about a job. `result` is set on rank 0, unless the job failed.
 
-    `cause` is set where it failed. `traceback` holds the last lines of a failure's, for a log.
+    `cause` is set where it failed. `traceback` holds the last lines of a failure's, for a log. A job was declined where
+    its rank did not begin it, and should be replaced.
     """
 
-    outcome: Literal["succeeded", "stopped", "failed"]
+    outcome: Literal["succeeded", "stopped", "failed", "declined"]
     reason: str = ""
     cause: Cause | None = None
     traceback: str = ""
@@ -34,11 +37,13 @@ class Closing(Frozen):
 class Mail(Frozen):
     """What a rank has said: the phase it is in, the measurements asked for, and its closing once there is one.
 
-    `beats` counts its signs of life: a rank whose beats stand still has not said or asked anything.
+    `beats` counts its signs of life: a rank whose beats stand still has not said or asked anything. `seconds` is what
+    each phase took so far, by the rank's own clock; "idle" is what the rank waited for the job before it.
     """
 
     phase: str = "start"
     beats: int = 0
+    seconds: dict[str, float] = Field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
     closing: Closing | None = None
 
@@ -64,12 +69,31 @@ class Mailbox(Reporter, Protocol):
         ...
 
 
+class Phases(Frozen):
+    """Where a job is: its phase, since when by a clock of its machine, and the seconds of what came before."""
+
+    phase: str = "start"
+    since: float
+    seconds: dict[str, float] = Field(default_factory=dict)
+    ended: bool = False
+
+    def enter(self, phase: str, now: float, *, ended: bool = False) -> "Phases":
+        return Phases(phase=phase, since=now, seconds=self.until(now), ended=ended)
+
+    def until(self, now: float) -> dict[str, float]:
+        """Seconds by phase, up to `now` unless the job had ended before."""
+        spent = 0.0 if self.ended else max(now - self.since, 0.0)
+        return {**self.seconds, self.phase: self.seconds.get(self.phase, 0.0) + spent}
+
+
 class MemoryMailbox:
     """A mailbox within one process, for any number of threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: str = "start", clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
+        self._clock = clock
         self._mail = Mail()
+        self._phases = Phases(phase=phase, since=clock())
         self._measurements: list[Measurement] = []
         self._beats = 0
         self._directive = Directive.CONTINUE
@@ -92,17 +116,29 @@ class MemoryMailbox:
     def phase(self, name: str) -> None:
         with self._lock:
             self._beats += 1
-            self._mail = self._mail.model_copy(update={"phase": name})
+            self._phases = self._phases.enter(name, self._clock())
+
+    def begin(self, idle_seconds: float) -> None:
+        """Say that the job begins, for which its rank has waited so long with nothing else to do."""
+        with self._lock:
+            begun = self._phases.enter("start", self._clock())
+            self._phases = begun.model_copy(update={"seconds": {**begun.seconds, "idle": idle_seconds}})
 
     def close(self, closing: Closing, artifact: bytes | None = None) -> None:
         said = Closing.model_validate_json(closing.model_dump_json())  # what a reader elsewhere would get, from here on
         with self._lock:
             self._artifact = artifact
+            self._phases = self._phases.enter(self._phases.phase, self._clock(), ended=True)
             self._mail = self._mail.model_copy(update={"closing": said})
 
     def read(self, after: int) -> Mail:
         with self._lock:
-            said = {"measurements": tuple(self._measurements[after:]), "beats": self._beats}
+            said = {
+                "phase": self._phases.phase,
+                "seconds": self._phases.until(self._clock()),
+                "measurements": tuple(self._measurements[after:]),
+                "beats": self._beats,
+            }
             return self._mail.model_copy(update=said)
 
     def stop(self) -> None:
@@ -116,6 +152,8 @@ class MemoryMailbox:
 
 class FileMailbox:
     """A mailbox in a folder, for one writing process and any reading ones. Survives the writer's death at any moment.
+
+    All of them are on one machine, whose monotonic clock they share.
 
     `measurements.jsonl` grows by whole lines and `beats` by a byte each; every other file appears complete, under its
     name, or not at all; the closing is written last.
@@ -146,19 +184,22 @@ class FileMailbox:
 
     def phase(self, name: str) -> None:
         self._beat()
-        self._write("phase", name.encode())
+        self._enter(name)
 
     def close(self, closing: Closing, artifact: bytes | None = None) -> None:
         said = closing.model_dump_json().encode()
         if artifact is not None:
             self._write("artifact", artifact)
+        self._enter(self._phases().phase, ended=True)
         self._write("closing.json", said)
 
     def read(self, after: int) -> Mail:
         closing = self._read("closing.json")  # first: what was said before it is then there to be read
         self._catch_up()
+        phases = self._phases()
         return Mail(
-            phase=(self._read("phase") or b"start").decode(),
+            phase=phases.phase,
+            seconds=phases.until(self._clock()),
             beats=self._beats(),
             measurements=tuple(self._measurements[after:]),
             closing=None if closing is None else Closing.model_validate_json(closing),
@@ -172,6 +213,13 @@ class FileMailbox:
         if artifact is None:
             raise KeyError(f"{self._directory} holds no artifact")
         return artifact
+
+    def _phases(self) -> Phases:
+        said = self._read("phases.json")
+        return Phases(since=self._clock()) if said is None else Phases.model_validate_json(said)
+
+    def _enter(self, phase: str, *, ended: bool = False) -> None:
+        self._write("phases.json", self._phases().enter(phase, self._clock(), ended=ended).model_dump_json().encode())
 
     def _answer(self) -> Directive:
         return Directive.STOP if os.path.exists(self._directory / "stop") else Directive.CONTINUE

@@ -53,6 +53,29 @@ def join_store(port: int, ranks: int) -> TCPStore:
     return TCPStore("127.0.0.1", port, ranks, is_master=False)
 
 
+def follow_store(port: int, ranks: int) -> TCPStore:
+    """The same over a connection of its own, which may wait long without holding up a process group."""
+    return TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=PATIENCE, wait_for_workers=False)
+
+
+def tell(store: TCPStore, number: int, attempt_id: int) -> None:
+    """Say, as rank 0, which attempt the gang's job of this number is."""
+    store.set(_job(number), str(attempt_id))
+
+
+def hear(store: TCPStore, number: int) -> int:
+    """The attempt that rank 0 says. Waits for it; raises DistNetworkError where rank 0 is gone."""
+    while True:
+        try:
+            return int(store.get(_job(number)))
+        except dist.DistStoreError:  # rank 0 has had nothing to say for as long as the store waits
+            continue
+
+
+def _job(number: int) -> str:
+    return f"caddie/job/{number}"
+
+
 def _threads(gang: GangConfig) -> int:
     """Intra-op threads of a rank: one on CPUs, where a rank is placed as one core; a GPU rank's share of the host."""
     if gang.device == "cpu":

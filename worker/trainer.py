@@ -28,3 +28,11 @@ def find_trainer(name: str) -> Trainer:
     module, _, function = name.partition(":")
     trainer: Trainer = getattr(importlib.import_module(module), function)
     return trainer
+
+
+def find_check(name: str) -> Callable[[Job], None] | None:
+    """The function `check` beside the one that `module:function` names, None where there is none: it raises ValueError
+    for a job whose data is not as its spec says, at little cost and in any thread."""
+    module, _, _function = name.partition(":")
+    check: Callable[[Job], None] | None = getattr(importlib.import_module(module), "check", None)
+    return check

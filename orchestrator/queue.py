@@ -1,0 +1,57 @@
+"""What waits in the queue, and what the launcher has to know of it: whom to keep room for, what to ask nodes for."""
+
+import logging
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+
+from orchestrator import store
+from orchestrator.database import Database
+from orchestrator.launcher import Launcher
+from orchestrator.study import Study
+from worker.spec import GangConfig
+
+log = logging.getLogger(__name__)
+
+BACKFILL = timedelta(minutes=2)
+"""How long runs of other shapes may be started past one that has no room. Then room is kept for it."""
+
+
+class Queue:
+    """The queued runs by the shape of gang that they wait for, and since when one of them has had no room."""
+
+    def __init__(self, database: Database, launcher: Launcher, owner: str) -> None:
+        self._database, self._launcher, self._owner = database, launcher, owner
+        self._since: dict[GangConfig, datetime] = {}
+        self._told: set[tuple[int, GangConfig]] = set()
+
+    def waiting(self, study_id: int | None = None) -> Mapping[GangConfig, int]:
+        """How many runs wait, by shape: of the study, or of all that run."""
+        with self._database.read() as session:
+            return store.count_queued(session, study_id)
+
+    def look(self, now: datetime) -> Mapping[GangConfig, int]:
+        """Tell the launcher what waits, and for whom to keep room: the shape that has waited longest, beyond BACKFILL,
+        without any. What waits, by shape."""
+        waiting = self.waiting()
+        self._launcher.want(waiting)
+        without = [gang for gang in waiting if not self._launcher.free(gang) and self._launcher.capacity(gang)]
+        self._since = {gang: self._since.get(gang, now) for gang in without}
+        overdue = [gang for gang, since in self._since.items() if now - since >= BACKFILL]
+        self._launcher.reserve(min(overdue, key=lambda gang: self._since[gang]) if overdue else None)
+        return waiting
+
+    def started(self, gang: GangConfig) -> None:
+        """One of the shape has had its turn."""
+        self._since.pop(gang, None)
+
+    def tell_of_no_room(self, study: Study, queued: Mapping[GangConfig, int], now: datetime) -> None:
+        """Say once, as an event of the study, that runs wait for a shape that nothing here can ever hold."""
+        for gang in queued:
+            if (study.id, gang) in self._told or self._launcher.capacity(gang):
+                continue
+            self._told.add((study.id, gang))
+            shape = f"{gang.ranks} {gang.device} ranks"
+            why = f"Runs wait for a gang of {shape}: {self._owner} has no node that could hold one"
+            log.warning("study %s: %s", study.name, why)
+            with self._database.write() as session:
+                store.add_event(session, study.id, None, "study.waiting", why, now)
