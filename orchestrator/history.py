@@ -1,4 +1,4 @@
-"""A study's trials as the proposer needs them: all, by number, without reading the finished ones again."""
+"""A study's trials as the proposer needs them: all, by number, each read again only when its state has changed."""
 
 from sqlalchemy.orm import Session
 
@@ -10,20 +10,26 @@ CHUNK = 500  # numbers in one query; databases bound how many parameters a state
 
 
 class History:
-    """A cache of one study. What a finished trial says never changes again."""
+    """A cache of one study. What a finished trial says never changes again, and no trial's spec ever does."""
 
     def __init__(self, study_id: int) -> None:
         self._study_id = study_id
-        self._finished: dict[int, Trial] = {}
+        self._trials: dict[int, Trial] = {}  # by number, in order
 
     def read(self, session: Session) -> tuple[Trial, ...]:
-        """Every trial by number, as of this session's snapshot."""
-        numbers = list(store.list_states(session, self._study_id))
-        wanted = [number for number in numbers if number not in self._finished]
-        trials = dict(self._finished)
-        for start in range(0, len(wanted), CHUNK):
-            for trial in store.list_trials(session, self._study_id, numbers=wanted[start : start + CHUNK]):
-                trials[trial.number] = trial
-                if trial.state not in OPEN_TRIALS:
-                    self._finished[trial.number] = trial
-        return tuple(trials[number] for number in numbers)
+        """Every trial by number, in its state as of this session's snapshot."""
+        known = self._trials
+        still_open = [number for number, trial in known.items() if trial.state in OPEN_TRIALS]
+        states = store.list_states(session, self._study_id, after=max(known, default=-1))
+        for numbers in _chunks(still_open):
+            states |= store.list_states(session, self._study_id, numbers=numbers)
+        changed = [number for number in sorted(states) if number not in known or known[number].state != states[number]]
+        specs = {number: trial.spec for number, trial in known.items() if number in states}
+        for numbers in _chunks(changed):
+            for trial in store.list_trials(session, self._study_id, numbers=numbers, specs=specs):
+                known[trial.number] = trial
+        return tuple(known.values())
+
+
+def _chunks(numbers: list[int]) -> list[list[int]]:
+    return [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]

@@ -4,7 +4,8 @@ Every step can be repeated.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -24,6 +25,8 @@ from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
 
+Waiting = tuple[int, GangConfig]
+"""A study, by its id, and a shape of gang that its runs wait for."""
 EXPIRY_SECONDS = 1.0
 """How often overdue leases are looked for."""
 SHARE = timedelta(seconds=1)
@@ -96,10 +99,14 @@ class Loop:
         self._expire(now)
         with self.database.read() as session:
             studies = store.list_studies(session, (StudyState.RUNNING,))
-        gave_up = {study.id: self._feed(study, now) for study in studies}
-        self._share(self.queue.look(now), updates, now)
+            waiting = Counter(store.count_queued(session))
+        gave_up = self._feed(studies, waiting, now)
+        shapes = _by_shape(waiting)
+        self.queue.look(shapes, now)
+        self._share(shapes, updates, now)
         for study in studies:
-            self.supply.complete(study, gave_up[study.id], now)
+            self.queue.tell_of_no_room(study, [gang for (study_id, gang) in waiting if study_id == study.id], now)
+            self.supply.complete(study, gave_up.get(study.id), now)
 
     def hand_back(self, now: datetime) -> None:
         """Record what has ended, queue the rest again without charge, and free every gang."""
@@ -201,23 +208,27 @@ class Loop:
         if lost:
             log.warning("%d attempts lost their lease and were queued again", lost)
 
-    def _feed(self, study: Study, now: datetime) -> str | None:
-        """Keep a proposal waiting for each shape while gangs take runs, widest first; why none is left to make."""
-        shapes = sorted(study.definition.shapes, key=lambda gang: -gang.ranks)
-        gave_up: dict[GangConfig, str] = {}
+    def _feed(self, studies: Sequence[Study], waiting: Counter[Waiting], now: datetime) -> dict[int, str]:
+        """Give what waits to the gangs that would take it, and keep one proposal of each study waiting for each of its
+        shapes. Why none is left to make, by study. `waiting` is brought up to date."""
+        gave_up: dict[int, dict[GangConfig, str]] = {study.id: {} for study in studies}
         moved = True
         while moved:
-            before = self.queue.waiting(study.id)
-            waiting = sorted({*shapes, *before}, key=lambda gang: -gang.ranks)
-            started = sum(self._start(gang, now) for gang in waiting)
+            moved = False
+            for gang in sorted(_by_shape(waiting), key=lambda gang: -gang.ranks):
+                moved = self._start(gang, waiting, now) or moved
             # Only now, and for next time: a free gang does not wait for the sampler.
-            queued = self.queue.waiting(study.id) if started else before
-            for gang in shapes:
-                if not queued.get(gang) and gang not in gave_up and (why := self.supply.propose(study, gang, now)):
-                    gave_up[gang] = why
-            moved = started > 0 or self.queue.waiting(study.id) != before
-        self.queue.tell_of_no_room(study, queued, now)
-        return "; ".join(dict.fromkeys(gave_up.values())) if len(gave_up) == len(shapes) else None
+            for study in studies:
+                for gang in study.definition.shapes:
+                    if waiting[study.id, gang] or gang in gave_up[study.id]:
+                        continue
+                    added, why = self.supply.propose(study, gang, now)
+                    waiting[study.id, gang] += added
+                    moved = moved or added
+                    if why is not None:
+                        gave_up[study.id][gang] = why
+        exhausted = [study for study in studies if len(gave_up[study.id]) == len(study.definition.shapes)]
+        return {study.id: "; ".join(dict.fromkeys(gave_up[study.id].values())) for study in exhausted}
 
     def _share(self, waiting: Mapping[GangConfig, int], updates: Mapping[int, Update], now: datetime) -> None:
         """Queue an attempt again that waits behind another while a gang of its shape is free and has nothing to do."""
@@ -228,15 +239,18 @@ class Loop:
                 self._finish(held, AttemptResult(Outcome.PREEMPTED, "another gang is free for it"), now)
                 return
 
-    def _start(self, gang: GangConfig, now: datetime) -> bool:
+    def _start(self, gang: GangConfig, waiting: Counter[Waiting], now: datetime) -> bool:
         """Claim a run of this shape for a gang that would take it, if there is both."""
         offer = self.launcher.offer(gang)
         if offer is None:
             return False
         with self.database.write() as session:
             claim = leases.claim(session, gang, self.owner, now, self.ttl, name=offer.gang)
-        if claim is None:
+        if claim is None:  # another orchestrator was faster
+            for key in [key for key in waiting if key[1] == gang]:
+                del waiting[key]
             return False
+        waiting[claim.study_id, gang] -= 1
         held = self.held[claim.lease.attempt_id] = Held(claim, now)
         try:
             name = self.launcher.start(Assignment(held.attempt_id, claim.spec), offer.gang)
@@ -258,6 +272,14 @@ class Loop:
         self.queue.started(gang)
         log.info("trial %d started %s %s", claim.trial_number, "behind another on" if offer.behind else "on", name)
         return True
+
+
+def _by_shape(waiting: Mapping[Waiting, int]) -> dict[GangConfig, int]:
+    """How many runs wait for a gang of each shape."""
+    shapes: Counter[GangConfig] = Counter()
+    for (_study, gang), count in waiting.items():
+        shapes[gang] += count
+    return {gang: count for gang, count in shapes.items() if count > 0}
 
 
 def _failed(error: Exception) -> AttemptResult:

@@ -17,7 +17,7 @@ from optuna.study._frozen import FrozenStudy  # the storage contract names it, t
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from orchestrator.feasibility import Predictor, judge
+from orchestrator.feasibility import Predictor, judge, ratio_of
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
 from orchestrator.optuna_view import ReadOnlyStorage, distributions_of, frozen_trial
 from orchestrator.space import Parameter, apply, as_category
@@ -73,7 +73,7 @@ class Proposer:
         progress = (len(history), sum(trial.state not in OPEN_TRIALS for trial in history))
         if gang in self._gave_up and self._gave_up[gang][0] == progress:
             return Proposed(None, 0, self._gave_up[gang][1])
-        predictor = Predictor.of(history)
+        predictor = Predictor.calibrated([self._ratios[number] for number in sorted(self._ratios)])
         refused, taught = Counter[Refusal](), len(self._replay)
         try:
             found = self._first(self._samples(len(history)), gang, predictor, refused)
@@ -93,6 +93,7 @@ class Proposer:
         self._optuna_study = optuna.load_study(study_name=_Replay.NAME, storage=self._replay)
         self._states: dict[int, TrialState] = {}  # by number, in order
         self._positions: dict[int, int] = {}  # number -> position in the replay
+        self._ratios: dict[int, float] = {}  # number -> actual by predicted bytes, before any calibration
         self._known: set[str] = set()  # canonical hashes that are trials
         self._gangs: set[GangConfig] = set()  # that those trials are for
         self._gave_up: dict[GangConfig, tuple[tuple[int, int], str]] = {}
@@ -115,6 +116,8 @@ class Proposer:
             if self._is_in_space(trial):
                 self._positions[trial.number] = len(self._replay)
         self._states[trial.number] = trial.state
+        if (ratio := ratio_of(trial)) is not None:
+            self._ratios[trial.number] = ratio
         position = self._positions.get(trial.number)
         if position is not None:
             self._replay.put(self._frozen(trial, position))

@@ -1,7 +1,7 @@
 """What waits in the queue, and what the launcher has to know of it: whom to keep room for, what to ask nodes for."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
 from orchestrator import store
@@ -24,29 +24,22 @@ class Queue:
         self._since: dict[GangConfig, datetime] = {}
         self._told: set[tuple[int, GangConfig]] = set()
 
-    def waiting(self, study_id: int | None = None) -> Mapping[GangConfig, int]:
-        """How many runs wait, by shape: of the study, or of all that run."""
-        with self._database.read() as session:
-            return store.count_queued(session, study_id)
-
-    def look(self, now: datetime) -> Mapping[GangConfig, int]:
-        """Tell the launcher what waits, and for whom to keep room: the shape that has waited longest, beyond BACKFILL,
-        without any. What waits, by shape."""
-        waiting = self.waiting()
+    def look(self, waiting: Mapping[GangConfig, int], now: datetime) -> None:
+        """Tell the launcher what waits, by shape, and for whom to keep room: the shape that has waited longest, beyond
+        BACKFILL, without any."""
         self._launcher.want(waiting)
         without = [gang for gang in waiting if not self._launcher.free(gang) and self._launcher.capacity(gang)]
         self._since = {gang: self._since.get(gang, now) for gang in without}
         overdue = [gang for gang, since in self._since.items() if now - since >= BACKFILL]
         self._launcher.reserve(min(overdue, key=lambda gang: self._since[gang]) if overdue else None)
-        return waiting
 
     def started(self, gang: GangConfig) -> None:
         """One of the shape has had its turn."""
         self._since.pop(gang, None)
 
-    def tell_of_no_room(self, study: Study, queued: Mapping[GangConfig, int], now: datetime) -> None:
+    def tell_of_no_room(self, study: Study, shapes: Iterable[GangConfig], now: datetime) -> None:
         """Say once, as an event of the study, that runs wait for a shape that nothing here can ever hold."""
-        for gang in queued:
+        for gang in shapes:
             if (study.id, gang) in self._told or self._launcher.capacity(gang):
                 continue
             self._told.add((study.id, gang))

@@ -117,7 +117,7 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
     session.flush()
     if infeasible:
         add_event(session, study_id, number, "trial.infeasible", f"Trial {number} was refused: {new.reason}", now)
-        return _trial(row)
+        return _trial(row, new.spec)
     session.add(
         RunRow(
             trial_id=row.id, seed=new.spec.seed, budget=new.spec.budget.model_dump(mode="json"), state=RunState.QUEUED,
@@ -129,7 +129,7 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
     if new.origin == "submitted":
         _reopen(session, study_id, now)
     add_event(session, study_id, number, "trial.queued", f"Trial {number} was {new.origin}", now)
-    return _trial(row)
+    return _trial(row, new.spec)
 
 
 def _reopen(session: Session, study_id: int, now: datetime) -> None:
@@ -213,9 +213,14 @@ def find_trial(
     return None if row is None else _trial(row)
 
 
-def list_states(session: Session, study_id: int) -> dict[int, TrialState]:
-    """The state of every trial by its number: what is new, for whoever keeps the finished ones."""
-    query = select(TrialRow.number, TrialRow.state).where(TrialRow.study_id == study_id).order_by(TrialRow.number)
+def list_states(
+    session: Session, study_id: int, *, numbers: Collection[int] | None = None, after: int = -1
+) -> dict[int, TrialState]:
+    """States by number, of all trials or as in list_trials: what is new, for whoever keeps the finished ones."""
+    query = select(TrialRow.number, TrialRow.state).where(TrialRow.study_id == study_id, TrialRow.number > after)
+    if numbers is not None:
+        query = query.where(TrialRow.number.in_(numbers))
+    query = query.order_by(TrialRow.number)
     return {number: TrialState(state) for number, state in session.execute(query)}
 
 
@@ -227,14 +232,20 @@ def list_trials(
     numbers: Collection[int] | None = None,
     after: int = -1,
     limit: int | None = None,
+    specs: Mapping[int, TrialSpec] | None = None,
 ) -> tuple[Trial, ...]:
-    """Trials by number: all, or those in these states, of these numbers (a few hundred at most), above `after`."""
+    """Trials by number: all, or those in these states, of these numbers (a few hundred at most), above `after`.
+
+    `specs` are those that the caller knows, by number: a trial's never changes, and building one takes time.
+    """
     query = select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.number > after)
     if numbers is not None:
         query = query.where(TrialRow.number.in_(numbers))
     if states:
         query = query.where(TrialRow.state.in_(states))
-    return tuple(_trial(row) for row in session.scalars(query.order_by(TrialRow.number).limit(limit)))
+    known = specs or {}
+    rows = session.scalars(query.order_by(TrialRow.number).limit(limit))
+    return tuple(_trial(row, known.get(row.number)) for row in rows)
 
 
 def leaderboard(session: Session, study_id: int, cap_bytes: int, limit: int | None = None) -> tuple[Trial, ...]:
@@ -253,16 +264,15 @@ def count_trials(session: Session, study_id: int) -> dict[TrialState, int]:
     return {TrialState(state): count for state, count in session.execute(query)}
 
 
-def count_queued(session: Session, study_id: int | None = None) -> dict[GangConfig, int]:
-    """How many runs wait for a gang of each shape: the study's, or those of all studies that run."""
-    of_study = TrialRow.study_id == study_id
+def count_queued(session: Session) -> dict[tuple[int, GangConfig], int]:
+    """How many runs wait, by study and by the shape of gang they wait for, in the studies that run."""
     query = (
-        select(RunRow.ranks, RunRow.device, func.count()).join(TrialRow, TrialRow.id == RunRow.trial_id)
-        .join(StudyRow, StudyRow.id == TrialRow.study_id)
-        .where(RunRow.state == RunState.QUEUED, StudyRow.state == StudyState.RUNNING if study_id is None else of_study)
-        .group_by(RunRow.ranks, RunRow.device)
+        select(TrialRow.study_id, RunRow.ranks, RunRow.device, func.count())
+        .join(TrialRow, TrialRow.id == RunRow.trial_id).join(StudyRow, StudyRow.id == TrialRow.study_id)
+        .where(RunRow.state == RunState.QUEUED, StudyRow.state == StudyState.RUNNING)
+        .group_by(TrialRow.study_id, RunRow.ranks, RunRow.device)
     )  # fmt: skip
-    return {_gang(ranks, device): count for ranks, device, count in session.execute(query)}
+    return {(study_id, _gang(ranks, device)): count for study_id, ranks, device, count in session.execute(query)}
 
 
 def list_runs(session: Session, trial_id: int) -> tuple[Run, ...]:
@@ -353,10 +363,10 @@ def _study(row: StudyRow) -> Study:
     )  # fmt: skip
 
 
-def _trial(row: TrialRow) -> Trial:
+def _trial(row: TrialRow, spec: TrialSpec | None = None) -> Trial:
     return Trial(
         id=row.id, study_id=row.study_id, number=row.number, state=TrialState(row.state),
-        origin="proposed" if row.origin == "proposed" else "submitted", spec=TrialSpec.model_validate(row.spec),
+        origin="proposed" if row.origin == "proposed" else "submitted", spec=spec or TrialSpec.model_validate(row.spec),
         spec_hash=row.spec_hash, params=row.params, prediction=Prediction(**row.prediction),
         verdict=cast(Any, row.verdict), reason=row.reason,
         result=None if row.result is None else TrialResult.model_validate(row.result),

@@ -24,10 +24,11 @@ class Supply:
         self.database = database
         self.searches: dict[int, tuple[Proposer, History]] = {}
 
-    def propose(self, study: Study, gang: GangConfig, now: datetime) -> str | None:
-        """Add one proposal to the queue; the reason where there is none to make."""
+    def propose(self, study: Study, gang: GangConfig, now: datetime) -> tuple[bool, str | None]:
+        """Add one proposal to the queue, if the study wants more; whether it was added, and the reason where there is
+        none to make."""
         if study.proposed >= study.definition.max_trials or not study.definition.space:
-            return None
+            return False, None
         try:
             if study.id not in self.searches:
                 self.searches[study.id] = (Proposer(study), History(study.id))
@@ -40,24 +41,29 @@ class Supply:
         except Exception as error:  # one study must not stop the others
             log.exception("the proposer of study %s failed", study.name)
             self._move(study, StudyState.PAUSED, f"the proposer failed: {type(error).__name__}: {error}", now)
-            return "the proposer failed"
+            return False, "the proposer failed"
+        added = None
         try:
             with self.database.write() as session:
                 if proposed.trial is not None:
-                    store.add_trial(session, study.id, proposed.trial, now)
+                    added = store.add_trial(session, study.id, proposed.trial, now)
                 if proposed.refused:
                     store.count_refused(session, study.id, proposed.refused)
         except IntegrityError:  # another orchestrator proposed the same spec first; the next tick sees it
             log.info("a proposal of study %s was made elsewhere too; dropped", study.name)
-        return proposed.reason
+            return False, None
+        return added is not None, proposed.reason
 
     def complete(self, study: Study, gave_up: str | None, now: datetime) -> None:
-        """Complete a study whose proposals are made (or exhausted) and whose trials are all finished."""
+        """Complete a study whose proposals are made (or exhausted) and whose trials are all finished. `study` may be as
+        it was a moment ago."""
+        if not study.definition.space or (study.proposed < study.definition.max_trials and gave_up is None):
+            return
         with self.database.read() as session:
             counts = store.count_trials(session, study.id)
             study = store.get_study(session, study.name)
         done = study.proposed >= study.definition.max_trials or gave_up is not None
-        if not study.definition.space or study.state is not StudyState.RUNNING or not done or OPEN_TRIALS & set(counts):
+        if study.state is not StudyState.RUNNING or not done or OPEN_TRIALS & set(counts):
             return
         self._move(study, StudyState.COMPLETE, gave_up or "all proposed trials are finished", now)
 

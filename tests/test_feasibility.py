@@ -196,7 +196,8 @@ def test_no_target_is_predicted_below_what_zeros_take(gaussian: Model) -> None:
 
 def test_trials_that_met_a_target_calibrate_nothing() -> None:
     met = laptop(quantisation={"half_below": 4096, "target_bytes": code_bytes() + 150_000})
-    assert Predictor.of([finished(number, met, 0.5) for number in range(5)]) == Predictor.of([])
+    spec = laptop()
+    assert predict(spec, [finished(number, met, 0.5) for number in range(5)]) == predict(spec)
 
 
 def test_the_prior_is_within_half_a_percent_of_six_million_packed_gaussian_weights() -> None:

@@ -80,7 +80,7 @@ def test_a_trial_is_added_queued_with_one_run_at_its_own_seed(
     with database.read() as session:
         assert get_trial(session, study.id, 0) == added
         (run,) = list_runs(session, added.id)
-        assert count_queued(session, study.id) == {GangConfig(ranks=2): 1}
+        assert count_queued(session) == {(study.id, GangConfig(ranks=2)): 1}
         assert count_trials(session, study.id) == {TrialState.QUEUED: 1}
         assert get_study(session, study.name).proposed == proposed
     assert (added.number, added.state, added.origin, added.result) == (0, TrialState.QUEUED, origin, None)
