@@ -1,6 +1,7 @@
 """Averages of the weights over training: exponential (EMA) and of snapshots (SWA)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ class Averages:
         """By average, "ema" and "swa", a state dict. One that has no weights is left out: SWA before a snapshot."""
         averages = {"ema": self._ema, "swa": self._swa}
         return {name: dict(zip(self._parameters, each, strict=True)) for name, each in averages.items() if each}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ema": self._ema, "swa": self._swa, "snapshots": self._snapshots}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ema, self._swa = self._placed(state_dict["ema"]), self._placed(state_dict["swa"])
+        self._snapshots = state_dict["snapshots"]
+
+    def _placed(self, average: list[Tensor]) -> list[Tensor]:
+        """An average, or none, where the parameters are."""
+        return [tensor.to(beside.device) for tensor, beside in zip(average, self._parameters.values(), strict=False)]
 
 
 def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:

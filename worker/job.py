@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from worker.artifact import Packed, load, pack
 from worker.calibrate import calibrate, require_window
+from worker.checkpoint import Checkpoint
 from worker.corpus import DEMO_DATASET, build_demo
 from worker.data import Batches
 from worker.diagnostics import diagnose, diagnosed_tokens
@@ -24,7 +24,7 @@ from worker.shape import FieldError
 from worker.shards import Dataset, open_dataset
 from worker.source import code_bytes
 from worker.spec import TrialSpec
-from worker.train import TrainingSummary, train
+from worker.train import TrainingSummary, compile_pass, train
 from worker.trainer import Job
 from worker.ttt import adapt_and_score
 from worker.world import World
@@ -51,13 +51,14 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     model = Model(spec.model, spec.sharing)
     initialise(model, spec.seed)
     require_reachable(model, spec.quantisation, code_bytes())
+    _place(model, spec, batches, world, phase)
     phase("train")
-    model.to(world.device)
+    checkpoint = _checkpoint(job, world)
 
     def validate(trained: Model) -> float:
         return evaluate(trained, plain, world, spec.evaluation.validation_tokens).bpb
 
-    summary = train(model, spec, batches, world, reporter, validate)
+    summary = train(model, spec, batches, world, reporter, validate, checkpoint=checkpoint)
     spent = _Seconds()
     phase("evaluate")
     with spent.on("evaluate"):
@@ -66,7 +67,7 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     with spent.on("pack"):
         packing = _pack(model, dataset, spec) if world.leads else None
     phase("evaluate")
-    data = _broadcast(packing.packed.data if packing else b"", world)
+    data = world.lead_bytes(packing.packed.data if packing else b"")
     loaded = load(data).to(world.device)
     with spent.on("evaluate"):
         scores = _scores(loaded, spec, plain, validation, world)
@@ -75,6 +76,8 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
         return None
     worth = _worth(packing, plain, spec, world)
     diagnostics |= {**_compared(dataset, scores), **worth, "averages": averages, "codec": packing.packed.codec}
+    if checkpoint is not None:
+        checkpoint.remove()
     return _result(spec, summary, before, scores, packing.packed, spent, diagnostics), data
 
 
@@ -86,6 +89,19 @@ def _world(job: Job) -> World:
     if not torch.cuda.is_available():
         raise FieldError("gang.device", "gpu", "no CUDA device is available here; use cpu")
     return World(job.rank, job.ranks, torch.device("cuda", torch.cuda.current_device()))
+
+
+def _place(model: Model, spec: TrialSpec, batches: Batches, world: World, phase: Callable[[str], None]) -> None:
+    """Put the model where it trains, on a GPU compiled."""
+    model.to(world.device)
+    if world.device.type == "cuda":
+        phase("compile")
+        compile_pass(model, spec, batches, world)
+
+
+def _checkpoint(job: Job, world: World) -> Checkpoint | None:
+    every_seconds = job.spec.limits.checkpoint_seconds
+    return None if every_seconds is None else Checkpoint(job.data_root, job.spec, every_seconds, world)
 
 
 def _open_data(job: Job) -> Dataset:
@@ -171,16 +187,6 @@ def _worth(packing: _Packing, validation: Validation, spec: TrialSpec, world: Wo
     limit = diagnosed_tokens(spec)
     points = packing.curve(lambda model: evaluate(model.to(world.device), validation, alone, limit).bpb)
     return {"bytes_curve": [asdict(point) for point in points]}
-
-
-def _broadcast(data: bytes, world: World) -> bytes:
-    """Rank 0's bytes on every rank. Travels between the hosts, as the world's other messages do."""
-    if world.ranks == 1:
-        return data
-    (size,) = world.lead(len(data))
-    message = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
-    dist.broadcast(message, src=0)
-    return message.numpy().tobytes()
 
 
 def _result(

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,14 @@ class Optimizer:
         for parameter in self._parameters:
             parameter.grad = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The same on every rank; all of them ask for it."""
+        return {"momentum": self._muon.momentum(), "adam": self._adam.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._muon.load_momentum(state_dict["momentum"])
+        self._adam.load_state_dict(state_dict["adam"])
+
 
 def parameter_groups(model: Model) -> dict[str, list[Parameter]]:
     """matrix: the blocks' matrices and the projections of tables · embedding · table · scalar: all else that is used.
@@ -116,7 +125,7 @@ class Muon:
                 matrix.add_(update, alpha=-rate * max(1.0, rows / columns) ** 0.5)
 
     def _updates(self, momentum: float) -> list[Tensor]:
-        """X of every matrix, the same bits on every rank: each is a sum of one rank's update and the others' zeros."""
+        """X of every matrix, the same bits on every rank."""
         updates: dict[int, Tensor] = {}
         for mine, velocity in self._batches:
             gradient = torch.stack([_gradient(self._matrices[i]) for i in mine])  # (n, rows, columns)
@@ -125,9 +134,25 @@ class Muon:
             if self._config.row_normalise:
                 update = F.normalize(update, dim=2, eps=TINY)
             updates |= zip(mine, orthogonalise(update, coefficients(self._config)).unbind(), strict=True)
+        return self._gathered(updates)
+
+    def momentum(self) -> list[Tensor]:
+        """Of every matrix, on every rank; all of them ask for it."""
+        owned: dict[int, Tensor] = {}
+        for mine, velocity in self._batches:
+            owned |= zip(mine, velocity.unbind(), strict=True)
+        return self._gathered(owned)
+
+    def load_momentum(self, momentum: Sequence[Tensor]) -> None:
+        """Of every matrix: each rank takes what is its own."""
+        for mine, velocity in self._batches:
+            velocity.copy_(torch.stack([momentum[i] for i in mine]))
+
+    def _gathered(self, owned: dict[int, Tensor]) -> list[Tensor]:
+        """Of every matrix, the same bits on every rank: each is a sum of one rank's tensor and the others' zeros."""
         if self._world.ranks == 1:
-            return [updates[index] for index in range(len(self._matrices))]
-        shared = [updates[i] if i in updates else torch.zeros_like(each) for i, each in enumerate(self._matrices)]
+            return [owned[index] for index in range(len(self._matrices))]
+        shared = [owned[i] if i in owned else torch.zeros_like(each) for i, each in enumerate(self._matrices)]
         self._world.all_reduce_sum(shared)
         return shared
 

@@ -36,7 +36,7 @@ class Reporter(Protocol):
         ...
 
     def phase(self, name: str) -> None:
-        """Say what the attempt is doing now: data, train, evaluate or pack."""
+        """Say what the attempt is doing now: data, compile (on a GPU), train, evaluate or pack."""
         ...
 
 

@@ -181,14 +181,17 @@ class GangConfig(Frozen):
 
 
 class LimitsConfig(Frozen):
-    """How long an attempt may take before its gang is replaced. No part of what it computes, nor of the hash."""
+    """How long an attempt may take before its gang is replaced, and what it leaves to the next. No part of what it
+    computes, nor of the hash."""
 
     patience_seconds: float = Field(default=600.0, ge=1)
-    """Of training: the longest step, with the validation and the compilation that may come with it."""
+    """Of training: the longest step, with the validation and the checkpoint that may come with it."""
     silence_seconds: float = Field(default=3600.0, ge=1)
-    """Of any other phase: ranks that start, read data, score or pack say nothing until they are done."""
+    """Of any other phase: ranks that start, read data, compile, score or pack say nothing until they are done."""
     attempt_seconds: float | None = Field(default=None, ge=1)
     """Of all phases together; none: no limit."""
+    checkpoint_seconds: float | None = Field(default=None, gt=0)
+    """Of training between two checkpoints, for the next attempt to go on from; none: it starts over."""
 
 
 class TrialSpec(Frozen):

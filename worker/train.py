@@ -3,25 +3,26 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
-from statistics import median
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from worker.averaging import Averages
+from worker.checkpoint import Checkpoint, Part
+from worker.course import Course, Stopwatch
+from worker.curve import Curve
 from worker.model import Model
 from worker.optim import Optimizer
 from worker.qat import fake_quantised
-from worker.report import Directive, Reporter
-from worker.schedule import Progress, learning_rate_multiplier
+from worker.report import Reporter
+from worker.schedule import learning_rate_multiplier
 from worker.spec import TrialSpec
 from worker.world import World
 
-REPORTS = 25  # points of the training curve, at equal fractions of the budget
 LAG_STEPS = 3  # how far a GPU's host runs ahead of the losses that it reads
 
 
@@ -44,7 +45,10 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What training took. Tokens are those of all ranks; seconds exclude validation."""
+    """What training took, lost attempts included up to the checkpoints that were gone on from.
+
+    Tokens are those of all ranks; seconds exclude validation and the writing of checkpoints.
+    """
 
     steps: int
     tokens: int
@@ -67,19 +71,21 @@ def train(
     reporter: Reporter,
     validate: Callable[[Model], float],
     clock: Callable[[], float] = time.perf_counter,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainingSummary:
     """Train `model` in place, the same on every rank of `world`. Raises Diverged, within LAG_STEPS, on every rank.
 
     `validate` gives a score in bits per byte of the layers that run by then, with all ranks taking part; afterwards all
     layers run. Rank 0 alone uses `reporter`, and its `clock` (in seconds) counts. Equal specs, data and initial weights
-    give equal losses, bit for bit, on a CPU of one kind wherever the budget is not in seconds.
+    give equal losses, bit for bit, on a CPU of one kind wherever the budget is not in seconds, with `checkpoint` too.
     """
-    _compile(model, spec, data, world)
     optimizer, averages = Optimizer(model, spec, world), Averages(model, spec.averaging)
-    losses, watch = _Losses(world.device), _Stopwatch(world.device, clock)
-    reports, validations = _Milestones(REPORTS), _Milestones(spec.evaluation.validations)
-    progress, fraction, told, stopped = Progress(), 0.0, Directive.CONTINUE, False
-    step_seconds: list[float] = []
+    course, curve = Course(spec), Curve(spec.evaluation, reporter if world.leads else None)
+    parts: tuple[Part, ...] = (model, optimizer, averages, course, curve)
+    if checkpoint is not None:
+        checkpoint.resume(parts)
+    losses, watch = _Losses(world.device), Stopwatch(world.device, clock, course.progress.seconds)
+    progress, fraction, stopped = course.progress, course.fraction, False
     while fraction < 1 and not stopped:
         multiplier = learning_rate_multiplier(spec, progress)
         loss = _backward(model, spec, fraction, data.batch(progress.steps), world)
@@ -87,37 +93,33 @@ def train(
         averages.update(progress.steps + 1, multiplier)
         losses.add(progress.steps + 1, loss)
 
-        if world.leads and reporter.directive() is Directive.STOP:
-            told = Directive.STOP
-        seconds, stop = world.lead(watch.seconds(), told is Directive.STOP)
-        step_seconds.append(seconds - progress.seconds)
-        progress = Progress(progress.steps + 1, seconds, progress.tokens + spec.data.batch_tokens)
-        fraction = progress.fraction(spec.budget)
+        seconds, stop = world.lead(watch.seconds(), curve.told_to_stop())
+        progress, fraction = course.advance(seconds), course.fraction
         stopped = bool(stop) and fraction < 1
 
         metrics: dict[str, float] = {}
-        if reports.reached(fraction) or progress.steps == 1 or stopped:
+        report, validation = curve.due(fraction)
+        if report or progress.steps == 1 or stopped:
             metrics |= {"train_loss": losses.latest(), "lr_multiplier": multiplier, "fraction": min(fraction, 1.0)}
-        if validations.reached(fraction) and not stopped:
+        if validation and not stopped:
             losses.latest()  # a model that has diverged is not scored
             with watch.paused():
                 metrics["val_bpb"] = _finite(progress.steps, validate(model))
-        if world.leads and metrics and reporter.measure(progress.steps, progress.seconds, metrics) is Directive.STOP:
-            told = Directive.STOP
+        curve.add(progress, metrics)
+        if checkpoint is not None and not stopped and checkpoint.due(course):
+            with watch.paused():
+                checkpoint.write(parts)
     model.progress_to(1.0)
     _require_finite(model, progress.steps)
-    spent = (progress.steps, progress.tokens, progress.seconds, median(step_seconds))
-    return TrainingSummary(*spent, stopped, losses.latest(), averages.weights())
+    return TrainingSummary(*course.spent(), stopped, losses.latest(), averages.weights())
 
 
-def _compile(model: Model, spec: TrialSpec, data: BatchSource, world: World) -> None:
-    """On a GPU compile the pass, and run it on both sides of late tying, before any second of the budget counts.
+def compile_pass(model: Model, spec: TrialSpec, data: BatchSource, world: World) -> None:
+    """Compile the pass for a GPU, and run it on both sides of late tying, before any second of the budget counts.
 
     Changes no weight. The layers that run are Python integers to the compiler, so each side is a graph of its own.
     Tests trace the pass on a CPU; no test has compiled it for a GPU yet.
     """
-    if world.device.type != "cuda":
-        return
     model.compile(fullgraph=True, dynamic=False)
     for fraction in (0.0, 1.0):
         _backward(model, spec, fraction, data.batch(0), world)
@@ -177,41 +179,6 @@ class _Losses:
             if event is not None:
                 event.synchronize()
             self._latest = _finite(step, host.item())
-
-
-class _Stopwatch:
-    """Seconds since it was made, without those spent inside `paused`."""
-
-    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
-        self._device, self._clock = device, clock
-        self._start = self._now()
-
-    def seconds(self) -> float:
-        """May run up to LAG_STEPS steps ahead of a GPU."""
-        return self._clock() - self._start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = self._now()
-        yield
-        self._start += self._now() - began
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return self._clock()
-
-
-class _Milestones:
-    """`count` equal fractions of a whole, the last of them 1."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._passed = count, 0
-
-    def reached(self, fraction: float) -> bool:
-        """Whether `fraction` has passed a milestone that no earlier call had passed."""
-        before, self._passed = self._passed, min(int(fraction * self._count + 1e-9), self._count)
-        return self._passed > before
 
 
 def _finite(step: int, value: float) -> float:

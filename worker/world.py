@@ -44,6 +44,15 @@ class World:
             dist.broadcast(message, src=0)
         return tuple(message.tolist())
 
+    def lead_bytes(self, data: bytes) -> bytes:
+        """Rank 0's bytes on every rank. Travels between the hosts."""
+        (size,) = self.lead(len(data))
+        if self.ranks == 1 or not size:
+            return data
+        message = torch.frombuffer(bytearray(data if self.leads else int(size)), dtype=torch.uint8)
+        dist.broadcast(message, src=0)
+        return message.numpy().tobytes()
+
     def total(self, *values: float) -> tuple[float, ...]:
         """The sums over the ranks, in double precision, on every rank. Travels between the hosts."""
         message = torch.tensor(values, dtype=torch.float64)
