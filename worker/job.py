@@ -16,6 +16,7 @@ from worker.data import Batches
 from worker.diagnostics import diagnose, diagnosed_tokens
 from worker.evaluate import Score, Validation, evaluate, open_validation
 from worker.fit import Point, curve, fit, require_reachable
+from worker.hardware import observed
 from worker.inventory import count_parameters
 from worker.model import Model, initialise
 from worker.report import Reporter, TrialResult
@@ -57,7 +58,7 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     def validate(trained: Model) -> float:
         return evaluate(trained, plain, world, spec.evaluation.validation_tokens).bpb
 
-    summary = train(model, spec, batches, world, reporter, validate)
+    summary, hardware = observed(world, lambda: train(model, spec, batches, world, reporter, validate))
     spent = _Seconds()
     phase("evaluate")
     with spent.on("evaluate"):
@@ -75,7 +76,8 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
         return None
     worth = _worth(packing, plain, spec, world)
     diagnostics |= {**_compared(dataset, scores), **worth, "averages": averages, "codec": packing.packed.codec}
-    return _result(spec, summary, before, scores, packing.packed, spent, diagnostics), data
+    result = _result(spec, summary, before, scores, packing.packed, spent, diagnostics)
+    return result.model_copy(update={"hardware": hardware}), data
 
 
 def _world(job: Job) -> World:

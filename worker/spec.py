@@ -181,7 +181,10 @@ class GangConfig(Frozen):
 
 
 class LimitsConfig(Frozen):
-    """How long an attempt may take before its gang is replaced. No part of what it computes, nor of the hash."""
+    """How long an attempt may take before its gang is replaced, and how slow it may be before it is repeated.
+
+    No part of what it computes, nor of the hash.
+    """
 
     patience_seconds: float = Field(default=600.0, ge=1)
     """Of training: the longest step, with the validation and the compilation that may come with it."""
@@ -189,6 +192,8 @@ class LimitsConfig(Frozen):
     """Of any other phase: ranks that start, read data, score or pack say nothing until they are done."""
     attempt_seconds: float | None = Field(default=None, ge=1)
     """Of all phases together; none: no limit."""
+    slow_percent: float | None = Field(default=None, gt=0)
+    """How much slower than its kind a success may be before its timing is void; none: it may be as slow as it is."""
 
 
 class TrialSpec(Frozen):
