@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from api.client import ApiError, Caddie, Unreachable
 from api.program import environment_of, program
 from api.schemas import PreviewOut
-from api.terminal import leaderboard_table, ledger_table, preview_lines, studies_table, trial_lines, watch_study
+from api.terminal import leaderboard_table, ledger_tables, preview_lines, studies_table, trial_lines, watch_study
 from orchestrator.feasibility import judge, predict
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import CAP_BYTES
@@ -202,14 +202,18 @@ def leaderboard(study: StudyName, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def ledger(study: StudyName, as_json: AsJson = False) -> None:
-    """What the study's attempts have cost: seconds, GPU-seconds and dollars by phase."""
+def ledger(
+    study: StudyName,
+    number: Annotated[int | None, typer.Argument(help="A trial's number, for what that cost.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What attempts of a study, or of one trial, have cost: by phase, and by the gangs and trials that cost most."""
     with _client() as caddie:
-        found = caddie.ledger(study)
+        found = caddie.ledger(study, number)
     if as_json:
         print(found.model_dump_json(indent=2))
     else:
-        Console().print(ledger_table(found))
+        Console().print(*ledger_tables(found))
 
 
 @app.command()

@@ -90,9 +90,10 @@ class Caddie:
     def leaderboard(self, study: str, limit: int = 100) -> LeaderboardOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/leaderboard?limit={limit}", LeaderboardOut)
 
-    def ledger(self, study: str) -> LedgerOut:
-        """What the study's attempts have cost so far."""
-        return self._read("GET", f"/v1/studies/{_quoted(study)}/ledger", LedgerOut)
+    def ledger(self, study: str, number: int | None = None) -> LedgerOut:
+        """What the attempts of the study, or of its trial of this number, have cost so far."""
+        trial = "" if number is None else f"/trials/{number}"
+        return self._read("GET", f"/v1/studies/{_quoted(study)}{trial}/ledger", LedgerOut)
 
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""

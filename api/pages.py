@@ -1,6 +1,7 @@
 """The pages: rendered here, kept live by a little script that follows the event streams."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from api import diagnostics
-from api.context import DatabaseOf, StudyName, TrialNumber
+from api.context import Context, ContextOf, DatabaseOf, Now, StudyName, TrialNumber
 from api.pictures import bytes_bar, curve_picture, tying_picture, tying_strip
 from api.problems import ProblemDetails
 from api.schemas import TrialSummary, parameters_by_class
@@ -23,6 +24,7 @@ from api.trials import artifact_of
 from api.trials import describe as describe_trial
 from orchestrator import store
 from orchestrator.activity import latest_events, list_activity
+from orchestrator.ledger import ledger
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
 from orchestrator.study import Event, Study, Trial
 from worker.spec import parse_spec
@@ -69,35 +71,31 @@ def show_docs(request: Request) -> HTMLResponse:
 
 
 @router.get("/studies/{study}")
-def show_study(request: Request, study: StudyName, database: DatabaseOf) -> HTMLResponse:
-    """A study: progress, chart, leaderboard, and what its other trials are doing."""
-    with database.read() as session:
-        return page(request, "study.html", **_study_facts(session, store.get_study(session, study)))
+def show_study(request: Request, study: StudyName, context: ContextOf, now: Now) -> HTMLResponse:
+    """A study: progress, chart, leaderboard, costs, and what its other trials are doing."""
+    with context.database.read() as session:
+        return page(request, "study.html", **_study_facts(session, store.get_study(session, study), context, now))
 
 
 @router.get("/studies/{study}/live")
-def show_study_live(request: Request, study: StudyName, database: DatabaseOf) -> HTMLResponse:
+def show_study_live(request: Request, study: StudyName, context: ContextOf, now: Now) -> HTMLResponse:
     """The part of a study's page that changes."""
-    with database.read() as session:
-        return page(request, "study_live.html", **_study_facts(session, store.get_study(session, study)))
+    with context.database.read() as session:
+        return page(request, "study_live.html", **_study_facts(session, store.get_study(session, study), context, now))
 
 
 @router.get("/studies/{study}/trials/{number}")
-def show_trial(request: Request, study: StudyName, number: TrialNumber, database: DatabaseOf) -> HTMLResponse:
+def show_trial(request: Request, study: StudyName, number: TrialNumber, context: ContextOf) -> HTMLResponse:
     """A trial: its tying map, curve, bytes, attempts and spec."""
-    with database.read() as session:
-        found = store.get_study(session, study)
-        return page(request, "trial.html", **_trial_facts(session, found, store.get_trial(session, found.id, number)))
+    with context.database.read() as session:
+        return page(request, "trial.html", **_trial_facts(session, study, number, context))
 
 
 @router.get("/studies/{study}/trials/{number}/live")
-def show_trial_live(request: Request, study: StudyName, number: TrialNumber, database: DatabaseOf) -> HTMLResponse:
+def show_trial_live(request: Request, study: StudyName, number: TrialNumber, context: ContextOf) -> HTMLResponse:
     """The part of a trial's page that changes."""
-    with database.read() as session:
-        found = store.get_study(session, study)
-        return page(
-            request, "trial_live.html", **_trial_facts(session, found, store.get_trial(session, found.id, number))
-        )
+    with context.database.read() as session:
+        return page(request, "trial_live.html", **_trial_facts(session, study, number, context))
 
 
 def page(request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
@@ -152,7 +150,7 @@ def readable_bytes(size: float) -> str:
     return f"{size / 1000:.1f} kB" if size < 1_000_000 else f"{size / 1_000_000:.2f} MB"
 
 
-def _study_facts(session: Session, study: Study) -> dict[str, Any]:
+def _study_facts(session: Session, study: Study, context: Context, now: datetime) -> dict[str, Any]:
     # Before the rest: what happens while we read comes again in the stream, rather than never.
     events = latest_events(session, study.id, SHOWN_EVENTS)
     described = describe(session, study)
@@ -172,14 +170,18 @@ def _study_facts(session: Session, study: Study) -> dict[str, Any]:
         "listed": listed,
         "stack": [(state.value, described.counts.get(state, 0)) for state in STACK],
         "planned": planned,
+        "costs": ledger(session, study.id, context.gpu_hour_dollars, now),
+        "gpu_hour_dollars": context.gpu_hour_dollars,
         "total": sum(described.counts.values()) + planned,
         "events": events,
         "seen": _last_id(events),
     }
 
 
-def _trial_facts(session: Session, study: Study, trial: Trial) -> dict[str, Any]:
-    described = describe_trial(session, study.name, trial)
+def _trial_facts(session: Session, name: str, number: int, context: Context) -> dict[str, Any]:
+    study = store.get_study(session, name)
+    trial = store.get_trial(session, study.id, number)
+    described = describe_trial(session, study.name, trial, context)
     result, spec = described.result, described.spec
     shown = result.diagnostics if result else {}
     gammas, influence = shown.get("gammas"), shown.get("block_influence", ())

@@ -7,11 +7,11 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel
 
 from orchestrator.activity import Activity
-from orchestrator.ledger import Cost, Ledger
+from orchestrator.ledger import Cost, Ledger, cost_of
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.study import Attempt, Event, NewStudy, Prediction, Progress, Run, Study, Trial, Verdict
 from worker.inventory import TensorClass, tensor_inventory
-from worker.report import TrialResult
+from worker.report import Hardware, TrialResult
 from worker.spec import GangConfig, TrialSpec
 from worker.tying import TyingMap
 
@@ -121,7 +121,7 @@ class LeaderboardOut(BaseModel):
 
 
 class CostOut(BaseModel):
-    """Seconds of attempts, the GPU-seconds of all their ranks, and what those cost."""
+    """Seconds of attempts, the GPU-seconds of all their ranks, and what those cost. Waiting in the queue is free."""
 
     seconds: float
     gpu_seconds: float
@@ -133,27 +133,38 @@ class CostOut(BaseModel):
 
 
 class LedgerOut(BaseModel):
-    """What attempts cost. `total` sums `phases` and `wasted`, the cost of those that failed, or were preempted or lost.
+    """What attempts of a study, or of one `trial`, have cost.
 
-    A gang's wait between two attempts is not counted.
+    `total` sums `phases` and `wasted`: what those cost that failed, were preempted, lost or void, but for their waits.
+    A gang's wait before an attempt is in the phase `idle`; gangs and trials are those that cost most, dearest first.
     """
 
     study: str
+    trial: int | None
     gpu_hour_dollars: float
+    """Today's price, for all of it."""
     attempts: int
     phases: dict[str, CostOut]
     wasted: CostOut
+    void: CostOut
+    """Of `wasted`: successes that were slower than their kind, and repeated."""
     total: CostOut
     gangs: dict[str, CostOut]
-    """By the gang's name."""
+    """By the gang's name, without the queue before it."""
+    other_gangs: CostOut
+    trials: dict[int, CostOut]
+    other_trials: CostOut
 
     @classmethod
-    def of(cls, study: str, found: Ledger, gpu_hour_dollars: float) -> "LedgerOut":
+    def of(cls, study: str, trial: int | None, found: Ledger, gpu_hour_dollars: float) -> "LedgerOut":
         return cls(
-            study=study, gpu_hour_dollars=gpu_hour_dollars, attempts=found.attempts,
+            study=study, trial=trial, gpu_hour_dollars=gpu_hour_dollars, attempts=found.attempts,
             phases={phase: CostOut.of(cost) for phase, cost in found.phases.items()},
-            wasted=CostOut.of(found.wasted), total=CostOut.of(found.total),
+            wasted=CostOut.of(found.wasted), void=CostOut.of(found.void), total=CostOut.of(found.total),
             gangs={gang: CostOut.of(cost) for gang, cost in found.gangs.items()},
+            other_gangs=CostOut.of(found.other_gangs),
+            trials={number: CostOut.of(cost) for number, cost in found.trials.items()},
+            other_trials=CostOut.of(found.other_trials),
         )  # fmt: skip
 
 
@@ -175,20 +186,27 @@ class AttemptOut(BaseModel):
     outcome: Outcome | None
     cause: Cause | None
     reason: str | None
+    queued_at: datetime | None
     started_at: datetime
     finished_at: datetime | None
     phase_seconds: dict[str, float]
-    """Seconds by phase, of the phases it has left; once it has ended, of all."""
+    """Seconds by phase, its wait in the queue included, of the phases it has left; once it has ended, of all."""
+    cost: CostOut
+    """Of `phase_seconds`."""
+    step_seconds: float | None
+    """Median of a training step."""
+    hardware: Hardware | None
     artifact: ArtifactOut | None
 
     @classmethod
-    def of(cls, attempt: Attempt) -> "AttemptOut":
+    def of(cls, attempt: Attempt, cost: Cost) -> "AttemptOut":
         stored = attempt.artifact and ArtifactOut(bytes=attempt.artifact.bytes, sha256=attempt.artifact.sha256)
         return cls(
             id=attempt.id, number=attempt.number, owner=attempt.owner, gang=attempt.gang,
             phase=attempt.phase, outcome=attempt.outcome, cause=attempt.cause, reason=attempt.reason,
-            started_at=attempt.started_at, finished_at=attempt.finished_at, phase_seconds=attempt.phase_seconds,
-            artifact=stored,
+            queued_at=attempt.queued_at, started_at=attempt.started_at, finished_at=attempt.finished_at,
+            phase_seconds=attempt.phase_seconds, cost=CostOut.of(cost), step_seconds=attempt.step_seconds,
+            hardware=attempt.hardware, artifact=stored,
         )  # fmt: skip
 
 
@@ -202,8 +220,12 @@ class RunOut(BaseModel):
     attempts: list[AttemptOut]
 
     @classmethod
-    def of(cls, run: Run, attempts: Sequence[Attempt]) -> "RunOut":
-        own = [AttemptOut.of(attempt) for attempt in attempts if attempt.run_id == run.id]
+    def of(cls, run: Run, attempts: Sequence[Attempt], gpu_hour_dollars: float) -> "RunOut":
+        own = [
+            AttemptOut.of(attempt, cost_of(attempt.phase_seconds, run.gang, gpu_hour_dollars))
+            for attempt in attempts
+            if attempt.run_id == run.id
+        ]
         return cls(id=run.id, seed=run.seed, state=run.state, gang=run.gang, attempts=own)
 
 
@@ -238,12 +260,14 @@ class TrialOut(TrialSummary):
     runs: list[RunOut]
 
     @classmethod
-    def detailed(cls, study: str, trial: Trial, runs: Sequence[Run], attempts: Sequence[Attempt]) -> "TrialOut":
+    def detailed(
+        cls, study: str, trial: Trial, runs: Sequence[Run], attempts: Sequence[Attempt], gpu_hour_dollars: float
+    ) -> "TrialOut":
         phase = next((attempt.phase for attempt in attempts if attempt.outcome is None), "")
         return cls(
             **_summary(trial, phase), study=study, spec=trial.spec, spec_hash=trial.spec_hash,
             prediction=PredictionOut.of(trial.prediction), result=trial.result,
-            runs=[RunOut.of(run, attempts) for run in runs],
+            runs=[RunOut.of(run, attempts, gpu_hour_dollars) for run in runs],
         )  # fmt: skip
 
 

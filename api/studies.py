@@ -86,10 +86,10 @@ def get_activity(study: StudyName, database: DatabaseOf) -> Page[ActivityOut]:
 
 @router.get("/studies/{study}/ledger", responses=responses(404))
 def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
-    """What the study's attempts have cost so far, by phase and by gang."""
+    """What the study's attempts have cost so far, by phase, and by the gangs and trials that cost most."""
     with context.database.read() as session:
         found = ledger(session, store.get_study(session, study).id, context.gpu_hour_dollars, now)
-    return LedgerOut.of(study, found, context.gpu_hour_dollars)
+    return LedgerOut.of(study, None, found, context.gpu_hour_dollars)
 
 
 def describe(session: Session, study: Study) -> StudyOut:

@@ -1,7 +1,7 @@
 """What the command line prints: tables, tying maps and live progress."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from api.client import Caddie
-from api.schemas import ActivityOut, LeaderboardRow, LedgerOut, PreviewOut, StudyOut, TrialOut, TrialSummary
+from api.schemas import ActivityOut, CostOut, LeaderboardRow, LedgerOut, PreviewOut, StudyOut, TrialOut, TrialSummary
 from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -37,10 +37,23 @@ def leaderboard_table(rows: Sequence[LeaderboardRow], title: str) -> Table:
     return table
 
 
-def ledger_table(ledger: LedgerOut) -> Table:
-    """What a study has cost, a phase a line, and what came to nothing."""
-    table = _table(f"Ledger of {ledger.study}", "phase", "seconds", "GPU-seconds", "dollars")
-    for name, cost in (*ledger.phases.items(), ("wasted", ledger.wasted), ("total", ledger.total)):
+def ledger_tables(ledger: LedgerOut) -> list[Table]:
+    """What a study or a trial has cost: a phase a line, and what came to nothing; then by gang, and by trial."""
+    of = ledger.study if ledger.trial is None else f"trial {ledger.trial} of {ledger.study}"
+    ends = {"wasted": ledger.wasted, "of it void": ledger.void, "total": ledger.total}
+    tables = [_cost_table(f"Ledger of {of}", "phase", {**ledger.phases, **ends})]
+    if ledger.gangs:
+        tables.append(_cost_table("Gangs", "gang", ledger.gangs, ledger.other_gangs))
+    if ledger.trial is None and ledger.trials:
+        by_trial = {str(number): cost for number, cost in ledger.trials.items()}
+        tables.append(_cost_table("Trials", "trial", by_trial, ledger.other_trials))
+    return tables
+
+
+def _cost_table(title: str, what: str, costs: Mapping[str, CostOut], others: CostOut | None = None) -> Table:
+    table = _table(title, what, "seconds", "GPU-seconds", "dollars")
+    shown = {**costs, "others": others} if others is not None and others.seconds else costs
+    for name, cost in shown.items():
         table.add_row(name, f"{cost.seconds:,.1f}", f"{cost.gpu_seconds:,.1f}", f"{cost.dollars:,.2f}")
     return table
 
@@ -126,7 +139,7 @@ def _table(title: str, *columns: str) -> Table:
     )
     for name in columns:
         table.add_column(
-            name, justify="left" if name in ("tying map", "name", "phase", "state") else "right", no_wrap=True
+            name, justify="left" if name in ("tying map", "name", "phase", "gang", "state") else "right", no_wrap=True
         )
     return table
 

@@ -9,14 +9,15 @@ from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 
 from api.bodies import TrialIn
-from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName, TrialNumber
+from api.context import After, Context, ContextOf, DatabaseOf, Limit, Now, StudyName, TrialNumber
 from api.problems import responses
-from api.schemas import MeasurementOut, Page, TrialOut, TrialSummary
+from api.schemas import LedgerOut, MeasurementOut, Page, TrialOut, TrialSummary
 from api.submission import submit
 from orchestrator import store
 from orchestrator.activity import list_activity
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.errors import NotFound
+from orchestrator.ledger import ledger
 from orchestrator.lifecycle import Outcome, TrialState
 from orchestrator.study import Artifact, Attempt, Trial
 
@@ -36,9 +37,10 @@ Key = Annotated[
     "", status_code=201, responses={**responses(400, 409, 415), 200: {"model": TrialOut, "description": "Replayed"}}
 )
 def submit_trial(
-    study: StudyName, body: TrialIn, database: DatabaseOf, now: Now, response: Response, key: Key = None
+    study: StudyName, body: TrialIn, context: ContextOf, now: Now, response: Response, key: Key = None
 ) -> TrialOut:
     """Submit a trial. One that cannot fit the byte cap is kept as infeasible, with the reason, and never runs."""
+    database = context.database
     with database.read() as session:
         found = store.get_study(session, study)
     spec = body.build(found.definition)
@@ -48,7 +50,7 @@ def submit_trial(
         response.status_code = 200
         response.headers["Idempotent-Replay"] = "true"
     with database.read() as session:
-        return describe(session, study, submitted.trial)
+        return describe(session, study, submitted.trial, context)
 
 
 @router.get("")
@@ -69,20 +71,30 @@ def list_trials(
 
 
 @router.get("/{number}")
-def get_trial(study: StudyName, number: TrialNumber, database: DatabaseOf) -> TrialOut:
+def get_trial(study: StudyName, number: TrialNumber, context: ContextOf) -> TrialOut:
     """One trial with its runs and attempts."""
-    with database.read() as session:
-        return describe(session, study, store.get_trial(session, store.get_study(session, study).id, number))
+    with context.database.read() as session:
+        trial = store.get_trial(session, store.get_study(session, study).id, number)
+        return describe(session, study, trial, context)
 
 
 @router.post("/{number}/cancel", responses=responses(409))
-def cancel_trial(study: StudyName, number: TrialNumber, database: DatabaseOf, now: Now) -> TrialOut:
+def cancel_trial(study: StudyName, number: TrialNumber, context: ContextOf, now: Now) -> TrialOut:
     """End a queued or running trial; its gang is stopped."""
-    with database.write() as session:
+    with context.database.write() as session:
         trial = store.cancel_trial(session, store.get_study(session, study).id, number, now)
-        described = describe(session, study, trial)
+        described = describe(session, study, trial, context)
     log.info("trial %d of study %s was cancelled", number, study, extra={"trial_id": trial.id})
     return described
+
+
+@router.get("/{number}/ledger")
+def get_trial_ledger(study: StudyName, number: TrialNumber, context: ContextOf, now: Now) -> LedgerOut:
+    """What the trial's attempts have cost so far, by phase and by gang."""
+    with context.database.read() as session:
+        trial = store.get_trial(session, store.get_study(session, study).id, number)
+        found = ledger(session, trial.study_id, context.gpu_hour_dollars, now, number=number)
+    return LedgerOut.of(study, number, found, context.gpu_hour_dollars)
 
 
 @router.get("/{number}/measurements")
@@ -113,12 +125,13 @@ def get_artifact(study: StudyName, number: TrialNumber, context: ContextOf) -> F
 
 
 def artifact_of(attempts: tuple[Attempt, ...]) -> Artifact | None:
-    """The artifact that counts: of the attempt that succeeded, else of the last that left one."""
-    stored = [attempt for attempt in attempts if attempt.artifact is not None]
+    """The artifact that counts: of the attempt that succeeded, else of the last that left one and was not void."""
+    stored = [attempt for attempt in attempts if attempt.artifact is not None and attempt.outcome is not Outcome.VOID]
     succeeded = [attempt for attempt in stored if attempt.outcome is Outcome.SUCCEEDED]
     return (succeeded or stored)[-1].artifact if stored else None
 
 
-def describe(session: Session, study: str, trial: Trial) -> TrialOut:
-    """The trial with its runs and attempts."""
-    return TrialOut.detailed(study, trial, store.list_runs(session, trial.id), store.list_attempts(session, trial.id))
+def describe(session: Session, study: str, trial: Trial, context: Context) -> TrialOut:
+    """The trial with its runs and attempts, and what these cost."""
+    runs, attempts = store.list_runs(session, trial.id), store.list_attempts(session, trial.id)
+    return TrialOut.detailed(study, trial, runs, attempts, context.gpu_hour_dollars)

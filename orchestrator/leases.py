@@ -7,10 +7,11 @@ are locked.
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, func, insert, literal, select, update
 from sqlalchemy.orm import Session, aliased
 
 from orchestrator.errors import LeaseLost
@@ -18,6 +19,7 @@ from orchestrator.lifecycle import OPEN_TRIALS, PERMANENT, UNCHARGED, Cause, Out
 from orchestrator.store import add_event, insert_missing
 from orchestrator.study import AttemptResult, Claim, Lease, Resumed
 from orchestrator.tables import ArtifactRow, AttemptRow, MeasurementRow, RunRow, StudyRow, TrialRow, UtcDateTime
+from orchestrator.validity import judged
 from worker.report import Measurement, TrialResult
 from worker.spec import GangConfig, TrialSpec
 
@@ -33,19 +35,10 @@ def claim(
 
     `name` is that of the gang which is to have it: whoever resumes looks for it there.
     """
-    queued = aliased(RunRow)
-    first = (
-        select(queued.id).join(TrialRow, TrialRow.id == queued.trial_id)
-        .join(StudyRow, StudyRow.id == TrialRow.study_id)
-        .where(queued.state == RunState.QUEUED, queued.ranks == gang.ranks, queued.device == gang.device)
-        .where(StudyRow.state == StudyState.RUNNING)
-        .order_by(queued.priority.desc(), queued.id).limit(1)
-        # What another transaction holds is being claimed or cancelled: the next in line is ours.
-        .with_for_update(skip_locked=True, key_share=True, of=(TrialRow, queued)).scalar_subquery()
-    )  # fmt: skip
     taken = session.execute(
-        update(RunRow).where(RunRow.id == first, RunRow.state == RunState.QUEUED).values(state=RunState.RUNNING)
-        .returning(RunRow.id, RunRow.trial_id, RunRow.seed, RunRow.budget)
+        update(RunRow).where(RunRow.id == _first_in_line(gang), RunRow.state == RunState.QUEUED)
+        .values(state=RunState.RUNNING)
+        .returning(RunRow.id, RunRow.trial_id, RunRow.seed, RunRow.budget, RunRow.queued_at)
         .execution_options(synchronize_session=False)
     ).one_or_none()  # fmt: skip
     if taken is None:
@@ -58,8 +51,7 @@ def claim(
     attempt_id = session.scalar(
         insert(AttemptRow).values(
             run_id=taken.id, number=made + 1, owner=owner, gang=name, phase="queue", phase_since=now, phase_seconds={},
-            started_at=now, permanent=False,
-            lease_token=token, lease_expires_at=now + ttl,
+            queued_at=taken.queued_at, started_at=now, permanent=False, lease_token=token, lease_expires_at=now + ttl,
         ).returning(AttemptRow.id)
     )  # fmt: skip
     assert attempt_id is not None
@@ -76,6 +68,20 @@ def claim(
         message += f", with micro-batches of {spec.data.micro_batch_sequences} sequences"
     add_event(session, trial.study_id, trial.number, "trial.running", message, now)
     return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now)
+
+
+def _first_in_line(gang: GangConfig) -> ScalarSelect[int]:
+    """The queued run of this shape that is next, as part of a statement."""
+    queued = aliased(RunRow)
+    return (
+        select(queued.id).join(TrialRow, TrialRow.id == queued.trial_id)
+        .join(StudyRow, StudyRow.id == TrialRow.study_id)
+        .where(queued.state == RunState.QUEUED, queued.ranks == gang.ranks, queued.device == gang.device)
+        .where(StudyRow.state == StudyState.RUNNING)
+        .order_by(queued.priority.desc(), queued.id).limit(1)
+        # What another transaction holds is being claimed or cancelled: the next in line is ours.
+        .with_for_update(skip_locked=True, key_share=True, of=(TrialRow, queued)).scalar_subquery()
+    )  # fmt: skip
 
 
 def renew(session: Session, lease: Lease, now: datetime, ttl: timedelta, **changes: Any) -> None:
@@ -139,25 +145,31 @@ def record(
         insert_missing(session, MeasurementRow, rows)
 
 
-def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) -> None:
-    """Record how an attempt ended, free its lease, and move its run and trial on. Raises LeaseLost, changing nothing.
+def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) -> AttemptResult:
+    """Record how an attempt ended, free its lease, and move its run and trial on; what was recorded.
 
+    Raises LeaseLost, changing nothing.
     A success completes the trial. A stop prunes it. A failure goes back to the queue while the run has attempts left,
     unless its cause is permanent; one that ran out of memory goes back once, to half its micro-batch; an attempt lost
-    or preempted goes back without charge. Nothing goes back in a stopped study.
+    or preempted goes back without charge, and so does a success whose timing is void. Nothing goes back in a stopped
+    study.
     """
     _lock(session, AttemptRow.id == lease.attempt_id)
+    ended = judged(session, lease.attempt_id, ended)
+    result = None if ended.result is None else ended.result.model_dump(mode="json")
     measured = {} if ended.seconds is None else {"phase_seconds": dict(ended.seconds), "phase_since": now}
     _write(
         session, lease, **measured, outcome=ended.outcome, reason=ended.reason or None, cause=ended.cause,
         permanent=ended.cause in PERMANENT, finished_at=now, lease_token=None, lease_expires_at=None,
-        result=None if ended.result is None else ended.result.model_dump(mode="json"),
+        result=result, hardware=result and result["hardware"],
     )  # fmt: skip
     stored = ended.artifact
     if stored is not None:
         values = {"attempt_id": lease.attempt_id, "uri": stored.uri, "bytes": stored.bytes, "sha256": stored.sha256}
         session.execute(insert(ArtifactRow).values(values))
-    _settle(session, lease.attempt_id, ended, now)
+    # The trial has no score of a void attempt; the attempt keeps its result and its artifact, as evidence.
+    _settle(session, lease.attempt_id, replace(ended, result=None) if ended.outcome is Outcome.VOID else ended, now)
+    return ended
 
 
 def expire(session: Session, now: datetime, grace: timedelta = timedelta(0)) -> int:
@@ -242,7 +254,10 @@ def _settle(session: Session, attempt_id: int, ended: AttemptResult, now: dateti
     run_state, trial_state = _next_states(session, run_id, ended)
     if trial_state is TrialState.QUEUED and study_state == StudyState.STOPPED:
         run_state, trial_state = RunState.CANCELLED, TrialState.CANCELLED
-    session.execute(update(RunRow).where(RunRow.id == run_id, RunRow.state == RunState.RUNNING).values(state=run_state))
+    moves: dict[str, Any] = {"state": run_state}
+    if run_state is RunState.QUEUED:
+        moves["queued_at"] = now
+    session.execute(update(RunRow).where(RunRow.id == run_id, RunRow.state == RunState.RUNNING).values(moves))
     values: dict[str, Any] = {"state": trial_state, "reason": ended.reason or None}
     if trial_state not in OPEN_TRIALS:
         values["finished_at"] = now

@@ -32,13 +32,17 @@ class RunState(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How one attempt ended. preempted and lost cost their run nothing; failed counts against its attempts."""
+    """How one attempt ended. Preempted, lost and void cost their run nothing; failed counts against its attempts.
+
+    void: it would have succeeded, but it was slower than its kind.
+    """
 
     SUCCEEDED = "succeeded"
     STOPPED = "stopped"
     FAILED = "failed"
     PREEMPTED = "preempted"
     LOST = "lost"
+    VOID = "void"
 
 
 class Cause(StrEnum):
@@ -77,7 +81,7 @@ TRIAL_MOVES: dict[TrialState, frozenset[TrialState]] = {
 }
 
 OPEN_TRIALS = frozenset({TrialState.QUEUED, TrialState.RUNNING})
-UNCHARGED = frozenset({Outcome.PREEMPTED, Outcome.LOST})
+UNCHARGED = frozenset({Outcome.PREEMPTED, Outcome.LOST, Outcome.VOID})
 PERMANENT = frozenset({Cause.DIVERGED, Cause.BAD_INPUT})
 
 

@@ -182,7 +182,7 @@ class Loop:
             with self.database.write() as session:
                 if update is not None and update.measurements:
                     leases.record(session, held.claim.lease, update.phase, update.measurements, now, self.ttl)
-                leases.finish(session, held.claim.lease, result, now)
+                result = leases.finish(session, held.claim.lease, result, now)
             log.info("trial %d ended as %s %s", held.claim.trial_number, result.outcome, result.reason)
         except LeaseLost:
             log.warning("trial %d ended as %s without its lease; dropped", held.claim.trial_number, result.outcome)

@@ -29,7 +29,7 @@ from orchestrator.lifecycle import (
 )
 from orchestrator.study import Artifact, Attempt, Event, NewStudy, NewTrial, Prediction, Progress, Run, Study, Trial
 from orchestrator.tables import ArtifactRow, AttemptRow, Base, EventRow, MeasurementRow, RunRow, StudyRow, TrialRow
-from worker.report import Measurement, TrialResult
+from worker.report import Hardware, Measurement, TrialResult
 from worker.spec import GangConfig, TrialSpec
 
 EVENT_LOCK = 0x0CADD1F  # any fixed number: PostgreSQL's advisory lock that makes event ids follow commit order
@@ -122,7 +122,7 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
         RunRow(
             trial_id=row.id, seed=new.spec.seed, budget=new.spec.budget.model_dump(mode="json"), state=RunState.QUEUED,
             ranks=new.spec.gang.ranks, device=new.spec.gang.device, priority=10 if new.origin == "submitted" else 0,
-            created_at=now,
+            created_at=now, queued_at=now,
         )
     )  # fmt: skip
     session.flush()
@@ -379,8 +379,12 @@ def _attempt(row: AttemptRow, artifact: ArtifactRow | None) -> Attempt:
         id=row.id, run_id=row.run_id, number=row.number, owner=row.owner, gang=row.gang, phase=row.phase,
         outcome=None if row.outcome is None else Outcome(row.outcome),
         cause=None if row.cause is None else Cause(row.cause),
-        reason=row.reason, started_at=row.started_at, finished_at=row.finished_at,
-        phase_seconds=seconds_by_phase(row, row.finished_at),
+        reason=row.reason, queued_at=row.queued_at, started_at=row.started_at, finished_at=row.finished_at,
+        phase_seconds=seconds_by_phase(
+            row.queued_at, row.started_at, row.phase, row.phase_since, row.phase_seconds, row.finished_at
+        ),
+        step_seconds=None if row.result is None else row.result["step_seconds"],
+        hardware=None if row.hardware is None else Hardware.model_validate(row.hardware),
         artifact=None if artifact is None else Artifact(artifact.uri, artifact.bytes, artifact.sha256),
     )  # fmt: skip
 

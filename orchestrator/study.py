@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.space import Parameter, check_space
-from worker.report import Measurement, TrialResult
+from worker.report import Hardware, Measurement, TrialResult
 from worker.shape import Frozen
 from worker.spec import GangConfig, InvalidSpec, TrialSpec, parse_spec
 
@@ -139,10 +139,15 @@ class Attempt:
     outcome: Outcome | None
     cause: Cause | None
     reason: str | None
+    queued_at: datetime | None
+    """When its run had entered the queue; None on attempts older than this account."""
     started_at: datetime
     finished_at: datetime | None
     phase_seconds: dict[str, float]
-    """Seconds by phase, of the phases it has left; once it has ended, of all."""
+    """Seconds by phase, its wait in the queue included, of the phases it has left; once it has ended, of all."""
+    step_seconds: float | None
+    """Median of a training step; None without a result."""
+    hardware: Hardware | None
     artifact: "Artifact | None"
 
 

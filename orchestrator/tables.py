@@ -109,6 +109,7 @@ class TrialRow(Base):
         CheckConstraint("(result IS NULL) = (artifact_bytes IS NULL)", name="artifact_bytes"),
         Index("ix_trials_state", "study_id", "state"),
         Index("ix_trials_spec_hash", "study_id", "spec_hash"),
+        Index("ix_trials_kind", "spec_hash"),
         Index(
             "uq_trials_proposed_spec",
             "study_id",
@@ -161,6 +162,8 @@ class RunRow(Base):
     priority: Mapped[int] = mapped_column(default=0)
     """Higher first; submitted trials come before proposed ones."""
     created_at: Mapped[datetime]
+    queued_at: Mapped[datetime | None]
+    """When it last entered the queue."""
 
 
 class AttemptRow(Base):
@@ -206,6 +209,10 @@ class AttemptRow(Base):
     permanent: Mapped[bool] = mapped_column(default=False)
     cause: Mapped[str | None] = mapped_column(String(16))
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    hardware: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """The result's Hardware once more: what the timing of later attempts is judged by."""
+    queued_at: Mapped[datetime | None]
+    """When its run had entered the queue that it was claimed from; None on attempts older than the column."""
     started_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
     lease_token: Mapped[str | None] = mapped_column(String(64))

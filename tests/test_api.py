@@ -436,6 +436,53 @@ def test_a_finished_trial_shows_what_it_did_and_cannot_be_cancelled(
     assert wrong == {"field": "state", "value": "cancelled", "message": "must be queued or running to be cancelled"}
 
 
+def test_a_trial_shows_what_each_of_its_attempts_cost_and_ran_on(
+    http: httpx.Client, database: Database, study: str, trial_result: Callable[..., TrialResult]
+) -> None:
+    gpus = {"ranks": 4, "device": "gpu"}
+    http.post(f"{study}/trials", json={"overrides": {"gang": gpus}})
+    queued = datetime.fromisoformat(http.get(f"{study}/trials/0").json()["created_at"])
+    hardware = {
+        "device": "NVIDIA H100", "node": "node-1", "node_devices": 8, "ranks": 4, "clocks_mhz": [1980.0] * 4,
+        "clock_limit_mhz": 1980.0, "torch": "2.13.0", "cuda": "13.0", "probe_seconds": [0.002] * 4,
+        "probe_after_seconds": [0.002] * 4,
+    }  # fmt: skip
+    for outcome in (Outcome.VOID, Outcome.SUCCEEDED):
+        claimed = queued + timedelta(seconds=100)
+        with database.write() as session:
+            claim = leases.claim(session, GangConfig.model_validate(gpus), "host", claimed, TTL)
+            assert claim is not None
+            leases.renew(session, claim.lease, claimed, TTL, gang="gang-1", phase="train")
+            result = trial_result(hardware=hardware, step_seconds=0.125)
+            queued = claimed + timedelta(seconds=360)
+            leases.finish(session, claim.lease, AttemptResult(outcome, result=result), queued)
+    (run,) = http.get(f"{study}/trials/0").json()["runs"]
+    for attempt, ended in zip(run["attempts"], ("void", "succeeded"), strict=True):
+        assert (attempt["outcome"], attempt["step_seconds"], attempt["hardware"]) == (ended, 0.125, hardware)
+        assert attempt["phase_seconds"] == {"queue": 100, "train": 360}
+        assert attempt["cost"] == {"seconds": 460, "gpu_seconds": 1440, "dollars": 1}
+    found = http.get(f"{study}/trials/0/ledger").json()
+    assert (found["study"], found["trial"], found["attempts"]) == ("sweep", 0, 2)
+    assert found["void"] == found["wasted"] == {"seconds": 360, "gpu_seconds": 1440, "dollars": 1}
+    assert found["total"] == {"seconds": 920, "gpu_seconds": 2880, "dollars": 2}
+    problem(http.get(f"{study}/trials/1/ledger"), 404, "not-found")
+
+
+def test_the_artifact_of_a_void_attempt_is_nobodys_model(
+    http: httpx.Client, database: Database, study: str, artifacts: ArtifactStore,
+    trial_result: Callable[..., TrialResult], now: datetime,
+) -> None:  # fmt: skip
+    http.post(f"{study}/trials", json={"overrides": {"sharing.lora.rank": 1}})
+    with database.write() as session:
+        claim = leases.claim(session, GangConfig(), "host", now, TTL)
+        assert claim is not None
+        ended = AttemptResult(Outcome.VOID, "slow", trial_result(), artifacts.put(b"model"))
+        leases.finish(session, claim.lease, ended, now)
+    (run,) = http.get(f"{study}/trials/0").json()["runs"]
+    assert run["attempts"][0]["artifact"]["bytes"] == 5
+    problem(http.get(f"{study}/trials/0/artifact"), 404, "not-found")
+
+
 def test_the_leaderboard_ranks_only_what_fits_the_cap(
     http: httpx.Client, study: str, finish: Callable[..., Claim]
 ) -> None:

@@ -365,12 +365,16 @@ def test_the_ledger_shows_what_a_study_has_cost(caddie: Run, sweep: None, sqlite
     cost = {"seconds": 7200.0, "gpu_seconds": 7200.0, "dollars": 5.0}
     nothing = {"seconds": 0.0, "gpu_seconds": 0.0, "dollars": 0.0}
     assert ledger == {
-        "study": "sweep", "gpu_hour_dollars": 2.5, "attempts": 1, "phases": {"queue": nothing, "train": cost},
-        "wasted": nothing, "total": cost, "gangs": {"gang-1": cost},
+        "study": "sweep", "trial": None, "gpu_hour_dollars": 2.5, "attempts": 1,
+        "phases": {"queue": nothing, "train": cost}, "wasted": nothing, "void": nothing, "total": cost,
+        "gangs": {"gang-1": cost}, "other_gangs": nothing, "trials": {"0": cost}, "other_trials": nothing,
     }  # fmt: skip
+    assert json.loads(caddie("ledger", "sweep", "0", "--json").out) == {**ledger, "trial": 0}
     shown = [line.split() for line in caddie("ledger", "sweep").out.splitlines()]
     assert ["phase", "seconds", "GPU-seconds", "dollars"] in shown
-    assert ["total", "7,200.0", "7,200.0", "5.00"] in shown
+    for name in ("train", "total", "gang-1", "0"):
+        assert [name, "7,200.0", "7,200.0", "5.00"] in shown
+    assert "Ledger of trial 0 of sweep" in caddie("ledger", "sweep", "0").out
     assert "none" in caddie("ledger", "none").refusal(2)
 
 

@@ -88,7 +88,7 @@ def test_answers_are_typed(caddie: Caddie) -> None:
     assert caddie.leaderboard("sweep").rows == []
     assert caddie.measurements("sweep", 0) == []
     assert caddie.activity("sweep") == []
-    assert caddie.ledger("sweep").attempts == 0
+    assert caddie.ledger("sweep").attempts == caddie.ledger("sweep", 1).attempts == 0
     assert caddie.preview({"recipe": "ebls"}).tying_map == (0, 0, 0, 1, 1, 1, 2, 2, 2)
     assert [recipe.name for recipe in caddie.recipes()] == sorted(recipe.name for recipe in caddie.recipes())
     stream = caddie.events("sweep")

@@ -1,6 +1,7 @@
 """One attempt end to end: the result is about the bytes, the bytes are all there is, and equal jobs give equal ones."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -76,6 +77,10 @@ def test_the_results_fields_agree(finished: tuple[TrialSpec, TrialResult, bytes,
     assert result.val_bpb != result.val_bpb_prequant
     assert min(result.train_seconds, result.evaluate_seconds, result.pack_seconds, result.step_seconds) > 0
     assert [len(gammas) for gammas in result.diagnostics["gammas"].values()] == [6, 6]
+    hardware = result.hardware
+    assert hardware is not None
+    assert (hardware.node_devices, hardware.ranks, len(hardware.probe_seconds)) == (os.cpu_count(), 1, 1)
+    assert hardware.slowest_probe_seconds >= hardware.probe_after_seconds[0] > 0
     assert TrialResult.model_validate_json(result.model_dump_json()) == result
     assert notes.phases == ["data", "train", "evaluate", "pack", "evaluate"]
     assert [step for step, metrics in notes.measurements if "val_bpb" in metrics] == [6, 12]

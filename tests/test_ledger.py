@@ -9,7 +9,7 @@ from sqlalchemy import update
 from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.errors import LeaseLost
-from orchestrator.ledger import UNKNOWN, Cost, Ledger, ledger
+from orchestrator.ledger import MOST, PHASES, UNKNOWN, Cost, Ledger, cost_of, ledger
 from orchestrator.lifecycle import Outcome
 from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
 from orchestrator.tables import AttemptRow
@@ -19,6 +19,7 @@ from worker.spec import GangConfig
 TTL = timedelta(seconds=20)
 FOUR_GPUS = GangConfig(ranks=4, device="gpu")
 GPU_HOUR_DOLLARS = 7200.0  # two dollars a GPU-second
+WAITED = 30.0
 
 
 def seconds(count: float) -> timedelta:
@@ -35,12 +36,12 @@ def study(database: Database, new_study: Callable[..., NewStudy], now: datetime)
 def claim(
     database: Database, study: Study, new_trial: Callable[..., NewTrial], now: datetime
 ) -> Callable[[GangConfig], Claim]:
-    """Adds a trial for this shape of gang, and claims the first that waits for one, at `now`."""
+    """Adds a trial for this shape of gang, WAITED seconds before `now`, and claims the first that waits for one."""
 
     def run(gang: GangConfig) -> Claim:
         new = new_trial({"gang.ranks": gang.ranks, "gang.device": gang.device})
         with database.write() as session:
-            store.add_trial(session, study.id, new, now)
+            store.add_trial(session, study.id, new, now - seconds(WAITED))
             claimed = leases.claim(session, gang, "host", now, TTL)
         assert claimed is not None
         return claimed
@@ -83,13 +84,13 @@ def test_an_attempts_seconds_lie_in_the_phases_it_went_through(
     trial_result: Callable[..., TrialResult],
 ) -> None:  # fmt: skip
     held = claim(GangConfig())
-    assert spent(database, held) == {}
+    assert spent(database, held) == {"queue": WAITED}
     for phase, after_seconds in (("start", 1), ("train", 4), ("train", 9), ("evaluate", 10), ("pack", 12)):
         enter(held, phase, after_seconds)
-    assert spent(database, held) == {"queue": 1, "start": 3, "train": 6, "evaluate": 2}
+    assert spent(database, held) == {"queue": WAITED + 1, "start": 3, "train": 6, "evaluate": 2}
     enter(held, "evaluate", 15)
     finish(held, AttemptResult(Outcome.SUCCEEDED, result=trial_result()), 16)
-    assert spent(database, held) == {"queue": 1, "start": 3, "train": 6, "evaluate": 3, "pack": 3}
+    assert spent(database, held) == {"queue": WAITED + 1, "start": 3, "train": 6, "evaluate": 3, "pack": 3}
 
 
 def test_a_lost_lease_changes_nothing_in_the_ledger(
@@ -101,7 +102,7 @@ def test_a_lost_lease_changes_nothing_in_the_ledger(
         leases.expire(session, now + seconds(60))
     with pytest.raises(LeaseLost):
         enter(held, "pack", 70)
-    assert spent(database, held) == {"queue": 2, "train": 58}
+    assert spent(database, held) == {"queue": WAITED + 2, "train": 58}
 
 
 def test_a_studys_ledger_adds_up_its_attempts_by_phase(
@@ -117,16 +118,18 @@ def test_a_studys_ledger_adds_up_its_attempts_by_phase(
     found = ledger_of(database, study, now + seconds(10))
     assert found.attempts == 3
     assert found.phases == {
-        "queue": Cost(125, 480, 960),
+        "queue": Cost(3 * WAITED + 125),  # which holds no GPU
         "train": Cost(1205, 4800, 9600),
     }
-    assert found.wasted == Cost()
-    assert found.total == Cost(1330, 5280, 10_560)
+    assert found.wasted == found.void == Cost()
+    assert found.total == Cost(1420, 4800, 9600)
     first = ledger_of(database, study, now + seconds(10), number=0)
-    assert (first.attempts, first.total) == (1, Cost(660, 2640, 5280))
+    assert (first.attempts, first.total) == (1, Cost(690, 2400, 4800))
+    assert found.trials == {0: first.total, 1: first.total, 2: Cost(WAITED + 10)}
+    assert first.trials == {0: first.total}
 
 
-@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.PREEMPTED, Outcome.LOST])
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.PREEMPTED, Outcome.LOST, Outcome.VOID])
 def test_what_attempts_cost_that_came_to_nothing_is_wasted(
     database: Database, study: Study, claim: Callable[..., Claim], enter: Callable[..., None],
     finish: Callable[..., None], now: datetime, outcome: Outcome,
@@ -135,8 +138,10 @@ def test_what_attempts_cost_that_came_to_nothing_is_wasted(
     enter(held, "train", 10)
     finish(held, AttemptResult(outcome, "gone"), 100)
     found = ledger_of(database, study, now + seconds(1000))
-    assert (found.phases, found.wasted, found.attempts) == ({}, found.total, 1)
-    assert found.wasted == Cost(100, 400, 800)
+    assert (found.phases, found.attempts) == ({"queue": Cost(WAITED + 10)}, 1)
+    assert found.wasted == Cost(90, 360, 720)
+    assert found.void == (found.wasted if outcome is Outcome.VOID else Cost())
+    assert found.total == Cost(WAITED + 100, 360, 720)
 
 
 def test_a_trial_that_was_cancelled_has_used_what_it_cost(
@@ -147,7 +152,7 @@ def test_a_trial_that_was_cancelled_has_used_what_it_cost(
     with database.write() as session:
         store.cancel_trial(session, study.id, held.trial_number, now + seconds(30))
     found = ledger_of(database, study, now + seconds(1000))
-    assert (found.phases, found.wasted) == ({"queue": Cost(10), "train": Cost(20)}, Cost())
+    assert (found.phases, found.wasted) == ({"queue": Cost(WAITED + 10), "train": Cost(20)}, Cost())
 
 
 def test_a_gangs_ledger_adds_up_what_it_ran(
@@ -159,7 +164,50 @@ def test_a_gangs_ledger_adds_up_what_it_ran(
             leases.renew(session, held.lease, now + seconds(1), TTL, gang=gang, phase="start")
         finish(held, AttemptResult(Outcome.STOPPED, "enough"), took)
     found = ledger_of(database, study, now)
-    assert {gang: cost.gpu_seconds for gang, cost in found.gangs.items()} == {"a": 160, "b": 80}
+    assert found.gangs == {"a": Cost(38, 152, 304), "b": Cost(19, 76, 152)}  # without the queue before it
+    assert found.other_gangs == Cost()
+
+
+def test_the_gangs_and_trials_that_cost_most_come_first_and_the_others_are_summed(
+    database: Database, study: Study, claim: Callable[..., Claim], enter: Callable[..., None],
+    finish: Callable[..., None], now: datetime,
+) -> None:  # fmt: skip
+    for took in range(1, MOST + 4):
+        held = claim(FOUR_GPUS)
+        with database.write() as session:
+            leases.renew(session, held.lease, now, TTL, gang=f"gang-{took}", phase="train")
+        finish(held, AttemptResult(Outcome.STOPPED, "enough"), took)
+    found = ledger_of(database, study, now)
+    dearest = list(range(MOST + 3, 3, -1))
+    assert list(found.gangs) == [f"gang-{took}" for took in dearest]
+    assert list(found.trials) == [took - 1 for took in dearest]
+    assert found.other_gangs == Cost(6, 24, 48)
+    assert found.other_trials == Cost(3 * WAITED + 6, 24, 48)
+
+
+def test_what_a_gang_measured_itself_is_whole_and_its_waits_are_no_waste(
+    database: Database, study: Study, claim: Callable[..., Claim], finish: Callable[..., None], now: datetime
+) -> None:
+    held = claim(FOUR_GPUS)
+    with database.write() as session:
+        leases.renew(session, held.lease, now, TTL, gang="a", phase="train")
+    measured = {"queue": 5.0, "idle": 2.0, "start": 1.0, "train": 10.0, "compile": 3.0, "store": 7.0}
+    finish(held, AttemptResult(Outcome.FAILED, "gone", seconds=measured), 500)
+    found = ledger_of(database, study, now + seconds(1000))
+    assert found.phases == {"queue": Cost(WAITED + 5), "idle": Cost(2, 8, 16)}
+    assert found.wasted == Cost(21, 56, 112)
+    assert found.gangs == {"a": Cost(16, 64, 128)}
+    with database.read() as session:
+        (attempt,) = store.list_attempts(session, held.trial_id)
+    assert cost_of(attempt.phase_seconds, FOUR_GPUS, GPU_HOUR_DOLLARS) == found.total == Cost(WAITED + 28, 64, 128)
+
+
+def test_phases_are_in_the_order_in_which_an_attempt_goes_through_them(
+    database: Database, study: Study, claim: Callable[..., Claim], finish: Callable[..., None], now: datetime
+) -> None:
+    held = claim(GangConfig())
+    finish(held, AttemptResult(Outcome.STOPPED, seconds=dict.fromkeys(("rest", *reversed(PHASES)), 1.0)), 9)
+    assert list(ledger_of(database, study, now).phases) == [*PHASES, "rest"]
 
 
 def test_attempts_older_than_the_ledger_count_as_a_whole(
@@ -168,7 +216,7 @@ def test_attempts_older_than_the_ledger_count_as_a_whole(
 ) -> None:  # fmt: skip
     held = claim(GangConfig())
     with database.write() as session:
-        session.execute(update(AttemptRow).values(phase_since=None, phase_seconds=None))
+        session.execute(update(AttemptRow).values(queued_at=None, phase_since=None, phase_seconds=None))
     enter(held, "train", 5)
     assert spent(database, held) == {}
     assert ledger_of(database, study, now + seconds(7)).phases == {UNKNOWN: Cost(7)}

@@ -11,6 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, Engine, insert, inspect, select, text
 from sqlalchemy.engine.interfaces import ReflectedIndex
+from sqlalchemy.exc import IntegrityError
 
 from orchestrator.database import Database, alembic_config
 from orchestrator.tables import AttemptRow, Base, MeasurementRow, RunRow, StudyRow, TrialRow
@@ -71,6 +72,33 @@ def test_rows_and_what_refers_to_them_outlive_an_upgrade_and_a_downgrade(empty: 
         command.downgrade(config, "0001")
         assert connection.execute(text("SELECT attempt_id, value FROM measurements")).all() == [(1, 2.5)]
         assert connection.execute(text("SELECT id, run_id, outcome FROM attempts")).all() == [(1, 1, "failed")]
+
+
+def test_an_attempt_that_was_void_is_preempted_to_the_version_before(empty: Database, now: datetime) -> None:
+    empty.migrate()
+    with empty.engine.connect() as connection, connection.begin(), alembic_config(connection) as config:
+        for table, values in _attempt_and_a_measurement(now):
+            connection.execute(insert(table).values(values))
+        connection.execute(text("UPDATE attempts SET outcome = 'void'"))
+        command.downgrade(config, "0003")
+        assert connection.execute(text("SELECT id, outcome FROM attempts")).all() == [(1, "preempted")]
+    with pytest.raises(IntegrityError, match="ck_attempts_outcome"), empty.engine.begin() as connection:
+        connection.execute(text("UPDATE attempts SET outcome = 'void'"))
+    empty.migrate()
+    with empty.engine.begin() as connection:
+        connection.execute(text("UPDATE attempts SET outcome = 'void'"))
+        assert connection.execute(text("SELECT attempt_id FROM measurements")).all() == [(1,)]
+
+
+def test_runs_from_before_were_queued_when_they_were_made(empty: Database, now: datetime) -> None:
+    with empty.engine.connect() as connection, connection.begin(), alembic_config(connection) as config:
+        command.upgrade(config, "0003")
+        for table, values in _attempt_and_a_measurement(now):
+            connection.execute(insert(table).values(values))
+    empty.migrate()
+    with empty.read() as session:
+        assert session.scalars(select(RunRow.queued_at)).all() == [now]
+        assert session.scalars(select(AttemptRow.queued_at)).all() == [None]
 
 
 def test_migrating_again_changes_nothing(empty: Database) -> None:

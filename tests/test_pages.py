@@ -26,7 +26,7 @@ from orchestrator.lifecycle import Cause, Outcome
 from orchestrator.study import AttemptResult, Claim, NewStudy, Study
 from worker.inventory import tensor_inventory
 from worker.recipes import load_recipe
-from worker.report import Measurement, TrialResult
+from worker.report import Hardware, Measurement, TrialResult
 from worker.sharing import SharingConfig
 from worker.spec import TrialSpec, override, parse_spec
 
@@ -52,6 +52,10 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"sharing.unique_blocks": 2, "sharing.tying": "palindrome", "sharing.lora.rank": 4},
     {"sharing.unique_blocks": 5, "sharing.tying": "sequence", "sharing.lora.rank": 4},
 )
+HARDWARE = Hardware(
+    device="AMD EPYC 9V74", node="node-1", node_devices=2, ranks=1, clocks_mhz=(2596.0,), clock_limit_mhz=None,
+    torch="2.13.0+cpu", cuda=None, probe_seconds=(0.0004,), probe_after_seconds=(0.00035,),
+)  # fmt: skip
 OVER, FAILED, RUNNING, QUEUED, INFEASIBLE = 9, 10, 11, 12, 13
 
 
@@ -67,7 +71,7 @@ def result_of(spec: TrialSpec, chance: random.Random) -> TrialResult:
         val_bpb=before + 0.02 + 0.01 * chance.random(), val_bpb_prequant=before, val_loss=4.2, parameters=parameters,
         model_bytes=model_bytes, code_bytes=62_000, artifact_bytes=model_bytes + 62_000, artifact_sha256="0" * 64,
         steps=120, tokens=245_760, train_seconds=11 + 4 * chance.random(), evaluate_seconds=1.2, pack_seconds=0.4,
-        step_seconds=0.09, stopped=False, bytes_by_class=by_class,
+        step_seconds=0.09, stopped=False, bytes_by_class=by_class, hardware=HARDWARE,
         diagnostics={
             "gammas": gammas if spec.sharing.lora.rank else {},
             "block_influence": [0.05 + 0.1 * chance.random() for _ in range(layers)],
@@ -336,6 +340,52 @@ def test_a_trials_page_shows_what_its_diagnostics_say(url: str) -> None:
     assert finished.count("<circle") == 3
     assert "<circle" not in waiting
     assert re.search(r"header 30\d B", finished)
+
+
+def test_the_pages_show_what_attempts_cost_and_ran_on(
+    small_database: Database, serve: Callable[..., str], now: datetime
+) -> None:
+    gang = {"ranks": 4, "device": "gpu"}
+    new = NewStudy.model_validate({"name": "demo", "base": override(load_recipe("laptop"), {"gang": gang})})
+    with small_database.write() as session:
+        study = store.create_study(session, new, now)
+    url = serve(small_database, dashboard=False, gpu_hour_dollars=3.0)
+    assert "GPU-hour" not in httpx.get(f"{url}/studies/demo").text
+    spec, queued = parse_spec(new.base), now
+    submit(small_database, study, spec, now)
+    slow = "step 0.125 s, 14% slower than the 0.11 s of 5 attempts on 4 × NVIDIA H100, and the limit is 10%"
+    result = result_of(spec, random.Random(7))
+    ends = (
+        AttemptResult(Outcome.FAILED, "rank 3 exited with status 1", cause=Cause.CRASH),
+        AttemptResult(Outcome.VOID, slow, result.model_copy(update={"step_seconds": 0.125})),
+        AttemptResult(Outcome.SUCCEEDED, "done", result),
+    )
+    for ended in ends:
+        claimed, finished = queued + timedelta(seconds=20), queued + timedelta(seconds=620)
+        with small_database.write() as session:
+            claim = leases.claim(session, spec.gang, "host-1", claimed, TTL)
+            assert claim is not None
+            leases.renew(session, claim.lease, claimed, TTL, gang="4 gpu ranks, gang 3", phase="train")
+            leases.finish(session, claim.lease, ended, finished)
+        queued = finished
+    text = httpx.get(f"{url}/studies/demo").text
+    rows = {
+        re.sub("<.*?>", "", name): re.findall(r">([\d,.]+)</td>", cells)
+        for name, cells in re.findall(r'<th scope="row">(.*?)</th>((?:<td class="n">[\d,.]+</td>)+)', text)
+    }
+    each = ["600.0", "2,400.0", "2.00"]
+    assert rows == {
+        "queue": ["60.0", "0.0", "0.00"], "train": each, "wasted": ["1,200.0", "4,800.0", "4.00"], "of it void": each,
+        "total": ["1,860.0", "7,200.0", "6.00"], "4 gpu ranks, gang 3": ["1,800.0", "7,200.0", "6.00"],
+        "0": ["1,860.0", "7,200.0", "6.00"],
+    }  # fmt: skip
+    assert "3 attempts, a GPU-hour at $3.00" in text
+    shown = httpx.get(f"{url}/studies/demo/trials/0").text
+    assert re.search(r"failed</span> <span class=\"note\">crash</span>", shown)
+    assert slow in shown
+    assert shown.count("AMD EPYC 9V74") == 2
+    for cell in ("125.0", "90.0", "2,400.0", "2.00"):
+        assert f'<td class="n">{cell}</td>' in shown
 
 
 def test_layers_of_a_late_tying_are_pale_until_they_run() -> None:

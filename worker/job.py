@@ -16,6 +16,7 @@ from worker.data import Batches
 from worker.diagnostics import diagnose, diagnosed_tokens
 from worker.evaluate import Score, Validation, evaluate, open_validation
 from worker.fit import Point, curve, fit, require_reachable
+from worker.hardware import observed
 from worker.inventory import count_parameters
 from worker.model import Model, initialise
 from worker.report import Reporter, TrialResult
@@ -58,7 +59,9 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     def validate(trained: Model) -> float:
         return evaluate(trained, plain, world, spec.evaluation.validation_tokens).bpb
 
-    summary = train(model, spec, batches, world, reporter, validate, checkpoint=checkpoint)
+    summary, hardware = observed(
+        world, lambda: train(model, spec, batches, world, reporter, validate, checkpoint=checkpoint)
+    )
     spent = _Seconds()
     phase("evaluate")
     with spent.on("evaluate"):
@@ -78,7 +81,8 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     diagnostics |= {**_compared(dataset, scores), **worth, "averages": averages, "codec": packing.packed.codec}
     if checkpoint is not None:
         checkpoint.remove()
-    return _result(spec, summary, before, scores, packing.packed, spent, diagnostics), data
+    result = _result(spec, summary, before, scores, packing.packed, spent, diagnostics)
+    return result.model_copy(update={"hardware": hardware}), data
 
 
 def _world(job: Job) -> World:

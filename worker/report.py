@@ -40,6 +40,32 @@ class Reporter(Protocol):
         ...
 
 
+class Hardware(Frozen):
+    """What one attempt trained on, and how fast each rank's device did the same small piece of work."""
+
+    device: str
+    """Model of the GPU, or of the processor."""
+    node: str
+    """The host's name."""
+    node_devices: int
+    """GPUs of the node, or its cores."""
+    ranks: int
+    clocks_mhz: tuple[float, ...]
+    """By rank, right after training; empty where they are not known."""
+    clock_limit_mhz: float | None
+    torch: str
+    cuda: str | None
+    probe_seconds: tuple[float, ...]
+    """By rank, just before training."""
+    probe_after_seconds: tuple[float, ...]
+    """By rank, just after it."""
+
+    @property
+    def slowest_probe_seconds(self) -> float:
+        """Of any rank, before or after: ranks wait for the slowest of them."""
+        return max(*self.probe_seconds, *self.probe_after_seconds)
+
+
 class TrialResult(Frozen):
     """What one attempt produced. Bytes are bytes, seconds are seconds, BPB is bits per byte of validation text."""
 
@@ -68,3 +94,5 @@ class TrialResult(Frozen):
     """model_bytes by tensor class, with `header`: what is shared is split by what an ideal code spends on each."""
     diagnostics: dict[str, Any]
     """Gammas by path and virtual layer, and whatever else the trained model reveals about its sharing."""
+    hardware: Hardware | None = None
+    """None from a trainer that does not look."""

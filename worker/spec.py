@@ -181,8 +181,8 @@ class GangConfig(Frozen):
 
 
 class LimitsConfig(Frozen):
-    """How long an attempt may take before its gang is replaced, and what it leaves to the next. No part of what it
-    computes, nor of the hash."""
+    """How long an attempt may take before its gang is replaced, how slow it may be before it is repeated, and what it
+    leaves to the next. No part of what it computes, nor of the hash."""
 
     patience_seconds: float = Field(default=600.0, ge=1)
     """Of training: the longest step, with the validation and the checkpoint that may come with it."""
@@ -192,6 +192,8 @@ class LimitsConfig(Frozen):
     """Of all phases together; none: no limit."""
     checkpoint_seconds: float | None = Field(default=None, gt=0)
     """Of training between two checkpoints, for the next attempt to go on from; none: it starts over."""
+    slow_percent: float | None = Field(default=None, gt=0)
+    """How much slower than its kind a success may be before its timing is void; none: it may be as slow as it is."""
 
 
 class TrialSpec(Frozen):

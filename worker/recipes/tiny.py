@@ -56,6 +56,7 @@ def _training(spec: TrialSpec) -> dict[str, Any]:
         },
         "budget": {"steps": STEPS},
         "gang": {"ranks": 1, "device": "cpu"},
+        "limits.slow_percent": None,
         "schedule": {
             "warmdown_fraction": schedule.warmdown_fraction or 0.6,
             "min_multiplier": schedule.min_multiplier,
