@@ -155,6 +155,30 @@ def keeps_and_fails(job: Job, reporter: Reporter) -> Produced:
     raise RuntimeError(f"the traceback holds the frame that holds {type(held).__name__}")
 
 
+HOARD: list[bytes] = []
+
+
+def hoards(job: Job, reporter: Reporter) -> Produced:
+    """Leaves 300 MiB behind."""
+    HOARD.append(b"\x01" * 300 * 2**20)
+    return produced(job, stopped=False)
+
+
+def scatters(job: Job, reporter: Reporter) -> Produced:
+    """Leaves one last piece of 400 MiB behind, above which malloc has nothing and below which it keeps everything."""
+    HOARD.append([b"\x01" * 2**16 for _ in range(6400)][-1])
+    return produced(job, stopped=False)
+
+
+def compiles(job: Job, reporter: Reporter) -> Produced:
+    """A model of a shape of its own, compiled whole, as a GPU's are."""
+    import torch
+
+    width = job.spec.seed
+    torch.compile(torch.nn.Linear(width, 1), fullgraph=True, dynamic=False, backend="eager")(torch.ones(1, width))
+    return produced(job, stopped=False)
+
+
 def nap(job: Job, reporter: Reporter) -> Produced:
     """What a trial of 50 ms takes: for benchmarks/slots.py."""
     reporter.phase("train")
@@ -213,6 +237,9 @@ TRAINERS: dict[str, Trainer] = {
     "vanishes": vanishes,
     "keeps": keeps,
     "keeps-and-fails": keeps_and_fails,
+    "hoards": hoards,
+    "scatters": scatters,
+    "compiles": compiles,
     "nap": nap,
     "silent": silent,
     "unspeakable": unspeakable,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.mailbox import Cause, Closing, FileMailbox, Mailbox
+from worker.memory import Floor
 from worker.report import TrialResult
 from worker.spec import GangConfig, TrialSpec
 from worker.trainer import Job, Trainer, find_trainer
@@ -42,6 +43,7 @@ class Rank:
         self._trainer_name = trainer
         self._trainer: Trainer | None = None
         self._failed = False
+        self._floor = Floor()
 
     def run(self, spec: TrialSpec, data_root: Path, mailbox: Mailbox) -> bool:
         """Run one job to its end and close its mailbox; whether it went well.
@@ -65,12 +67,12 @@ class Rank:
             return False
         finally:
             gc.collect()
-            if self._gang.device == "gpu" and "torch" in sys.modules:
-                _rendezvous().release_memory()
+            if not self._failed:  # after a CUDA error each call that touches the GPU raises another
+                self._floor.job_ended(_rendezvous().release_memory() if "torch" in sys.modules else 0)
 
     def worn(self) -> str:
         """Why this process should not start another job; empty where it may."""
-        return "a job has failed on it" if self._failed else ""
+        return "a job has failed on it" if self._failed else self._floor.excess
 
     def leave(self) -> None:
         """Leave the process group, if it was joined."""

@@ -1,6 +1,7 @@
 """Where the ranks of a gang meet: torch's default process group, and the store that it starts from."""
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -12,6 +13,8 @@ from worker.world import backends
 
 PATIENCE = timedelta(hours=2)
 """How long a collective waits. Ranks wait while rank 0 packs alone; hangs are the orchestrator's to notice."""
+GRAPHS_A_JOB = 4
+"""Those of both sides of late tying, each for whole micro-batches and for the rest of a batch."""
 
 
 def prepare(gang: GangConfig) -> None:
@@ -33,9 +36,28 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def release_memory() -> None:
-    """Give back to the GPU what no tensor holds."""
+def release_memory() -> int:
+    """Give back to the GPU what no tensor holds, and return the bytes that are still held."""
+    _make_room_for_graphs()
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
     torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
+def _make_room_for_graphs() -> None:
+    """See that the next job can compile what it needs.
+
+    A model of a shape seen before runs the graph that is there, at once. But a function has so many graphs at most, and
+    a model that must be compiled whole fails with the next. What is on disk stays: a kernel is compiled once a node.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return
+    counters = dynamo.utils.counters
+    if counters["stats"]["unique_graphs"] + GRAPHS_A_JOB > dynamo.config.recompile_limit:
+        dynamo.reset()
+        counters.clear()
 
 
 def file_store(path: str, ranks: int) -> FileStore:
