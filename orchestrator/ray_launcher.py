@@ -212,7 +212,7 @@ class RayLauncher:
         if ended_well:
             gang.quick = sum(held.update.seconds.values()) < QUICK_SECONDS
             gang.condemned = gang.condemned or (gang.attempts >= RECYCLE_ATTEMPTS and not self._on(gang))
-        elif not gang.condemned:
+        elif not gang.condemned and held.phase != "store":  # its ranks are at another attempt by then
             gang.condemned = held.phase != "queue" or not self._withdraw(held)
         if not gang.condemned:
             for actor in gang.actors:

@@ -67,8 +67,7 @@ class RayRank:
             def job() -> None:
                 if self._runner is None:
                     self._runner = self._open(port)
-                self._runner.run(parsed, Path(data_root), mailbox)
-                ended.set()
+                self._runner.run(parsed, Path(data_root), mailbox, ended.set)
 
             self._jobs[attempt_id] = job
             self._port = port

@@ -25,6 +25,7 @@ from worker.report import Directive, TrialResult
 from worker.spec import TrialSpec, override, parse_spec
 from worker.train import train
 from worker.trainer import Job
+from worker.trainer import finished as given
 from worker.world import World, backends
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -97,7 +98,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def finished(spec: TrialSpec, root: Path, notes: Notes) -> tuple[TrialResult, bytes]:
-    outcome = run(Job(spec, root), notes)
+    outcome = given(run(Job(spec, root), notes))
     assert outcome is not None
     return outcome
 
@@ -325,7 +326,7 @@ def as_one_rank(root: Path, name: str, rank: int) -> None:
     dist.init_process_group(backends(ALONE.device), init_method=f"file://{root / name}", rank=rank, world_size=2)
 
     def finish(spec: TrialSpec, name: str, notes: Notes) -> None:
-        outcome = run(Job(spec, root, rank, 2), notes)
+        outcome = given(run(Job(spec, root, rank, 2), notes))
         if outcome is not None:
             said = {"val_bpb": outcome[0].val_bpb, "curve": notes.curve, "steps": notes.steps}
             (root / f"{name}.json").write_text(json.dumps(said))

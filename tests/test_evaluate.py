@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from worker.model import Model, initialise
 from worker.shape import FieldError, ModelConfig
 from worker.shards import DataError, Dataset, Tokens, TokenStream, open_dataset, write_shard
 from worker.sharing import SharingConfig
-from worker.tokenizer import ByteTable, byte_table, load_tokenizer
+from worker.tokenizer import ByteTable, byte_table, load_tokenizer, open_table
 from worker.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -211,6 +212,29 @@ def test_validation_tokens_outside_the_vocabulary_are_refused(small_data_root: P
     shard = write_shard(tmp_path / "toy_val_000000.bin", [1, 511, 512])
     with pytest.raises(DataError, match=r"toy_val_000000\.bin holds token 512"):
         open_validation(Dataset(dataset.name, dataset.train, (shard,), dataset.tokenizer, {}), 512, 2, 8)
+
+
+def test_what_was_opened_stays_open_until_its_files_change(small_data_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(small_data_root, root)
+
+    def opened() -> Validation:
+        return open_validation(open_dataset(root, "topics_sp512"), 512, 32, 7)
+
+    first, again = opened(), opened()
+    assert again.stream is first.stream and again.table is first.table
+    (shard,), path = open_dataset(root, "topics_sp512").val, open_dataset(root, "topics_sp512").tokenizer
+    while write_shard(shard.path, range(100)).changed_ns == shard.changed_ns:
+        pass  # until the file system's clock has ticked
+    changed = opened()
+    assert changed.stream.read(0, 100).tolist() == list(range(100))
+    assert changed.table is first.table
+    path.write_bytes(b"not a model")
+    with pytest.raises(DataError, match="is no SentencePiece model"):
+        opened()
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        open_table(path, 512)
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """One attempt end to end: the result is about the bytes, the bytes are all there is, and equal jobs give equal ones."""
 
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,14 +16,15 @@ import torch
 from worker.artifact import load
 from worker.evaluate import evaluate, open_validation
 from worker.inventory import tensor_inventory
-from worker.job import run
+from worker.job import check, run
+from worker.model import Model
 from worker.recipes import load_recipe
 from worker.report import Directive, TrialResult
 from worker.shape import FieldError
-from worker.shards import DataError, open_dataset
+from worker.shards import DataError, open_dataset, write_shard
 from worker.source import MODULES, archive, code_bytes
 from worker.spec import TrialSpec, override, parse_spec
-from worker.trainer import Job
+from worker.trainer import Job, find_check, find_trainer, finished
 from worker.world import World
 
 TINY = {
@@ -57,16 +61,19 @@ class Notes:
         self.phases.append(name)
 
 
+Finished = tuple[TrialSpec, TrialResult, bytes, Notes]
+
+
 @pytest.fixture(scope="module")
-def finished(small_data_root: Path) -> tuple[TrialSpec, TrialResult, bytes, Notes]:
+def finished_job(small_data_root: Path) -> Finished:
     notes, spec = Notes(), tiny_spec()
-    outcome = run(Job(spec, small_data_root), notes)
+    outcome = finished(run(Job(spec, small_data_root), notes))
     assert outcome is not None
     return spec, *outcome, notes
 
 
-def test_the_results_fields_agree(finished: tuple[TrialSpec, TrialResult, bytes, Notes]) -> None:
-    spec, result, artifact, notes = finished
+def test_the_results_fields_agree(finished_job: Finished) -> None:
+    spec, result, artifact, notes = finished_job
     assert result.artifact_bytes == result.model_bytes + result.code_bytes
     assert (result.model_bytes, result.code_bytes) == (len(artifact), code_bytes())
     assert (result.steps, result.tokens, result.stopped) == (12, 12 * 512, False)
@@ -82,42 +89,38 @@ def test_the_results_fields_agree(finished: tuple[TrialSpec, TrialResult, bytes,
     assert (hardware.node_devices, hardware.ranks, len(hardware.probe_seconds)) == (os.cpu_count(), 1, 1)
     assert hardware.slowest_probe_seconds >= hardware.probe_after_seconds[0] > 0
     assert TrialResult.model_validate_json(result.model_dump_json()) == result
-    assert notes.phases == ["data", "train", "evaluate", "pack", "evaluate"]
+    assert notes.phases == ["data", "train", "pack", "evaluate", "pack"]
     assert [step for step, metrics in notes.measurements if "val_bpb" in metrics] == [6, 12]
 
 
-def test_training_makes_the_text_cheaper(finished: tuple[TrialSpec, TrialResult, bytes, Notes]) -> None:
-    _, result, _, notes = finished
+def test_training_makes_the_text_cheaper(finished_job: Finished) -> None:
+    _, result, _, notes = finished_job
     losses = [metrics["train_loss"] for _, metrics in notes.measurements if "train_loss" in metrics]
     assert losses[-1] < losses[0] - 0.5
     assert result.val_bpb < 9 * result.diagnostics["val_tokens"] / result.diagnostics["val_bytes"]  # log2(512) a token
 
 
-def test_the_score_is_that_of_the_artifacts_bytes(
-    finished: tuple[TrialSpec, TrialResult, bytes, Notes], small_data_root: Path
-) -> None:
-    spec, result, artifact, _ = finished
+def test_the_score_is_that_of_the_artifacts_bytes(finished_job: Finished, small_data_root: Path) -> None:
+    spec, result, artifact, _ = finished_job
     validation = open_validation(open_dataset(small_data_root, spec.data.dataset), 512, 64, 16)
     score = evaluate(load(artifact), validation, World(0, 1, torch.device("cpu")))
     assert (score.bpb, score.loss) == (result.val_bpb, result.val_loss)
 
 
-def test_equal_jobs_give_bit_identical_artifacts(
-    finished: tuple[TrialSpec, TrialResult, bytes, Notes], small_data_root: Path
-) -> None:
-    spec, result, artifact, _ = finished
-    outcome = run(Job(spec, small_data_root), Notes())
+def test_equal_jobs_give_bit_identical_artifacts(finished_job: Finished, small_data_root: Path) -> None:
+    spec, result, artifact, _ = finished_job
+    outcome = finished(run(Job(spec, small_data_root), Notes()))
     assert outcome is not None
     assert outcome[1] == artifact
     assert outcome[0].artifact_sha256 == result.artifact_sha256
     assert outcome[0].val_bpb == result.val_bpb
-    other = run(Job(spec.model_copy(update={"seed": 2}), small_data_root), Notes())
+    other = finished(run(Job(spec.model_copy(update={"seed": 2}), small_data_root), Notes()))
     assert other is not None
     assert other[1] != artifact
 
 
 def test_a_directive_to_stop_still_ends_with_a_score(small_data_root: Path) -> None:
-    outcome = run(Job(tiny_spec(**{"budget.steps": 1000}), small_data_root), Notes(stop_at=3))
+    outcome = finished(run(Job(tiny_spec(**{"budget.steps": 1000}), small_data_root), Notes(stop_at=3)))
     assert outcome is not None
     result, artifact = outcome
     assert result.stopped
@@ -127,9 +130,9 @@ def test_a_directive_to_stop_still_ends_with_a_score(small_data_root: Path) -> N
 
 
 def test_code_bytes_are_an_archive_that_scores_an_artifact_alone(
-    finished: tuple[TrialSpec, TrialResult, bytes, Notes], small_data_root: Path, tmp_path: Path
+    finished_job: Finished, small_data_root: Path, tmp_path: Path
 ) -> None:
-    spec, result, artifact, _ = finished
+    spec, result, artifact, _ = finished_job
     (tmp_path / "code.zip").write_bytes(archive())
     (tmp_path / "model.bin").write_bytes(artifact)
     (tmp_path / "score.py").write_text(_SCORE)
@@ -170,7 +173,6 @@ print(json.dumps({"bpb": score.bpb, "modules": names}))
     [
         ({"model.vocab_size": 1024}, r"model\.vocab_size is 1024: must be 512"),
         ({"data.dataset": "nothing"}, r"dataset 'nothing' is not in manifest\.json .*listed: topics_sp512"),
-        ({"gang.ranks": 2}, r"gang\.ranks is 2: must be the number of processes that run it, 1"),
         (
             {"data.sequence_length": 65_536, "data.batch_tokens": 65_536},
             r"data\.sequence_length is 65536: must be below",
@@ -180,16 +182,90 @@ print(json.dumps({"bpb": score.bpb, "modules": names}))
             r"data\.sequence_length is 65536: must be below",
         ),
         ({"evaluation.sequence_length": 65_536}, r"evaluation\.sequence_length is 65536: must be below"),
+    ],
+)
+def test_data_that_do_not_suit_the_spec_are_refused_before_training_and_before_a_rank_is_free(
+    small_data_root: Path, changes: dict[str, object], message: str
+) -> None:
+    job, notes = Job(tiny_spec(**changes), small_data_root), Notes()
+    with pytest.raises((FieldError, DataError), match=message):
+        check(job)
+    with pytest.raises((FieldError, DataError), match=message):
+        run(job, notes)
+    assert "train" not in notes.phases
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gang.ranks": 2}, r"gang\.ranks is 2: must be the number of processes that run it, 1"),
         ({"quantisation.target_bytes": 1_000}, r"quantisation\.target_bytes is 1000: must be at least \d+, what this"),
     ],
 )
-def test_a_spec_that_does_not_suit_the_data_is_refused_before_training(
+def test_a_spec_that_cannot_be_run_or_packed_is_refused_before_training(
     small_data_root: Path, changes: dict[str, object], message: str
 ) -> None:
     notes = Notes()
-    with pytest.raises((FieldError, DataError), match=message):
+    with pytest.raises(FieldError, match=message):
         run(Job(tiny_spec(**changes), small_data_root), notes)
     assert "train" not in notes.phases
+
+
+def test_data_that_change_between_two_jobs_are_checked_again(small_data_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(small_data_root, root)
+    job = Job(tiny_spec(), root)
+    check(job)
+    (shard,) = open_dataset(root, job.spec.data.dataset).val
+    tokens = shard.mapped().copy()
+    tokens[7] = 512
+    while write_shard(shard.path, tokens).changed_ns == shard.changed_ns:
+        pass  # until the file system's clock has ticked
+    with pytest.raises(DataError, match="holds token 512"):
+        check(job)
+
+
+def test_what_needs_no_rank_is_left_to_another_thread_while_the_next_job_runs(
+    finished_job: Finished, small_data_root: Path
+) -> None:
+    # A table that is costly to compress, and cheap to score.
+    spec = tiny_spec(**{"model.bigram_buckets": 20_000, "model.bigram_width": 48, "quantisation.codec": "brotli"})
+    in_place = finished(run(Job(spec, small_data_root), Notes()))
+    models = count_models()
+    left = run(Job(spec, small_data_root, defer=True), Notes())
+    assert callable(left) and in_place is not None
+    assert count_models() == models, "what is left holds no model"
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(left)
+        between = finished(run(Job(finished_job[0], small_data_root), Notes()))
+        result, artifact = done.result()
+    assert artifact == in_place[1]
+    assert untimed(result) == untimed(in_place[0])
+    assert between is not None and between[1] == finished_job[2]
+    assert untimed(between[0]) == untimed(finished_job[1])
+
+
+def test_where_nothing_is_left_the_result_is_there_at_once(small_data_root: Path) -> None:
+    spec = tiny_spec(**{"quantisation.target_bytes": 90_000, "quantisation.codec": "ans"})
+    produced = run(Job(spec, small_data_root, defer=True), Notes())
+    assert isinstance(produced, tuple)
+    assert produced[0].artifact_bytes <= 90_000
+
+
+def test_a_trainers_check_is_found_beside_it() -> None:
+    assert find_trainer("worker.job:run") is run
+    assert find_check("worker.job:run") is check
+    assert find_check("worker.train:train") is None
+
+
+def count_models() -> int:
+    gc.collect()
+    return sum(type(each) is Model for each in gc.get_objects())
+
+
+def untimed(result: TrialResult) -> TrialResult:
+    seconds = ("train_seconds", "evaluate_seconds", "pack_seconds", "step_seconds")
+    return result.model_copy(update=dict.fromkeys(seconds, 0.0))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -207,7 +283,10 @@ def test_the_demo_corpus_is_built_where_it_is_missing(tmp_path: Path) -> None:
         "budget": {"steps": 2},
         "evaluation.validations": 0,
     }
-    outcome = run(Job(parse_spec(override(load_recipe("laptop"), smallest)), tmp_path / "data"), Notes())
+    job = Job(parse_spec(override(load_recipe("laptop"), smallest)), tmp_path / "data")
+    check(job)
+    assert open_dataset(tmp_path / "data", "stdlib_sp1024").stats["tokens_val"] > 0
+    outcome = finished(run(job, Notes()))
     assert outcome is not None
     assert 4.0 < outcome[0].diagnostics["order0_bpb"] < 5.5
     assert open_dataset(tmp_path / "data", "stdlib_sp1024").stats["val_bytes"] >= outcome[0].diagnostics["val_bytes"]

@@ -10,12 +10,12 @@ import weakref
 from pathlib import Path
 
 from worker.report import Directive, Reporter, TrialResult
-from worker.trainer import Job, Trainer, find_trainer
+from worker.trainer import Finish, Job, Trainer, find_trainer
 
 Produced = tuple[TrialResult, bytes] | None
 
 
-def run(job: Job, reporter: Reporter) -> Produced:
+def run(job: Job, reporter: Reporter) -> Produced | Finish:
     """Leave this process's id in the data root, then do as the dataset's name says."""
     process_file(job.data_root, job.spec.seed, job.rank).write_text(str(os.getpid()))
     return TRAINERS[job.spec.data.dataset](job, reporter)

@@ -16,7 +16,7 @@ from worker.shape import FieldError
 from worker.shards import DataError, open_dataset, read_manifest
 from worker.spec import TrialSpec, override, parse_spec
 from worker.summary import summarise
-from worker.trainer import Job
+from worker.trainer import Job, finished
 
 BAD_INPUT = 2
 FAILED = 1
@@ -199,10 +199,10 @@ def _run(spec: TrialSpec, data_root: Path, rank: int, ranks: int) -> tuple[Trial
     if spec.gang.device == "gpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ranks == 1:
-        return run(Job(spec, data_root), Console())
+        return finished(run(Job(spec, data_root), Console()))
     dist.init_process_group(backends(torch.device("cuda" if spec.gang.device == "gpu" else "cpu")), timeout=PATIENCE)
     try:
-        return run(Job(spec, data_root, rank, ranks), Console())
+        return finished(run(Job(spec, data_root, rank, ranks), Console()))
     finally:
         dist.destroy_process_group()
 

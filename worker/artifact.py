@@ -61,12 +61,59 @@ class Packed:
     the rest, with the digest, is the header's."""
 
 
+@dataclass(frozen=True)
+class Content:
+    """What an artifact holds: all there is to know of its model, rounded, on the host.
+
+    A codec loses nothing, so what the content scores is what the artifact will, before there is one.
+    """
+
+    model: ModelConfig
+    sharing: SharingConfig
+    half_below: int
+    groups: tuple[Group, ...]
+    """The payload before compression, in the order that it is laid down."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's state dict, every tensor in fp32."""
+        halves: NDArray[Any] = np.stack(self.groups[-2:], axis=1).reshape(-1).view("<f2").astype(np.float16)
+        symbols = iter(self.groups)
+        state: dict[str, Tensor] = {}
+        at = 0
+        for tensor in _stored_order(self.model, self.sharing, self.half_below):
+            count = _half_values(tensor, self.half_below)
+            values = torch.from_numpy(halves[at : at + count])
+            at += count
+            if is_quantised(tensor, self.half_below):
+                signed = torch.from_numpy((next(symbols) ^ _ZERO).view(np.int8))
+                state[tensor.name] = dequantise_rows(Rows(signed.view(tensor.shape[::-1]).T, values))
+            else:
+                state[tensor.name] = values.float().view(tensor.shape)
+        return state
+
+    def build(self) -> Model:
+        """A new model that holds it, on the CPU, each tied tensor once."""
+        model = Model(self.model, self.sharing)
+        model.load_state_dict(self.tensors())
+        return model
+
+
 def pack(model: Model, quantisation: QuantisationConfig, rows: Mapping[str, Rows] | None = None) -> Packed:
-    """The model as an artifact, with `rows`, by tensor name, for what `quantise` would give.
+    """The model as an artifact: `content_of` it, written."""
+    return write(content_of(model, quantisation, rows), quantisation)
+
+
+def load(data: bytes) -> Model:
+    """The model that an artifact holds, on the CPU, each tied tensor once. Raises ArtifactError, building nothing."""
+    return read(data).build()
+
+
+def content_of(model: Model, quantisation: QuantisationConfig, rows: Mapping[str, Rows] | None = None) -> Content:
+    """What the model's artifact will hold, with `rows`, by tensor name, for what `quantise` would give.
 
     Raises ValueError, naming the tensor, where a value cannot be stored.
     """
-    stored = _stored_order(tensor_inventory(model.config, model.sharing), quantisation.half_below)
+    stored = _stored_order(model.config, model.sharing, quantisation.half_below)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     assert set(state) == {tensor.name for tensor in stored}, "the model is not what its config says"
     given = dict(rows or {})
@@ -83,19 +130,23 @@ def pack(model: Model, quantisation: QuantisationConfig, rows: Mapping[str, Rows
         except ValueError as error:
             raise ValueError(f"tensor {tensor.name} {error}") from None
     assert not given, f"rows of tensors that are not quantised: {sorted(given)}"
-    groups += _shuffled(halves)
-    used, payload = compress(groups, quantisation.codec, quantisation.best_level)
-    header = _header_bytes(model, quantisation.half_below, used)
+    return Content(model.config, model.sharing, quantisation.half_below, (*groups, *_shuffled(halves)))
+
+
+def write(content: Content, quantisation: QuantisationConfig) -> Packed:
+    """The content as an artifact, by the quantisation's codec. Needs no device; codecs leave other threads running."""
+    used, payload = compress(content.groups, quantisation.codec, quantisation.best_level)
+    header = _header_bytes(content, used)
     body = _PREFIX.pack(MAGIC, VERSION, len(header)) + header + payload
     data = body + hashlib.sha256(body).digest()
-    by_class = _bytes_by_class(stored, quantisation.half_below, groups, len(payload))
-    return Packed(data, hashlib.sha256(data).hexdigest(), used, {**by_class, "header": len(data) - len(payload)})
+    by_class = {**_bytes_by_class(content, len(payload)), "header": len(data) - len(payload)}
+    return Packed(data, hashlib.sha256(data).hexdigest(), used, by_class)
 
 
-def load(data: bytes) -> Model:
-    """The model that an artifact holds, on the CPU, each tied tensor once. Raises ArtifactError, building nothing."""
+def read(data: bytes) -> Content:
+    """What an artifact holds. Raises ArtifactError."""
     header, payload = _opened(data)
-    stored = _stored_order(tensor_inventory(header.model, header.sharing), header.half_below)
+    stored = _stored_order(header.model, header.sharing, header.half_below)
     symbols = [tensor.elements for tensor in stored if is_quantised(tensor, header.half_below)]
     halves = sum(_half_values(tensor, header.half_below) for tensor in stored)
     sizes = [*symbols, halves, halves]
@@ -105,9 +156,7 @@ def load(data: bytes) -> Model:
         groups = codec(header.codec).expand(payload, sizes)
     except ValueError as error:
         raise ArtifactError(f"the artifact's payload cannot be read: {error}") from None
-    model = Model(header.model, header.sharing)
-    model.load_state_dict(_tensors(groups, stored, header.half_below))
-    return model
+    return Content(header.model, header.sharing, header.half_below, tuple(groups))
 
 
 class _Header(Frozen):
@@ -117,8 +166,8 @@ class _Header(Frozen):
     half_below: int = Field(default=65_536, ge=0)
 
 
-def _header_bytes(model: Model, half_below: int, used: str) -> bytes:
-    header = _Header(model=model.config, sharing=model.sharing, codec=used, half_below=half_below)
+def _header_bytes(content: Content, used: str) -> bytes:
+    header = _Header(model=content.model, sharing=content.sharing, codec=used, half_below=content.half_below)
     return header.model_dump_json(exclude_defaults=True).encode()
 
 
@@ -150,14 +199,14 @@ def _parsed(header: bytes) -> _Header:
     return parsed
 
 
-def _stored_order(inventory: tuple[TensorShape, ...], half_below: int) -> list[TensorShape]:
-    """Quantised matrices grouped by class, then the rest. Within a group tensors of one name lie together."""
+def _stored_order(model: ModelConfig, sharing: SharingConfig, half_below: int) -> list[TensorShape]:
+    """The inventory: quantised matrices by class, then the rest. Within a class tensors of one name lie together."""
     classes = list(TensorClass)
 
     def place(tensor: TensorShape) -> tuple[bool, int, str]:
         return not is_quantised(tensor, half_below), classes.index(tensor.tensor_class), _role(tensor.name)
 
-    return sorted(inventory, key=place)
+    return sorted(tensor_inventory(model, sharing), key=place)
 
 
 def _role(name: str) -> str:
@@ -169,12 +218,11 @@ def _half_values(tensor: TensorShape, half_below: int) -> int:
     return tensor.shape[0] if is_quantised(tensor, half_below) else tensor.elements
 
 
-def _bytes_by_class(
-    stored: Sequence[TensorShape], half_below: int, groups: Sequence[Group], payload_bytes: int
-) -> dict[str, int]:
+def _bytes_by_class(content: Content, payload_bytes: int) -> dict[str, int]:
     """The payload's bytes shared out over the classes, by an ideal code's bits for each group; they add up to all."""
-    bits = [entropy_bits(np.bincount(group)) for group in groups]
-    half_bits = (bits[-2] + bits[-1]) / max(groups[-1].size, 1)
+    half_below, stored = content.half_below, _stored_order(content.model, content.sharing, content.half_below)
+    bits = [entropy_bits(np.bincount(group)) for group in content.groups]
+    half_bits = (bits[-2] + bits[-1]) / max(content.groups[-1].size, 1)
     symbol_bits = iter(bits)
     weights = {tensor.tensor_class.value: 0.0 for tensor in stored}
     for tensor in stored:
@@ -195,21 +243,3 @@ def _shuffled(halves: list[Tensor]) -> Sequence[Group]:
     """fp16 values as all their low bytes, and all their high bytes: the high ones, sign and exponent, repeat."""
     values = torch.cat([half.reshape(-1) for half in halves]).numpy().astype("<f2")
     return list(np.ascontiguousarray(values.view(np.uint8).reshape(-1, 2).T))
-
-
-def _tensors(groups: Sequence[Group], stored: Sequence[TensorShape], half_below: int) -> dict[str, Tensor]:
-    """The state dict: every tensor in fp32, from the groups in the order in which `pack` laid them down."""
-    halves: NDArray[Any] = np.stack(groups[-2:], axis=1).reshape(-1).view("<f2").astype(np.float16)
-    symbols = iter(groups)
-    state: dict[str, Tensor] = {}
-    at = 0
-    for tensor in stored:
-        count = _half_values(tensor, half_below)
-        values = torch.from_numpy(halves[at : at + count])
-        at += count
-        if is_quantised(tensor, half_below):
-            signed = torch.from_numpy((next(symbols) ^ _ZERO).view(np.int8))
-            state[tensor.name] = dequantise_rows(Rows(signed.view(tensor.shape[::-1]).T, values))
-        else:
-            state[tensor.name] = values.float().view(tensor.shape)
-    return state

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from worker.shards import Dataset, TokenStream
+from worker.shards import Dataset, open_stream
 from worker.spec import DataConfig
 from worker.world import World
 
@@ -20,7 +20,7 @@ class Batches:
 
     def __init__(self, dataset: Dataset, config: DataConfig, vocab_size: int, world: World) -> None:
         assert config.batch_sequences % world.ranks == 0, "TrialSpec checks it"
-        self._stream = TokenStream(dataset.train, vocab_size)
+        self._stream = open_stream(dataset.train, vocab_size)
         self._config, self._world = config, world
 
     def batch(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:

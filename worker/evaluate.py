@@ -12,8 +12,8 @@ from torch import Tensor
 
 from worker.model import Model
 from worker.shape import FieldError
-from worker.shards import Dataset, TokenStream
-from worker.tokenizer import ByteTable, byte_table, load_tokenizer
+from worker.shards import Dataset, TokenStream, open_stream
+from worker.tokenizer import ByteTable, open_table
 from worker.world import World
 
 
@@ -86,8 +86,8 @@ def open_validation(dataset: Dataset, vocab_size: int, sequence_length: int, bat
 
     `sequence_length` is the spec's `data.sequence_length`. Raises DataError or FieldError.
     """
-    table = byte_table(load_tokenizer(dataset.tokenizer, vocab_size))
-    stream = TokenStream(dataset.val, vocab_size)
+    table = open_table(dataset.tokenizer, vocab_size)
+    stream = open_stream(dataset.val, vocab_size)
     stream.check()
     _require_window(stream, "data.sequence_length", sequence_length)
     return Validation(stream, table, sequence_length, batch_sequences)

@@ -19,7 +19,7 @@ from worker.mailbox import Cause, Closing, FileMailbox, Mailbox
 from worker.memory import Floor
 from worker.report import TrialResult
 from worker.spec import GangConfig, TrialSpec
-from worker.trainer import Job, Trainer, find_trainer
+from worker.trainer import Finish, Job, Trainer, find_trainer
 
 TRACEBACK_LINES = 20
 REASON_LENGTH = 500
@@ -44,31 +44,30 @@ class Rank:
         self._trainer: Trainer | None = None
         self._failed = False
         self._floor = Floor()
+        self._storing: threading.Thread | None = None
 
-    def run(self, spec: TrialSpec, data_root: Path, mailbox: Mailbox) -> bool:
+    def run(self, spec: TrialSpec, data_root: Path, mailbox: Mailbox, closed: Callable[[], None] | None = None) -> bool:
         """Run one job to its end and close its mailbox; whether it went well.
 
         A failure of any kind is a closing, never an exception. The gang is then of no further use: other ranks may be
-        waiting in a collective that this one has left. Nothing that the job held is held afterwards.
+        waiting in a collective that this one has left. Nothing that the job held is held afterwards. Where `closed` is
+        given, what needs no rank may still go on in another thread when this returns, in phase "store", and `closed` is
+        called once the mailbox is closed.
         """
-        try:
-            trainer = self._join()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the attempt's ending
-            self._failed = True
-            mailbox.close(_failed(error, "error"))  # of the gang, whatever it is: another one may do better
-            return False
-        try:
-            produced = trainer(Job(spec=spec, data_root=data_root, rank=self._rank, ranks=self._gang.ranks), mailbox)
-            mailbox.close(*self._closing(produced))
-            return True
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
-            self._failed = True
-            mailbox.close(_failed(error, cause_of(error)))
-            return False
-        finally:
-            gc.collect()
-            if not self._failed:  # after a CUDA error each call that touches the GPU raises another
-                self._floor.job_ended(_rendezvous().release_memory() if "torch" in sys.modules else 0)
+        defer = closed is not None and self._may_defer(spec)
+        job = Job(spec=spec, data_root=data_root, rank=self._rank, ranks=self._gang.ranks, defer=defer)
+        left = self._train(job, mailbox)
+        if left is not None and closed is not None:
+            self._storing = threading.Thread(
+                target=self._store, args=(left, mailbox, closed), name="store", daemon=True
+            )
+            self._storing.start()
+        elif closed is not None:
+            closed()
+        gc.collect()
+        if not self._failed:  # after a CUDA error each call that touches the GPU raises another
+            self._floor.job_ended(_rendezvous().release_memory() if "torch" in sys.modules else 0)
+        return not self._failed
 
     def worn(self) -> str:
         """Why this process should not start another job; empty where it may."""
@@ -78,6 +77,41 @@ class Rank:
         """Leave the process group, if it was joined."""
         if "torch" in sys.modules:
             _rendezvous().leave()
+
+    def _may_defer(self, spec: TrialSpec) -> bool:
+        """Whether the next job may train while this one's artifact is compressed. On CPUs it would feel that, which
+        matters where seconds are its budget, as they most likely are if they are this one's. One at a time: what is
+        stored must not pile up."""
+        storing = self._storing is not None and self._storing.is_alive()
+        return not storing and (self._gang.device == "gpu" or spec.budget.seconds is None)
+
+    def _train(self, job: Job, mailbox: Mailbox) -> Finish | None:
+        """Close the mailbox, or give what is left to do before that, which needs no rank."""
+        try:
+            trainer = self._join()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the attempt's ending
+            self._fail(mailbox, error, "error")  # of the gang, whatever it is: another one may do better
+            return None
+        try:
+            produced = trainer(job, mailbox)
+            if callable(produced):
+                mailbox.phase("store")
+                return produced
+            mailbox.close(*self._closing(produced))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
+            self._fail(mailbox, error, cause_of(error))
+        return None
+
+    def _store(self, left: Finish, mailbox: Mailbox, closed: Callable[[], None]) -> None:
+        try:
+            mailbox.close(*self._closing(left()))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
+            self._fail(mailbox, error, cause_of(error))
+        closed()
+
+    def _fail(self, mailbox: Mailbox, error: BaseException, cause: Cause) -> None:
+        self._failed = True
+        mailbox.close(_failed(error, cause))
 
     def _join(self) -> Trainer:
         """The trainer, in a process that is ready for it. Everything but the trainer's lookup happens once."""

@@ -2,13 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from worker.artifact import Packed, load, pack
+from worker.artifact import Content, content_of, read
 from worker.calibrate import calibrate, require_window
 from worker.checkpoint import Checkpoint
 from worker.corpus import DEMO_DATASET, build_demo
@@ -19,36 +23,39 @@ from worker.fit import Point, curve, fit, require_reachable
 from worker.hardware import observed
 from worker.inventory import count_parameters
 from worker.model import Model, initialise
-from worker.report import Reporter, TrialResult
+from worker.report import Hardware, Reporter, TrialResult
 from worker.rounding import round_weights
 from worker.shape import FieldError
 from worker.shards import Dataset, open_dataset
 from worker.source import code_bytes
 from worker.spec import TrialSpec
 from worker.train import TrainingSummary, compile_pass, train
-from worker.trainer import Job
+from worker.trainer import Job, Produced
 from worker.ttt import adapt_and_score
 from worker.world import World
+from worker.writing import Written, begin
 
 
-def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
+def run(job: Job, reporter: Reporter) -> Produced:
     """Train, pack and score the job's spec. Rank 0 gets the result and the artifact's bytes, the other ranks None.
+
+    What is scored is the artifact's content, on all ranks, while rank 0 compresses it in another thread; the bytes are
+    then read back, and must give every tensor that was scored, bit for bit. Where the job allows it and compression is
+    still going on once everything has its score, rank 0 gets a Finish instead. Only `quantisation.target_bytes` needs
+    the bytes first, to choose the steps by.
 
     With several ranks the caller has joined torch's default process group, and on GPUs has set the current device. Only
     rank 0 uses its reporter. A directive to stop ends training early; the attempt is then packed and scored as it is.
     Raises DataError and FieldError (both ValueError) for data that does not suit the spec, before training; Diverged
-    from training; and ValueError where the weights cannot be stored, or not in the bytes that the spec asks for.
+    from training; ValueError where the weights cannot be stored, or not in the bytes that the spec asks for; and
+    Miswritten where the bytes do not hold what was scored.
     """
     spec, world = job.spec, _world(job)
     phase = reporter.phase if world.leads else _silent
     torch.manual_seed(spec.seed)
     phase("data")
-    dataset = _open_data(job)
-    vocab_size = spec.model.vocab_size
-    plain = open_validation(dataset, vocab_size, spec.data.sequence_length, spec.evaluation.batch_sequences)
-    validation = plain.of_length(spec.evaluated_length)
-    require_window(dataset, spec)
-    batches = Batches(dataset, spec.data, vocab_size, world)
+    text = _open_text(job)
+    batches = Batches(text.dataset, spec.data, spec.model.vocab_size, world)
     model = Model(spec.model, spec.sharing)
     initialise(model, spec.seed)
     require_reachable(model, spec.quantisation, code_bytes())
@@ -57,32 +64,23 @@ def run(job: Job, reporter: Reporter) -> tuple[TrialResult, bytes] | None:
     checkpoint = _checkpoint(job, world)
 
     def validate(trained: Model) -> float:
-        return evaluate(trained, plain, world, spec.evaluation.validation_tokens).bpb
+        return evaluate(trained, text.plain, world, spec.evaluation.validation_tokens).bpb
 
     summary, hardware = observed(
         world, lambda: train(model, spec, batches, world, reporter, validate, checkpoint=checkpoint)
     )
-    spent = _Seconds()
-    phase("evaluate")
-    with spent.on("evaluate"):
-        averages, before = _averaged(model, spec, summary, plain, world)
-    phase("pack")
-    with spent.on("pack"):
-        packing = _pack(model, dataset, spec) if world.leads else None
-    phase("evaluate")
-    data = world.lead_bytes(packing.packed.data if packing else b"")
-    loaded = load(data).to(world.device)
-    with spent.on("evaluate"):
-        scores = _scores(loaded, spec, plain, validation, world)
-    diagnostics = diagnose(model, loaded, spec, plain, world)
-    if packing is None:
-        return None
-    worth = _worth(packing, plain, spec, world)
-    diagnostics |= {**_compared(dataset, scores), **worth, "averages": averages, "codec": packing.packed.codec}
+    produced = _conclude(job, model, summary, hardware, text, world, phase)
     if checkpoint is not None:
         checkpoint.remove()
-    result = _result(spec, summary, before, scores, packing.packed, spent, diagnostics)
-    return result.model_copy(update={"hardware": hardware}), data
+    return produced
+
+
+def check(job: Job) -> None:
+    """Raise what `run` would for the job's data, before any rank is free for it; the demo corpus is there afterwards.
+
+    May be called in another thread while this process trains. What it opens stays open for `run`.
+    """
+    _open_text(job)
 
 
 def _world(job: Job) -> World:
@@ -108,11 +106,59 @@ def _checkpoint(job: Job, world: World) -> Checkpoint | None:
     return None if every_seconds is None else Checkpoint(job.data_root, job.spec, every_seconds, world)
 
 
-def _open_data(job: Job) -> Dataset:
-    """The spec's dataset. The demo corpus is built where it is missing: it needs no download."""
-    if job.spec.data.dataset == DEMO_DATASET:
+@dataclass(frozen=True)
+class _Text:
+    """The spec's dataset, and its validation split in plain windows and in those of the spec's evaluation."""
+
+    dataset: Dataset
+    plain: Validation
+    validation: Validation
+
+
+def _open_text(job: Job) -> _Text:
+    """Checked against the spec. The demo corpus is built where it is missing: it needs no download."""
+    spec = job.spec
+    if spec.data.dataset == DEMO_DATASET:
         build_demo(job.data_root)
-    return open_dataset(job.data_root, job.spec.data.dataset)
+    dataset = open_dataset(job.data_root, spec.data.dataset)
+    length, size = spec.data.sequence_length, spec.evaluation.batch_sequences
+    plain = open_validation(dataset, spec.model.vocab_size, length, size)
+    validation = plain.of_length(spec.evaluated_length)
+    require_window(dataset, spec)
+    return _Text(dataset, plain, validation)
+
+
+def _conclude(
+    job: Job,
+    model: Model,
+    summary: TrainingSummary,
+    hardware: Hardware,
+    text: _Text,
+    world: World,
+    phase: Callable[[str], None],
+) -> Produced:
+    """What `run` gives for the trained model: it is rounded first, so that its bytes are written while it is scored."""
+    spec, spent = job.spec, _Seconds()
+    weights = _weights(model, summary)
+    applied = spec.averaging.apply if spec.averaging.apply in weights else "last"
+    model.load_state_dict(weights[applied])
+    phase("pack")
+    with spent.on("pack"):
+        packing = _pack(model, text.dataset, spec) if world.leads else None
+    phase("evaluate")
+    loaded = _shared(packing.content if packing else None, model, world)
+    with spent.on("evaluate"):
+        averages = _averaged(model, weights, applied, text.plain, world)
+        scores = _scores(loaded, spec, text, world)
+    diagnostics = diagnose(model, loaded, spec, text.plain, world)
+    if packing is None:
+        return None
+    bpb = {name: averages[name].bpb for name in weights}
+    diagnostics |= {**_compared(text.dataset, scores), **_worth(packing, text.plain, spec, world), "averages": bpb}
+    phase("pack")
+    kept = replace(summary, averages={})  # their tensors may lie on a device
+    finish = partial(_result, spec, kept, hardware, averages[applied], scores, packing.written, spent, diagnostics)
+    return finish if job.defer and not packing.written.done() else finish()
 
 
 @dataclass
@@ -132,47 +178,57 @@ class _Seconds:
 
 @dataclass(frozen=True)
 class _Packing:
-    """The artifact, and what the trained model weighs and scores at other sizes, to be asked for once it is scored."""
+    """The trained model rounded; its artifact, once it is written; and what the model weighs and scores at other sizes,
+    to be asked for once it is scored."""
 
-    packed: Packed
+    content: Content
+    written: Future[Written]
     curve: Callable[[Callable[[Model], float]], tuple[Point, ...]] | None
 
 
-def _averaged(
-    model: Model, spec: TrialSpec, summary: TrainingSummary, validation: Validation, world: World
-) -> tuple[dict[str, float], Score]:
-    """BPB of the last weights and of each average, and the score of those that the spec applies, now in the model.
-
-    An average that was never taken, such as SWA's where training ended early, leaves the last weights.
-    """
+def _weights(model: Model, summary: TrainingSummary) -> dict[str, dict[str, Tensor]]:
+    """The last weights and each average. One that was never taken is not there, as SWA's where training ended early."""
     last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights = {"last": last, **summary.averages}
-    applied = spec.averaging.apply if spec.averaging.apply in weights else "last"
+    return {"last": last, **summary.averages}
+
+
+def _averaged(
+    model: Model, weights: dict[str, dict[str, Tensor]], applied: str, validation: Validation, world: World
+) -> dict[str, Score]:
+    """The score of each of the weights; the model has those applied again afterwards."""
     scores: dict[str, Score] = {}
     for name in sorted(weights, key=lambda name: name == applied):  # the applied one last
         model.load_state_dict(weights[name])
         scores[name] = evaluate(model, validation, world)
-    return {name: scores[name].bpb for name in weights}, scores[applied]
+    return scores
 
 
 def _pack(model: Model, dataset: Dataset, spec: TrialSpec) -> _Packing:
-    """The artifact: on rank 0 alone, since every rank has the same weights."""
+    """Round the model, and start to write its artifact: on rank 0 alone, since every rank has the same weights."""
     quantisation, calibration = spec.quantisation, calibrate(model, dataset, spec)
     if quantisation.target_bytes is None:
-        return _Packing(pack(model, quantisation, round_weights(model, quantisation, calibration)), None)
+        content = content_of(model, quantisation, round_weights(model, quantisation, calibration))
+        return _Packing(content, begin(content, quantisation), None)
     # By the entropy coder, in seconds: zstd and Brotli take minutes for a curve, and come within 2% of it.
     fast = quantisation.model_copy(update={"codec": "ans", "level": None})
-    return _Packing(
-        fit(model, quantisation, calibration, code_bytes()).packed,
-        lambda score: curve(model, fast, calibration, code_bytes(), score),
-    )
+    packed = fit(model, quantisation, calibration, code_bytes()).packed
+    written: Future[Written] = Future()
+    written.set_result(Written(packed, 0.0))  # what is scored is read from it
+    return _Packing(read(packed.data), written, lambda score: curve(model, fast, calibration, code_bytes(), score))
 
 
-def _scores(
-    loaded: Model, spec: TrialSpec, plain: Validation, validation: Validation, world: World
-) -> dict[str, Score]:
+def _shared(content: Content | None, model: Model, world: World) -> Model:
+    """Rank 0's content as a model on every rank, the same bits on each."""
+    loaded = (content.build() if content else Model(model.config, model.sharing)).to(world.device)
+    if world.ranks > 1:
+        for tensor in loaded.state_dict().values():
+            dist.broadcast(tensor, src=0)
+    return loaded
+
+
+def _scores(loaded: Model, spec: TrialSpec, text: _Text, world: World) -> dict[str, Score]:
     """The artifact's scores by way of scoring; the last is the one that counts."""
-    evaluation = spec.evaluation
+    evaluation, plain, validation = spec.evaluation, text.plain, text.validation
     scores = {"plain": evaluate(loaded, plain, world)}
     if evaluation.stride is not None or validation.sequence_length != plain.sequence_length:
         scores["sliding" if evaluation.stride is not None else "long"] = evaluate(
@@ -196,14 +252,17 @@ def _worth(packing: _Packing, validation: Validation, spec: TrialSpec, world: Wo
 def _result(
     spec: TrialSpec,
     summary: TrainingSummary,
+    hardware: Hardware,
     before: Score,
     scores: dict[str, Score],
-    packed: Packed,
+    written: Future[Written],
     spent: _Seconds,
     diagnostics: dict[str, Any],
-) -> TrialResult:
-    code, final = code_bytes(), list(scores.values())[-1]
-    return TrialResult(
+) -> tuple[TrialResult, bytes]:
+    """The result and the artifact's bytes, once they are written and verified. A Finish, given these arguments."""
+    artifact = written.result()
+    packed, code, final = artifact.packed, code_bytes(), list(scores.values())[-1]
+    result = TrialResult(
         val_bpb=final.bpb,
         val_bpb_prequant=before.bpb,
         val_loss=final.loss,
@@ -216,12 +275,14 @@ def _result(
         tokens=summary.tokens,
         train_seconds=summary.train_seconds,
         evaluate_seconds=spent.evaluate,
-        pack_seconds=spent.pack,
+        pack_seconds=spent.pack + artifact.seconds,
         step_seconds=summary.step_seconds,
         stopped=summary.stopped,
         bytes_by_class=packed.bytes_by_class,
-        diagnostics=diagnostics,
+        diagnostics={**diagnostics, "codec": packed.codec},
+        hardware=hardware,
     )
+    return result, packed.data
 
 
 def _compared(dataset: Dataset, scores: dict[str, Score]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,8 @@ class Shard:
 
     path: Path
     tokens: int
+    changed_ns: int
+    """When the file last changed: shards that are equal are one file with one content."""
 
     def mapped(self) -> NDArray[np.uint16]:
         """The token ids, (tokens,), paged in from the file as they are touched."""
@@ -92,11 +95,12 @@ def read_manifest(root: Path) -> dict[str, list[dict[str, Any]]]:
 def open_shard(path: Path) -> Shard:
     """The shard at `path`, its header and size checked. Raises DataError."""
     try:
-        size = path.stat().st_size
+        stat = path.stat()  # before it is read: a file that changes meanwhile is another shard next time
         with path.open("rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    size = stat.st_size
     if len(header) < HEADER_BYTES:
         raise DataError(f"{path} has {size} bytes; a shard's header alone has {HEADER_BYTES}")
     magic, version, tokens = (int(word) for word in header.view("<i4")[:3])
@@ -107,7 +111,7 @@ def open_shard(path: Path) -> Shard:
     if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
         right = f"{HEADER_BYTES + 2 * tokens} bytes" if tokens > 0 else "at least one token"
         raise DataError(f"{path} has {size} bytes and says {tokens} tokens; that needs {right}")
-    return Shard(path, tokens)
+    return Shard(path, tokens, stat.st_ctime_ns)
 
 
 def write_shard(path: Path, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> Shard:
@@ -121,7 +125,7 @@ def write_shard(path: Path, tokens: Sequence[int] | NDArray[np.integer[Any]]) ->
     header = np.zeros(HEADER_WORDS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(ids)
     path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
-    return Shard(path, len(ids))
+    return Shard(path, len(ids), path.stat().st_ctime_ns)
 
 
 class TokenStream:
@@ -132,6 +136,7 @@ class TokenStream:
         self.vocab_size = vocab_size
         self._maps = [shard.mapped() for shard in self.shards]
         self._ends = list(accumulate(shard.tokens for shard in self.shards))
+        self._checked = False
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -153,15 +158,23 @@ class TokenStream:
         return tokens
 
     def check(self) -> None:
-        """Raises DataError unless every id of every shard is in the vocabulary. Reads them all."""
-        for index, shard in enumerate(self._maps):
-            self._check(shard, index)
+        """Raises DataError unless every id of every shard is in the vocabulary. Reads them all, the first time."""
+        if not self._checked:
+            for index, shard in enumerate(self._maps):
+                self._check(shard, index)
+            self._checked = True
 
     def _check(self, piece: NDArray[np.uint16], index: int) -> None:
         largest = int(piece.max())
         if largest >= self.vocab_size:
             path = self.shards[index].path
             raise DataError(f"{path} holds token {largest}; ids must be below the vocabulary's size, {self.vocab_size}")
+
+
+@lru_cache(maxsize=4)  # both splits of two datasets
+def open_stream(shards: tuple[Shard, ...], vocab_size: int) -> TokenStream:
+    """The shards as one stream, which stays open and checked for whoever asks for it next."""
+    return TokenStream(shards, vocab_size)
 
 
 def shard_name(prefix: str, split: Split, number: int) -> str:

@@ -1,6 +1,7 @@
 """A SentencePiece tokenizer, and what each of its tokens costs in bytes of text. Torch-free."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,18 @@ def byte_table(processor: Any) -> ByteTable:
         text = piece.removeprefix(SPACE).replace(SPACE, " ")
         base[token] = 1 if processor.is_byte(token) else len(text.encode())
     return ByteTable(base, leads, boundary)
+
+
+def open_table(path: Path, vocab_size: int) -> ByteTable:
+    """The bytes of every piece of the tokenizer at `path`, which stay at hand. Raises as load_tokenizer does."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return _table(path, vocab_size, (stat.st_size, stat.st_ctime_ns))
+
+
+@lru_cache(maxsize=2)
+def _table(path: Path, vocab_size: int, found: tuple[int, int]) -> ByteTable:
+    """`found`, the file's size and when it last changed, tells its contents apart."""
+    return byte_table(load_tokenizer(path, vocab_size))

@@ -17,10 +17,26 @@ class Job:
     data_root: Path
     rank: int = 0
     ranks: int = 1
+    defer: bool = False
+    """Whether the trainer may leave what needs no rank to a Finish, so that its rank is free sooner."""
 
 
-Trainer = Callable[[Job, Reporter], tuple[TrialResult, bytes] | None]
-"""The result and the artifact's bytes on rank 0, None on the others."""
+Finish = Callable[[], tuple[TrialResult, bytes]]
+"""What is left of a job: gives what the trainer would have given in its place, or raises as it would.
+
+To be called once, in any thread, while this process may run the next job: it needs no rank, no process group and no
+device, and holds nothing that a job after it could change.
+"""
+
+Produced = tuple[TrialResult, bytes] | Finish | None
+"""The result and the artifact's bytes on rank 0, or, where the job allows it, how to get them; None on other ranks."""
+
+Trainer = Callable[[Job, Reporter], Produced]
+
+
+def finished(produced: Produced) -> tuple[TrialResult, bytes] | None:
+    """What a trainer produced, whatever it had left done here and now."""
+    return produced() if callable(produced) else produced
 
 
 def find_trainer(name: str) -> Trainer:
