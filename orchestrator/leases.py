@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, func, insert, literal, select, true, update
 from sqlalchemy.orm import Session, aliased
 
 from orchestrator.errors import LeaseLost
@@ -29,14 +29,22 @@ MAX_LOST = 20  # uncharged, but beyond this something is wrong with the run afte
 
 
 def claim(
-    session: Session, gang: GangConfig, owner: str, now: datetime, ttl: timedelta, *, name: str | None = None
+    session: Session,
+    gang: GangConfig,
+    owner: str,
+    now: datetime,
+    ttl: timedelta,
+    *,
+    name: str | None = None,
+    warm: bool = False,
 ) -> Claim | None:
     """Take the queued run of this shape that is first in line, and open its next attempt under a new lease.
 
-    `name` is that of the gang which is to have it: whoever resumes looks for it there.
+    `name` is that of the gang which is to have it: whoever resumes looks for it there. `warm`: it is to wait behind
+    another attempt, which is not for runs that start cold.
     """
     taken = session.execute(
-        update(RunRow).where(RunRow.id == _first_in_line(gang), RunRow.state == RunState.QUEUED)
+        update(RunRow).where(RunRow.id == _first_in_line(gang, warm), RunRow.state == RunState.QUEUED)
         .values(state=RunState.RUNNING)
         .returning(RunRow.id, RunRow.trial_id, RunRow.seed, RunRow.budget, RunRow.queued_at)
         .execution_options(synchronize_session=False)
@@ -70,14 +78,14 @@ def claim(
     return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now)
 
 
-def _first_in_line(gang: GangConfig) -> ScalarSelect[int]:
+def _first_in_line(gang: GangConfig, warm: bool) -> ScalarSelect[int]:
     """The queued run of this shape that is next, as part of a statement."""
     queued = aliased(RunRow)
     return (
         select(queued.id).join(TrialRow, TrialRow.id == queued.trial_id)
         .join(StudyRow, StudyRow.id == TrialRow.study_id)
         .where(queued.state == RunState.QUEUED, queued.ranks == gang.ranks, queued.device == gang.device)
-        .where(StudyRow.state == StudyState.RUNNING)
+        .where(StudyRow.state == StudyState.RUNNING, queued.cold.is_(False) if warm else true())
         .order_by(queued.priority.desc(), queued.id).limit(1)
         # What another transaction holds is being claimed or cancelled: the next in line is ours.
         .with_for_update(skip_locked=True, key_share=True, of=(TrialRow, queued)).scalar_subquery()

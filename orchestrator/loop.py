@@ -245,16 +245,16 @@ class Loop:
         if offer is None:
             return False
         with self.database.write() as session:
-            claim = leases.claim(session, gang, self.owner, now, self.ttl, name=offer.gang)
-        if claim is None:  # another orchestrator was faster
-            for key in [key for key in waiting if key[1] == gang]:
+            claim = leases.claim(session, gang, self.owner, now, self.ttl, name=offer.gang, warm=offer.behind)
+        if claim is None:  # another orchestrator was faster, or what waits is to start cold
+            for key in [key for key in waiting if key[1] == gang and not offer.behind]:
                 del waiting[key]
             return False
         waiting[claim.study_id, gang] -= 1
         held = self.held[claim.lease.attempt_id] = Held(claim, now)
         try:
             name = self.launcher.start(Assignment(held.attempt_id, claim.spec), offer.gang)
-            if name != offer.gang:  # it had died meanwhile
+            if name != offer.gang:  # that has died meanwhile, or was not cold enough
                 with self.database.write() as session:
                     leases.renew(session, claim.lease, now, self.ttl, gang=name)
         except LeaseLost:  # cancelled between the claim and now

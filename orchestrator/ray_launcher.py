@@ -24,6 +24,7 @@ from orchestrator.local_launcher import source_roots
 from orchestrator.ray_attempt import RayAttempt, answers_of, one_line
 from orchestrator.ray_folder import RayFolder
 from orchestrator.ray_gang import Gang, ask_for, create, find, fit, names, new_name, nodes, remove, remove_named, spare
+from orchestrator.ray_rooms import Rooms
 from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,6 @@ ANSWER_SECONDS = 0.25
 """How long a poll waits for ranks that are busy; what they say later is taken by the next poll."""
 WARM_SECONDS = 5.0
 """How long a warm gang may take to accept an attempt before it is replaced. It takes 1 ms, on a busy machine more."""
-NODES_SECONDS = 1.0
-"""How long it may go unnoticed that a node has come or gone."""
 TEND_SECONDS = 3.0
 """How often idle gangs are told that they are wanted."""
 QUICK_SECONDS = 2.0
@@ -87,40 +86,31 @@ class RayLauncher:
         self._held: dict[int, RayAttempt] = {}
         self._gangs: dict[str, Gang] = {}
         self._pings: dict[str, dict[int, Any]] = {}
-        self._reserved: tuple[GangConfig, str] | None = None
+        self._rooms = Rooms()
         self._wanted: Counter[GangConfig] = Counter()
         self._tended_at = 0.0
-        self._nodes: dict[str, tuple[int, int]] = {}
-        self._nodes_at = 0.0
 
     def free(self, gang: GangConfig) -> int:
         self._connect()
         idle = self._idle(gang)
-        rooms = spare(self._living(), [*self._busy(), *idle])
-        return len(idle) + sum(fit(gang, *room) for room in rooms.values())
+        return len(idle) + self._rooms.room(gang, [*self._busy(), *idle])
 
     def capacity(self, gang: GangConfig) -> int:
         self._connect()
-        return sum(fit(gang, *room) for room in self._living().values())
+        return self._rooms.room(gang)
 
     def offer(self, gang: GangConfig) -> Offer | None:
         self._connect()
-        if idle := [each for each in self._idle(gang) if self._is_open(each.node, gang)]:
+        if idle := [each for each in self._idle(gang) if self._rooms.is_open(each.node, gang)]:
             return Offer(idle[0].name, behind=False)
         if self._node_for(gang) is not None:
             return Offer(new_name(gang, self._owner), behind=False)
-        open_gangs = [each for each in self._gangs.values() if self._is_open(each.node, gang)]
+        open_gangs = [each for each in self._gangs.values() if self._rooms.is_open(each.node, gang)]
         ending = [each for each in open_gangs if each.shape == gang and self._about_to_end(each)]
         return Offer(ending[0].name, behind=True) if ending else None
 
     def reserve(self, gang: GangConfig | None) -> None:
-        kept = self._reserved is not None and self._reserved[1] in self._living() and self._reserved[0] == gang
-        if not kept:
-            self._reserved = None
-        if gang is not None and not kept:
-            rooms = spare(self._living(), self._busy())
-            able = [node for node, room in self._living().items() if fit(gang, *room)]
-            self._reserved = (gang, max(able, key=lambda node: (rooms[node], node))) if able else None
+        self._rooms.keep(gang, self._busy())
 
     def want(self, gangs: Mapping[GangConfig, int]) -> None:
         wanted = Counter(gangs) + Counter(gang.shape for gang in self._busy())
@@ -133,12 +123,14 @@ class RayLauncher:
         if attempt_id in self._held:
             return self._held[attempt_id].gang.name
         self._connect()
-        known = self._gangs.get(gang)
+        known, cold = self._gangs.get(gang), assignment.spec.limits.cold
         if known is not None and self._on(known):
-            if known.condemned or len(self._on(known)) > 1:
+            if cold or known.condemned or len(self._on(known)) > 1:
                 raise NoRoom(f"gang {gang} takes no other attempt now")
             return self._give(assignment, known, waits=True).gang.name
-        for warm in ([known] if known is not None else []) + self._idle(shape):
+        if known is not None and cold:
+            self._remove(known)  # in its place
+        for warm in [] if cold else ([known] if known is not None else []) + self._idle(shape):
             given = self._give(assignment, warm, waits=False)
             if given.accepted(WARM_SECONDS):
                 return warm.name
@@ -233,7 +225,7 @@ class RayLauncher:
 
     def _connect(self) -> None:
         """Be connected. A local Ray that has lost its node is started again, once no attempt is held on it."""
-        if self._connected and self._folder is not None and not self._held and not self._living():
+        if self._connected and self._folder is not None and not self._held and not self._rooms.living():
             log.warning("the local Ray has lost its node and is started again")
             self.close()
         if self._connected:
@@ -253,7 +245,7 @@ class RayLauncher:
             else:
                 ray.init(self._address, **options)
         self._connected = True
-        self._nodes_at = 0.0
+        self._rooms = Rooms()
 
     def _update(self, attempt_id: int, after: int) -> Update:
         held = self._held.get(attempt_id)
@@ -261,12 +253,6 @@ class RayLauncher:
             return Update("lost", (), lost(attempt_id))
         update = held.update
         return replace(update, measurements=update.measurements[after:])
-
-    def _living(self) -> Mapping[str, tuple[int, int]]:
-        """CPUs and GPUs of each node, as of a moment ago."""
-        if time.monotonic() - self._nodes_at > NODES_SECONDS:
-            self._nodes, self._nodes_at = nodes(), time.monotonic()
-        return self._nodes
 
     def _on(self, gang: Gang) -> list[RayAttempt]:
         """The attempts that the gang's ranks are at, or that wait there."""
@@ -279,16 +265,12 @@ class RayLauncher:
     def _idle(self, shape: GangConfig | None = None) -> list[Gang]:
         """The gangs, of this shape or any, that could start an attempt at once."""
         idle = [gang for gang in self._gangs.values() if not gang.condemned and not self._on(gang)]
-        return [gang for gang in idle if gang.node in self._living() and shape in (None, gang.shape)]
-
-    def _is_open(self, node: str, shape: GangConfig) -> bool:
-        """Whether the node's room is not kept for another shape."""
-        return self._reserved is None or self._reserved[1] != node or self._reserved[0] == shape
+        return [gang for gang in idle if gang.node in self._rooms.living() and shape in (None, gang.shape)]
 
     def _about_to_end(self, gang: Gang) -> bool:
         """Whether the gang may be given an attempt that waits for the one it runs."""
         at = self._on(gang)
-        if gang.condemned or gang.attempts >= RECYCLE_ATTEMPTS or len(at) != 1 or gang.node not in self._living():
+        if gang.condemned or gang.attempts >= RECYCLE_ATTEMPTS or len(at) != 1 or gang.node not in self._rooms.living():
             return False
         return at[0].phase in ("evaluate", "pack") or (gang.quick and at[0].age_seconds < QUICK_SECONDS)
 
@@ -299,13 +281,8 @@ class RayLauncher:
         return held
 
     def _node_for(self, shape: GangConfig) -> str | None:
-        """The node that a new gang of the shape fills best, idle gangs in its way retired only where it must be."""
-        for counted in (list(self._gangs.values()), self._busy()):
-            spared = spare(self._living(), counted)
-            rooms = {node: room for node, room in spared.items() if fit(shape, *room) and self._is_open(node, shape)}
-            if rooms:
-                return min(rooms, key=lambda name: (rooms[name], name))
-        return None
+        """Where a new gang of the shape goes, idle gangs in its way retired only where they must be."""
+        return self._rooms.node_for(shape, [*self._gangs.values()]) or self._rooms.node_for(shape, self._busy())
 
     def _open(self, name: str, shape: GangConfig) -> Gang:
         """A new gang of this name, after retiring the idle gangs that are in its way."""
@@ -313,7 +290,7 @@ class RayLauncher:
         if node is None:
             raise NoRoom(f"no node has room for {shape.ranks} {shape.device} ranks")
         for idle in self._idle():
-            if fit(shape, *spare(self._living(), self._gangs.values())[node]):
+            if fit(shape, *spare(self._rooms.living(), self._gangs.values())[node]):
                 break
             if idle.node == node:
                 self._remove(idle)

@@ -122,6 +122,7 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
         RunRow(
             trial_id=row.id, seed=new.spec.seed, budget=new.spec.budget.model_dump(mode="json"), state=RunState.QUEUED,
             ranks=new.spec.gang.ranks, device=new.spec.gang.device, priority=10 if new.origin == "submitted" else 0,
+            cold=new.spec.limits.cold,
             created_at=now, queued_at=now,
         )
     )  # fmt: skip

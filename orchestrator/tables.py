@@ -17,6 +17,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -164,6 +165,8 @@ class RunRow(Base):
     created_at: Mapped[datetime]
     queued_at: Mapped[datetime | None]
     """When it last entered the queue."""
+    cold: Mapped[bool] = mapped_column(server_default=false())
+    """Whether it wants a gang that has run nothing before."""
 
 
 class AttemptRow(Base):

@@ -192,6 +192,8 @@ class LimitsConfig(Frozen):
     """Of all phases together; none: no limit."""
     checkpoint_seconds: float | None = Field(default=None, gt=0)
     """Of training between two checkpoints, for the next attempt to go on from; none: it starts over."""
+    cold: bool = False
+    """Train in processes that have run nothing before, as a record has to."""
     slow_percent: float | None = Field(default=None, gt=0)
     """How much slower than its kind a success may be before its timing is void; none: it may be as slow as it is."""
 

@@ -1,4 +1,4 @@
-"""attempts may be void, and keep their hardware; runs and attempts keep when they were queued
+"""attempts may be void, and keep their hardware; runs and attempts keep when they were queued; runs may start cold
 
 Revision: 0004
 After: 0003
@@ -19,6 +19,7 @@ AFTER = "outcome IN ('succeeded', 'stopped', 'failed', 'preempted', 'lost', 'voi
 def upgrade() -> None:
     op.add_column("runs", sa.Column("queued_at", sa.DateTime(timezone=True), nullable=True))
     op.execute("UPDATE runs SET queued_at = created_at")
+    op.add_column("runs", sa.Column("cold", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.add_column("attempts", sa.Column("queued_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("attempts", sa.Column("hardware", sa.JSON(none_as_null=True), nullable=True))
     op.create_index("ix_trials_kind", "trials", ["spec_hash"])
@@ -31,6 +32,7 @@ def downgrade() -> None:
     op.drop_index("ix_trials_kind", "trials")
     op.drop_column("attempts", "hardware")
     op.drop_column("attempts", "queued_at")
+    op.drop_column("runs", "cold")
     op.drop_column("runs", "queued_at")
 
 
