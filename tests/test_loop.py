@@ -16,6 +16,7 @@ from orchestrator.launcher import Assignment
 from orchestrator.lifecycle import Cause, Outcome, StudyState, TrialState
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.loop import Loop, run
+from orchestrator.queue import BACKFILL
 from orchestrator.study import NewStudy, NewTrial, Study, Trial
 from orchestrator.tables import MeasurementRow
 from worker.recipes import load_recipe
@@ -508,3 +509,31 @@ def test_what_died_with_its_orchestrator_is_queued_again_as_soon_as_that_is_back
     assert not back.held
     assert there.outcomes(0) == [Outcome.LOST]
     assert there.states() == [TrialState.QUEUED]
+
+
+@ON_SQLITE
+def test_narrow_runs_pass_a_wide_one_only_for_so_long(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0)
+    loop = stage.orchestrator(ranks=2)
+
+    def submit(seed: int, trainer: str, ranks: int) -> int:
+        changes = {"data.dataset": trainer, "gang.ranks": ranks, "seed": seed}
+        return stage.submit(new_trial(changes, origin="submitted")).number
+
+    long = submit(1, "hang", 1)
+    stage.run(loop, lambda: stage.states() == [TrialState.RUNNING], pause)
+    wide, narrow = submit(2, "count", 2), submit(3, "count", 1)
+    stage.run(loop, lambda: stage.states()[narrow] is TrialState.COMPLETE, pause)
+    assert stage.states()[wide] is TrialState.QUEUED
+    stage.now += BACKFILL
+    loop.tick(stage.now)
+    late = submit(4, "count", 1)
+    for _ in range(3):
+        loop.tick(stage.now)
+    assert stage.states()[late] is TrialState.QUEUED, "room is kept for the wide one"
+    with stage.database.write() as session:
+        store.cancel_trial(session, stage.study.id, long, stage.now)
+    stage.run(loop, lambda: stage.states()[wide] is TrialState.COMPLETE, pause)
+    stage.run(loop, lambda: stage.states()[late] is TrialState.COMPLETE, pause)
