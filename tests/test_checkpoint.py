@@ -104,8 +104,8 @@ def finished(spec: TrialSpec, root: Path, notes: Notes) -> tuple[TrialResult, by
 
 
 def same(one: TrialResult, other: TrialResult) -> bool:
-    """Whether two results are equal but for the seconds that they took."""
-    took = {"train_seconds", "evaluate_seconds", "pack_seconds", "step_seconds"}
+    """Whether two results are equal but for the seconds that they took, probes of the hardware among them."""
+    took = {"train_seconds", "evaluate_seconds", "pack_seconds", "step_seconds", "hardware"}
     return one.model_dump(exclude=took) == other.model_dump(exclude=took)
 
 

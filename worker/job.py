@@ -69,10 +69,11 @@ def run(job: Job, reporter: Reporter) -> Produced:
     summary, hardware = observed(
         world, lambda: train(model, spec, batches, world, reporter, validate, checkpoint=checkpoint)
     )
-    produced = _conclude(job, model, summary, hardware, text, world, phase)
-    if checkpoint is not None:
-        checkpoint.remove()
-    return produced
+    rest = _conclude(spec, model, summary, text, world, phase)
+    if rest is None:
+        return None
+    finish = partial(_finish, rest, hardware, checkpoint)
+    return finish if job.defer and not rest.written.done() else finish()
 
 
 def check(job: Job) -> None:
@@ -128,39 +129,6 @@ def _open_text(job: Job) -> _Text:
     return _Text(dataset, plain, validation)
 
 
-def _conclude(
-    job: Job,
-    model: Model,
-    summary: TrainingSummary,
-    hardware: Hardware,
-    text: _Text,
-    world: World,
-    phase: Callable[[str], None],
-) -> Produced:
-    """What `run` gives for the trained model: it is rounded first, so that its bytes are written while it is scored."""
-    spec, spent = job.spec, _Seconds()
-    weights = _weights(model, summary)
-    applied = spec.averaging.apply if spec.averaging.apply in weights else "last"
-    model.load_state_dict(weights[applied])
-    phase("pack")
-    with spent.on("pack"):
-        packing = _pack(model, text.dataset, spec) if world.leads else None
-    phase("evaluate")
-    loaded = _shared(packing.content if packing else None, model, world)
-    with spent.on("evaluate"):
-        averages = _averaged(model, weights, applied, text.plain, world)
-        scores = _scores(loaded, spec, text, world)
-    diagnostics = diagnose(model, loaded, spec, text.plain, world)
-    if packing is None:
-        return None
-    bpb = {name: averages[name].bpb for name in weights}
-    diagnostics |= {**_compared(text.dataset, scores), **_worth(packing, text.plain, spec, world), "averages": bpb}
-    phase("pack")
-    kept = replace(summary, averages={})  # their tensors may lie on a device
-    finish = partial(_result, spec, kept, hardware, averages[applied], scores, packing.written, spent, diagnostics)
-    return finish if job.defer and not packing.written.done() else finish()
-
-
 @dataclass
 class _Seconds:
     """Wallclock by phase, summed over its parts."""
@@ -184,6 +152,44 @@ class _Packing:
     content: Content
     written: Future[Written]
     curve: Callable[[Callable[[Model], float]], tuple[Point, ...]] | None
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """A job that has all its scores, and wants nothing but its artifact's bytes. Holds no tensor."""
+
+    spec: TrialSpec
+    summary: TrainingSummary
+    before: Score
+    scores: dict[str, Score]
+    diagnostics: dict[str, Any]
+    spent: _Seconds
+    written: Future[Written]
+
+
+def _conclude(
+    spec: TrialSpec, model: Model, summary: TrainingSummary, text: _Text, world: World, phase: Callable[[str], None]
+) -> _Rest | None:
+    """Score the trained model, rounded first, so that its bytes are written meanwhile. None but on rank 0."""
+    spent, weights = _Seconds(), _weights(model, summary)
+    applied = spec.averaging.apply if spec.averaging.apply in weights else "last"
+    model.load_state_dict(weights[applied])
+    phase("pack")
+    with spent.on("pack"):
+        packing = _pack(model, text.dataset, spec) if world.leads else None
+    phase("evaluate")
+    loaded = _shared(packing.content if packing else None, model, world)
+    with spent.on("evaluate"):
+        averages = _averaged(model, weights, applied, text.plain, world)
+        scores = _scores(loaded, spec, text, world)
+    diagnostics = diagnose(model, loaded, spec, text.plain, world)
+    if packing is None:
+        return None
+    bpb = {name: averages[name].bpb for name in weights}
+    diagnostics |= {**_compared(text.dataset, scores), **_worth(packing, text.plain, spec, world), "averages": bpb}
+    phase("pack")
+    kept = replace(summary, averages={})
+    return _Rest(spec, kept, averages[applied], scores, diagnostics, spent, packing.written)
 
 
 def _weights(model: Model, summary: TrainingSummary) -> dict[str, dict[str, Tensor]]:
@@ -249,39 +255,32 @@ def _worth(packing: _Packing, validation: Validation, spec: TrialSpec, world: Wo
     return {"bytes_curve": [asdict(point) for point in points]}
 
 
-def _result(
-    spec: TrialSpec,
-    summary: TrainingSummary,
-    hardware: Hardware,
-    before: Score,
-    scores: dict[str, Score],
-    written: Future[Written],
-    spent: _Seconds,
-    diagnostics: dict[str, Any],
-) -> tuple[TrialResult, bytes]:
-    """The result and the artifact's bytes, once they are written and verified. A Finish, given these arguments."""
-    artifact = written.result()
-    packed, code, final = artifact.packed, code_bytes(), list(scores.values())[-1]
+def _finish(rest: _Rest, hardware: Hardware, checkpoint: Checkpoint | None) -> tuple[TrialResult, bytes]:
+    """The result and the artifact's bytes, once they are written and verified. With its arguments, a Finish."""
+    written = rest.written.result()
+    packed, summary, final = written.packed, rest.summary, list(rest.scores.values())[-1]
     result = TrialResult(
         val_bpb=final.bpb,
-        val_bpb_prequant=before.bpb,
+        val_bpb_prequant=rest.before.bpb,
         val_loss=final.loss,
-        parameters=count_parameters(spec.model, spec.sharing),
+        parameters=count_parameters(rest.spec.model, rest.spec.sharing),
         model_bytes=len(packed.data),
-        code_bytes=code,
-        artifact_bytes=len(packed.data) + code,
+        code_bytes=code_bytes(),
+        artifact_bytes=len(packed.data) + code_bytes(),
         artifact_sha256=packed.sha256,
         steps=summary.steps,
         tokens=summary.tokens,
         train_seconds=summary.train_seconds,
-        evaluate_seconds=spent.evaluate,
-        pack_seconds=spent.pack + artifact.seconds,
+        evaluate_seconds=rest.spent.evaluate,
+        pack_seconds=rest.spent.pack + written.seconds,
         step_seconds=summary.step_seconds,
         stopped=summary.stopped,
         bytes_by_class=packed.bytes_by_class,
-        diagnostics={**diagnostics, "codec": packed.codec},
+        diagnostics={**rest.diagnostics, "codec": packed.codec},
         hardware=hardware,
     )
+    if checkpoint is not None:
+        checkpoint.remove()
     return result, packed.data
 
 
