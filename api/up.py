@@ -1,6 +1,8 @@
-"""`caddie up`: the API in this process at once, the orchestrator as a child behind it, restarted should it die."""
+"""`caddie up`: the API in this process at once, the orchestrator and Ray as children, restarted should they die."""
 
 import logging
+import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -9,6 +11,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from api.app import create_app
 from api.program import program
@@ -18,7 +21,8 @@ from orchestrator.settings import Settings
 from worker.shape import FieldError
 
 log = logging.getLogger(__name__)
-RESTART_SECONDS = 2.0
+RESTART_SECONDS = 0.5  # gangs wait to be adopted for a part of a lease
+LOOK_SECONDS = 0.2
 
 
 def serve(settings: Settings, database: Database) -> None:
@@ -37,8 +41,13 @@ def up(settings: Settings, environment: Mapping[str, str]) -> None:
     database.migrate()
     settings.home.mkdir(parents=True, exist_ok=True)
     # One name for all the orchestrators that this process starts, so that each knows what the last one left.
-    named = {"CADDIE_OWNER": settings.owner, **environment}
-    orchestrator = Orchestrator(named, settings.home / "orchestrator.log")
+    named = {**environment, "CADDIE_OWNER": settings.owner}
+    own_ray = settings.launcher == "ray" and settings.ray_address is None
+    orchestrator = Orchestrator(
+        _with_token(named) if own_ray else named,
+        settings.home / "orchestrator.log",
+        settings.ranks if own_ray else None,
+    )
     # uvicorn gives a signal back once it has closed; by default SIGTERM would then end us before the orchestrator.
     signal.signal(signal.SIGTERM, _exit)
     try:
@@ -71,47 +80,94 @@ def require_free_port(settings: Settings) -> None:
 
 
 class Orchestrator:
-    """The child process. It lives and dies with us: its standard input is our pipe, which closes even on SIGKILL.
+    """The orchestrator, and under it a Ray of our own unless there is one to join: children, restarted should they die.
 
-    It leads a session of its own, so that a Ctrl-C at the terminal reaches us alone
-    and the gangs are handed back in order.
+    Each ends once its standard input closes, which it does even if we are killed. The orchestrator holds Ray's too, and
+    hands its attempts back first. Each leads a session of its own: a Ctrl-C at the terminal reaches us alone.
     """
 
-    def __init__(self, environment: dict[str, str], log_path: Path) -> None:
+    def __init__(self, environment: Mapping[str, str], log_path: Path, ranks: int | None) -> None:
+        """With `ranks`, on a Ray of our own with room for so many."""
         self.log_path = log_path
-        self._environment = environment
-        self._lock = threading.Lock()
+        self._environment = dict(environment)
+        self._ranks = ranks
+        self._address = ""
         self._stopping = threading.Event()
+        self._head: subprocess.Popen[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher = threading.Thread(target=self._watch, name="orchestrator-watcher", daemon=True)
 
     def start(self) -> None:
-        """Start the child and keep one running from now on."""
+        """Start, and keep it running from now on."""
         self._watcher.start()
 
     def stop(self) -> None:
-        """Ask the child to hand its attempts back and end; kill it should it not within 20 seconds."""
-        with self._lock:
-            self._stopping.set()
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """Have it hand its attempts back and end, and then its Ray; kill what does not within 20 seconds."""
+        self._stopping.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
 
     def _watch(self) -> None:
-        while True:
-            with self._lock, self.log_path.open("ab") as output:
-                if self._stopping.is_set():
-                    return
-                self._process = subprocess.Popen(
-                    program("orchestrator", "--with-parent"),
-                    stdin=subprocess.PIPE, stdout=output, stderr=output, env=self._environment, start_new_session=True,
-                )  # fmt: skip
-            code = self._process.wait()
-            if self._stopping.wait(RESTART_SECONDS):
-                return
-            log.error("the orchestrator ended with code %d and is started again; see %s", code, self.log_path)
+        while not self._stopping.is_set():
+            why = self._run()
+            if not self._stopping.wait(RESTART_SECONDS):
+                log.error("%s and is started again; see %s", why, self.log_path)
+        for child in (self._process, self._head):
+            if child is not None:
+                _end(child)
+
+    def _run(self) -> str:
+        """Keep the orchestrator running until it ends, or Ray does under it, or we are to stop: what happened."""
+        shared: tuple[int, ...] = ()
+        if self._ranks is not None:
+            if self._head is None or self._head.poll() is not None:
+                self._head = self._spawn("orchestrator.ray_head", str(self._ranks), stdout=subprocess.PIPE)
+                self._address = self._ready(self._head)
+            if not self._address:
+                return f"Ray ended with code {self._head.wait()}" if not self._stopping.is_set() else ""
+            assert self._head.stdin is not None
+            shared = (self._head.stdin.fileno(),)
+        self._process = self._spawn("orchestrator", "--with-parent", pass_fds=shared)
+        children = [child for child in (self._process, self._head) if child is not None]
+        while all(child.poll() is None for child in children):
+            if self._stopping.wait(LOOK_SECONDS):
+                return ""
+        if self._process.poll() is None:  # it would wait a minute for a Ray that does not come back
+            self._process.kill()
+            self._process.wait()
+            return f"Ray ended with code {children[-1].returncode}"
+        return f"the orchestrator ended with code {self._process.returncode}"
+
+    def _spawn(self, module: str, argument: str, **options: Any) -> subprocess.Popen[bytes]:
+        address = {"CADDIE_RAY_ADDRESS": self._address} if self._address else {}
+        with self.log_path.open("ab") as output:
+            return subprocess.Popen(
+                program(module, argument), env=self._environment | address, start_new_session=True,
+                **{"stdin": subprocess.PIPE, "stdout": output, "stderr": output, **options},
+            )  # fmt: skip
+
+    def _ready(self, head: subprocess.Popen[bytes]) -> str:
+        """Ray's address, once it is ready; empty if it has died, or we are to stop before."""
+        assert head.stdout is not None
+        while not self._stopping.is_set():
+            if select.select([head.stdout], [], [], LOOK_SECONDS)[0]:
+                return head.stdout.readline().decode().strip()
+        return ""
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Close what holds the child, and kill it should it not end within 20 seconds."""
+    assert child.stdin is not None
+    child.stdin.close()
+    try:
+        child.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _with_token(environment: Mapping[str, str]) -> dict[str, str]:
+    """Ray listens on every interface: unless the user has decided, whoever calls it must show a token."""
+    if "RAY_AUTH_MODE" in environment:
+        return dict(environment)
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **environment}

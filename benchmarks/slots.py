@@ -98,7 +98,7 @@ def orchestrated(launcher: RayLauncher, folder: Path, trials: int, url: str) -> 
             return done.is_set()
 
         began = time.perf_counter()
-        run(loop, lambda: datetime.now(UTC), wait)
+        run(loop, lambda: datetime.now(UTC), wait, lambda: False, timedelta(0))
         took = time.perf_counter() - began
     database.close()
     return took

@@ -18,6 +18,8 @@ from statistics import median
 import httpx
 import psutil
 
+UP_MEMORY = "up: idle memory (PSS), MB"
+BARE_MEMORY = "bare ray.init(): memory (PSS), MB"
 BARE = """
 import ray, sys
 ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 1024**2, log_to_driver=False)
@@ -32,7 +34,9 @@ def main() -> None:
     runs = parser.parse_args().runs
     figures: dict[str, list[float]] = {}
     for _ in range(runs):
-        for name, value in {**measure_up(), **measure_bare()}.items():
+        measured = {**measure_up(), **measure_bare()}
+        measured["up above bare ray.init(), MB"] = measured[UP_MEMORY] - measured[BARE_MEMORY]
+        for name, value in measured.items():
             figures.setdefault(name, []).append(value)
     for name, values in figures.items():
         print(f"{name:<34} median {median(values):8.2f}   from {min(values):.2f} to {max(values):.2f}")
@@ -54,7 +58,7 @@ def measure_up() -> dict[str, float]:
         memory = pss(process.pid)
         process.send_signal(signal.SIGINT)
         process.wait()
-    return {"up: first answer, s": answered, "up: ready to train, s": ready, "up: idle memory (PSS), MB": memory}
+    return {"up: first answer, s": answered, "up: ready to train, s": ready, UP_MEMORY: memory}
 
 
 def measure_bare() -> dict[str, float]:
@@ -72,7 +76,7 @@ def measure_bare() -> dict[str, float]:
     memory = pss(process.pid)
     process.stdin.close()
     process.wait()
-    return {"bare ray.init(): ready, s": ready, "bare ray.init(): memory (PSS), MB": memory}
+    return {"bare ray.init(): ready, s": ready, BARE_MEMORY: memory}
 
 
 def answers(port: int) -> bool:

@@ -1,4 +1,9 @@
-"""`python -m orchestrator`: one loop with its launcher, until SIGTERM, SIGINT, or the end of its parent."""
+"""`python -m orchestrator`: one loop with its launcher.
+
+SIGINT, or the end of its parent, ends it at once: its attempts are queued again. SIGTERM drains it: nothing is claimed
+any more, and what still runs when the grace is over is left to the next orchestrator of its name, or queued again
+where gangs do not outlive it.
+"""
 
 import argparse
 import logging
@@ -7,7 +12,6 @@ import signal
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
-from types import FrameType
 
 from sqlalchemy.exc import OperationalError
 
@@ -16,6 +20,7 @@ from orchestrator.database import Database
 from orchestrator.launcher import Launcher
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.loop import Loop, run
+from orchestrator.owner import Owner
 from orchestrator.ray_launcher import RayLauncher
 from orchestrator.settings import Settings
 from worker.spec import GangConfig
@@ -24,7 +29,8 @@ log = logging.getLogger("orchestrator")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the loop; 0 after a stop that was asked for, 2 where the environment is wrong, 1 without a database."""
+    """Run the loop; 0 after a stop that was asked for, 2 where the environment is wrong or the owner's name taken, 1
+    without a database."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator", description=__doc__)
     parser.add_argument(
         "--with-parent", action="store_true", help="stop when standard input closes: the parent has died"
@@ -43,11 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
         elif database.needs_migration():
             print("caddie: the database is not at this version's schema: run `caddie migrate` first", file=sys.stderr)
             return 2
+        owner = Owner(database, settings.owner)
+        if not owner.take():
+            return _taken(settings)
     except OperationalError as error:
         print(f"caddie: the database does not answer: {' '.join(str(error.orig).split())}", file=sys.stderr)
         return 1
-    stop = threading.Event()
-    _stop_on_signals(stop)
+    stop, drain = threading.Event(), threading.Event()
+    signal.signal(signal.SIGINT, lambda _number, _frame: stop.set())
+    signal.signal(signal.SIGTERM, lambda _number, _frame: drain.set())
     if options.with_parent:
         threading.Thread(target=_stop_with_parent, args=(stop,), daemon=True).start()
     launcher = open_launcher(settings)
@@ -61,11 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
             settings.owner,
             timedelta(seconds=settings.lease_seconds),
         )
-        run(loop, lambda: datetime.now(UTC), stop.wait)
+        taken = run_as(owner, loop, stop, drain, timedelta(seconds=settings.grace_seconds))
     finally:
         launcher.close()
+        owner.release()
         database.close()
-    return 0
+    return _taken(settings) if taken else 0
 
 
 def open_launcher(settings: Settings) -> Launcher:
@@ -80,12 +91,27 @@ def open_launcher(settings: Settings) -> Launcher:
     )
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+def run_as(owner: Owner, loop: Loop, stop: threading.Event, drain: threading.Event, grace: timedelta) -> bool:
+    """Run the loop until one of the events, or until another took the owner's name while PostgreSQL was away: which."""
+    taken = False
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
+    def wait(seconds: float) -> bool:
+        nonlocal taken
+        taken = not owner.keep(_now())
+        return stop.wait(seconds) or taken
+
+    run(loop, _now, wait, drain.is_set, grace)
+    return taken
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _taken(settings: Settings) -> int:
+    why = f"an orchestrator named {settings.owner!r} runs already: end it, or set CADDIE_OWNER to another name here"
+    print(f"caddie: {why}", file=sys.stderr)
+    return 2
 
 
 def _stop_with_parent(stop: threading.Event) -> None:

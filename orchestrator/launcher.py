@@ -117,6 +117,11 @@ class Launcher(Protocol):
         another is taken from it. Repeatable."""
         ...
 
+    def leave(self) -> bool:
+        """Remove the gangs that hold no attempt and leave the others to be adopted, where gangs outlive this process;
+        whether they do. Where not, nothing has happened."""
+        ...
+
     def close(self) -> None:
         """Kill every gang; afterwards no process or reservation of this launcher is left. Repeatable."""
         ...

@@ -158,6 +158,9 @@ class LocalLauncher:
             shutil.rmtree(gang.directory / f"rank-{rank}", ignore_errors=True)
         (gang.directory / "rendezvous").unlink(missing_ok=True)
 
+    def leave(self) -> bool:
+        return False
+
     def close(self) -> None:
         for attempt_id in list(self._gangs):
             self.release(attempt_id)

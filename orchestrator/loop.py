@@ -6,6 +6,7 @@ Every step can be repeated.
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -63,6 +64,8 @@ class Loop:
     owner: str
     ttl: timedelta
     held: dict[int, Held] = field(default_factory=dict)
+    draining: bool = False
+    """Whether nothing is claimed or proposed any more."""
     supply: Supply = field(init=False)
     queue: Queue = field(init=False)
     _ticked_at: datetime | None = field(init=False, default=None)
@@ -97,6 +100,8 @@ class Loop:
             if held.attempt_id in updates:
                 self._settle(held, updates[held.attempt_id], now)
         self._expire(now)
+        if self.draining:
+            return
         with self.database.read() as session:
             studies = store.list_studies(session, (StudyState.RUNNING,))
             waiting = Counter(store.count_queued(session))
@@ -107,6 +112,16 @@ class Loop:
         for study in studies:
             self.queue.tell_of_no_room(study, [gang for (study_id, gang) in waiting if study_id == study.id], now)
             self.supply.complete(study, gave_up.get(study.id), now)
+
+    def leave(self, now: datetime) -> None:
+        """Go without the attempts whose gangs live on; their leases stay open for the next orchestrator of our name."""
+        with self.database.write() as session:
+            for held in self.held.values():
+                with suppress(LeaseLost):
+                    leases.renew(session, held.claim.lease, now, self.ttl)
+        if self.launcher.leave():
+            log.info("left %d attempts to the next orchestrator", len(self.held))
+            self.held.clear()
 
     def hand_back(self, now: datetime) -> None:
         """Record what has ended, queue the rest again without charge, and free every gang."""
@@ -286,12 +301,22 @@ def _failed(error: Exception) -> AttemptResult:
     return AttemptResult(Outcome.FAILED, f"{type(error).__name__}: {error}", cause=Cause.ERROR)
 
 
-def run(loop: Loop, clock: Callable[[], datetime], wait: Callable[[float], bool], tick_seconds: float = 0.2) -> None:
+def run(
+    loop: Loop,
+    clock: Callable[[], datetime],
+    wait: Callable[[float], bool],
+    drain: Callable[[], bool],
+    grace: timedelta,
+    tick_seconds: float = 0.2,
+) -> None:
     """Resume, then tick until `wait(seconds)` says to stop; then hand the running attempts back.
 
-    At least every `tick_seconds`, and whenever an attempt ends. The database may be away for a while.
+    Once `drain()` says so, nothing is claimed any more, and what still runs after `grace` is left to the next
+    orchestrator of our name where gangs live on. A tick is due every `tick_seconds`, and whenever an attempt ends. The
+    database may be away for a while.
     """
     failures, resumed = 0, False
+    leave_at: datetime | None = None
     try:
         while True:
             try:
@@ -300,6 +325,9 @@ def run(loop: Loop, clock: Callable[[], datetime], wait: Callable[[float], bool]
                     resumed = True
                 loop.tick(clock())
                 failures = 0
+                if leave_at is not None and (not loop.held or clock() >= leave_at):
+                    loop.leave(clock())
+                    break
             except OperationalError as error:
                 failures += 1
                 log.warning("the database does not answer, trying again: %s", error.orig)
@@ -310,5 +338,8 @@ def run(loop: Loop, clock: Callable[[], datetime], wait: Callable[[float], bool]
                 stopped = wait(0)
             if stopped:
                 break
+            if leave_at is None and drain():
+                loop.draining, leave_at = True, clock() + grace
+                log.info("no new attempts; the %d that run have until %s", len(loop.held), leave_at)
     finally:
         loop.hand_back(clock())

@@ -24,6 +24,7 @@ from orchestrator.local_launcher import source_roots
 from orchestrator.ray_attempt import RayAttempt, answers_of, one_line
 from orchestrator.ray_folder import RayFolder
 from orchestrator.ray_gang import Gang, ask_for, create, find, fit, names, new_name, nodes, remove, remove_named, spare
+from orchestrator.ray_head import OBJECT_STORE_BYTES
 from orchestrator.ray_rooms import Rooms
 from worker.spec import GangConfig
 
@@ -40,8 +41,6 @@ QUICK_SECONDS = 2.0
 RECYCLE_ATTEMPTS = 200
 """So many attempts a gang is given before it is replaced: what leaks slowly gets no time to."""
 ARTIFACT_SECONDS = 60.0
-OBJECT_STORE_BYTES = 80 * 1024**2
-"""Of a local Ray. Only artifacts travel through it."""
 
 
 class RayLauncher:
@@ -210,6 +209,14 @@ class RayLauncher:
             for actor in gang.actors:
                 actor.forget.remote(attempt_id)
         self._remove_condemned()
+
+    def leave(self) -> bool:
+        if self._address is None:
+            return False
+        for held in self._held.values():
+            self._gangs.pop(held.gang.name, None)
+        self.close()
+        return True
 
     def close(self) -> None:
         if not self._connected:

@@ -22,8 +22,9 @@ KNOWN = {
     "CADDIE_RAY_ADDRESS": "an existing Ray cluster to join; without it Ray starts on this machine",
     "CADDIE_RANKS": "ranks that may train side by side on this machine (default: its CPU cores)",
     "CADDIE_LEASE_SECONDS": "how long a silent orchestrator keeps its attempts (default 20)",
+    "CADDIE_GRACE_SECONDS": "how long an orchestrator that got SIGTERM lets its attempts go on (default 10)",
     "CADDIE_GPU_HOUR_DOLLARS": "what the ledger reckons for one GPU for an hour (default 2.5)",
-    "CADDIE_OWNER": "this orchestrator's name, alone with it, and the same after a restart (default: host and process)",
+    "CADDIE_OWNER": "this orchestrator's name, its own, and the same after a restart (default: host and process)",
 }
 
 GPU_HOUR_DOLLARS = 2.5  # a node of eight H100 costs about $20 an hour
@@ -44,6 +45,7 @@ class Settings:
     ray_address: str | None
     ranks: int
     lease_seconds: float
+    grace_seconds: float
     gpu_hour_dollars: float
     owner: str
 
@@ -71,6 +73,7 @@ class Settings:
             ray_address=environment.get("CADDIE_RAY_ADDRESS") or None,
             ranks=int(_number(environment, "CADDIE_RANKS", os.cpu_count() or 1, 1, 4096, whole=True)),
             lease_seconds=_number(environment, "CADDIE_LEASE_SECONDS", 20, 1, 3600),
+            grace_seconds=_number(environment, "CADDIE_GRACE_SECONDS", 10, 0, 86_400),
             gpu_hour_dollars=_number(environment, "CADDIE_GPU_HOUR_DOLLARS", GPU_HOUR_DOLLARS, 0, 1000),
             owner=environment.get("CADDIE_OWNER") or f"{socket.gethostname()}-{os.getpid()}",
         )

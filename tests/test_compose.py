@@ -86,6 +86,12 @@ def test_the_environment_of_a_service_is_valid_settings(services: dict[str, Any]
         assert (settings.launcher, settings.ray_address) == ("ray", "ray-head:6379")
 
 
+def test_compose_waits_for_the_grace_that_running_attempts_have(services: dict[str, Any]) -> None:
+    service = services["orchestrator"]
+    settings = Settings.read({"HOME": "/nowhere", **{k: filled(str(v)) for k, v in service["environment"].items()}})
+    assert float(service["stop_grace_period"].removesuffix("s")) >= settings.grace_seconds + 15
+
+
 def test_the_api_is_published_where_it_listens(services: dict[str, Any]) -> None:
     api = services["api"]
     settings = Settings.read({"HOME": "/nowhere", **{k: filled(v) for k, v in api["environment"].items()}})

@@ -473,7 +473,7 @@ def test_whatever_ends_the_loop_hands_the_attempts_back(
     stage.run(loop, lambda: bool(loop.held), pause)
     loop.database.read = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
-        run(loop, lambda: stage.now, lambda seconds: True)
+        run(loop, lambda: stage.now, lambda seconds: True, lambda: False, timedelta(0))
     del loop.database.read
     assert stage.states() == [TrialState.QUEUED]
 

@@ -30,6 +30,7 @@ def test_the_command_line_looks_for_the_api_where_it_listens() -> None:
         ("CADDIE_PORT", "70000", "a whole number from 1 to 65535"),
         ("CADDIE_RANKS", "0", "a whole number from 1"),
         ("CADDIE_LEASE_SECONDS", "-3", "a number from 1"),
+        ("CADDIE_GRACE_SECONDS", "90000", "a number from 0 to 86400"),
         ("CADDIE_GPU_HOUR_DOLLARS", "2,5", "a number from 0"),
         ("CADDIE_LAUNCHER", "slurm", "must be ray or local"),
     ],
@@ -42,7 +43,7 @@ def test_a_wrong_variable_is_named_with_its_value_and_what_would_be_right(name: 
 
 def test_every_known_variable_is_read() -> None:
     numbers = {"CADDIE_PORT": "1", "CADDIE_RANKS": "1", "CADDIE_LEASE_SECONDS": "1", "CADDIE_LAUNCHER": "local"}
-    numbers |= {"CADDIE_GPU_HOUR_DOLLARS": "1"}
+    numbers |= {"CADDIE_GPU_HOUR_DOLLARS": "1", "CADDIE_GRACE_SECONDS": "1"}
     default = Settings.read({})
     for name in KNOWN:
         assert Settings.read({name: numbers.get(name, "/elsewhere")}) != default, name

@@ -19,7 +19,6 @@ from orchestrator import store
 from orchestrator.database import Database
 
 STEPS = 40
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 class Up:
@@ -36,7 +35,7 @@ class Up:
             "CADDIE_RANKS": "3",
             "CADDIE_PORT": str(self.port),
             "CADDIE_LAUNCHER": launcher,
-            "CADDIE_LEASE_SECONDS": "4",
+            "CADDIE_GRACE_SECONDS": "1",
             "OMP_NUM_THREADS": "1",
         }
         self.home = home
@@ -64,16 +63,28 @@ class Up:
         assert self.process is not None
         return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
 
-    def kill(self) -> None:
-        """SIGKILL, and wait until nothing of the tree is left but Ray's agents.
-
-        Those hold nothing, and spend a minute on telling the dead driver that its node is gone.
-        """
+    def child(self, module: str) -> psutil.Process:
+        """The child that runs this module, waited for: it may just be started again."""
         assert self.process is not None
-        family = [process for process in self.tree() if not process.name().startswith(AGENTS)]
+        children = psutil.Process(self.process.pid).children
+
+        def found() -> list[psutil.Process]:
+            return [child for child in children() if alive(child) and module in child.cmdline()]
+
+        wait_for(lambda: bool(found()), 30, f"a process of {module}")
+        return found()[0]
+
+    def gang(self) -> set[int]:
+        """The ids of the processes that are ranks on Ray."""
+        return {process.pid for process in self.tree() if process.name().startswith("ray::RayRank")}
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until nothing of the tree is left."""
+        assert self.process is not None
+        family = self.tree()
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        wait_for(lambda: not any(alive(process) for process in family), 60, "every process of the tree to end")
+        wait_for(lambda: not any(alive(process) for process in family), 15, "every process of the tree to end")
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Ctrl-C or another signal; the exit code, once nothing of the tree is left."""
@@ -171,6 +182,45 @@ def test_every_trial_ends_exactly_once_though_caddie_is_killed_in_the_middle(up:
     assert {row["number"] for row in board} == {trial["number"] for trial in trials} - {extra}
 
 
+@pytest.fixture
+def ray_up(tmp_path: Path, data_root: Path) -> Iterator[Up]:
+    """On SQLite, with the Ray that it starts, and leases that outlast a restart on a busy machine."""
+    running = Up(tmp_path, data_root, f"sqlite:///{tmp_path / 'caddie.db'}", "ray")
+    running.environment["CADDIE_LEASE_SECONDS"] = "60"
+    running.start()
+    yield running
+    running.stop()
+    running.http.close()
+
+
+@pytest.mark.timeout(240)
+def test_an_attempt_outlives_its_orchestrator_but_not_its_ray(ray_up: Up) -> None:
+    ray_up.post("/v1/studies", study("sweep", max_trials=0))
+    limits = {"budget.steps": None, "budget.seconds": 45}
+    ray_up.post("/v1/studies/sweep/trials", {"overrides": limits})
+    wait_for(lambda: measured(ray_up, 0), 120, "the first measurement")
+    gang = ray_up.gang()
+    assert len(gang) == 1
+    log = ray_up.home / "orchestrator.log"
+    for adopted, number in enumerate((signal.SIGKILL, signal.SIGTERM), start=1):
+        orchestrator = ray_up.child("orchestrator")
+        orchestrator.send_signal(number)
+        orchestrator.wait(timeout=20)
+        wait_for(lambda times=adopted: log.read_text().count("trial 0 goes on") == times, 60, "its adoption")  # type: ignore[misc]
+        assert ray_up.gang() == gang
+    assert "left 1 attempts to the next orchestrator" in log.read_text()
+    wait_for(lambda: ray_up.get("/v1/studies/sweep/trials/0")["state"] == "complete", 120, "the trial to complete")
+    assert outcomes(ray_up, 0) == ["succeeded"]
+    assert ray_up.gang() == gang, "it is warm"
+
+    ray_up.post("/v1/studies/sweep/trials", {"overrides": {"budget.steps": 100_000}})
+    wait_for(lambda: measured(ray_up, 1), 60, "the second trial to train")
+    ray_up.child("orchestrator.ray_head").send_signal(signal.SIGKILL)
+    wait_for(lambda: outcomes(ray_up, 1) == ["lost", None], 60, "its second attempt, on another Ray")
+    wait_for(lambda: len(ray_up.gang() - gang) == 1, 60, "its second gang")
+    ray_up.kill()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_caddie_that_is_asked_to_end_hands_its_attempts_back(local_up: Up, number: signal.Signals, code: int) -> None:
     local_up.post("/v1/studies", study("sweep", max_trials=0))
@@ -201,6 +251,12 @@ def study(name: str, max_trials: int) -> dict[str, Any]:
         "max_trials": max_trials,
         "gangs": [{"ranks": 1}, {"ranks": 2}],
     }
+
+
+def outcomes(up: Up, number: int) -> list[str | None]:
+    """How each attempt at a trial ended; None for one that runs."""
+    trial = up.get(f"/v1/studies/sweep/trials/{number}")
+    return [attempt["outcome"] for run in trial["runs"] for attempt in run["attempts"]]
 
 
 def measured(up: Up, number: int) -> bool:
