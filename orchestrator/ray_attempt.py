@@ -28,6 +28,8 @@ class RayAttempt:
         self.gang = gang
         self.phase = "start"
         self.ending: Ending | None = None
+        self.neglected = False
+        """Whether its gang may have ended itself, since nobody asked for it."""
         self._known_at = time.monotonic()
         self._given_at: float | None = None
         self._accepted: dict[int, Any] = {}  # calls by rank, as all below
@@ -147,6 +149,8 @@ class RayAttempt:
             return Ending(Outcome.LOST, f"the node of gang {name} is gone")
         if any(isinstance(error, RayActorError) and error.preempted for error in deaths.values()):
             return Ending(Outcome.PREEMPTED, f"the node of gang {name} was preempted")
+        if deaths and self.neglected:
+            return Ending(Outcome.LOST, f"nobody asked for gang {name} for too long")
         if deaths and self.phase in ("queue", "store"):
             return Ending(Outcome.LOST, f"gang {name} died while it ran another attempt")
         said = {rank: f"died: {one_line(error)}" for rank, error in deaths.items()}

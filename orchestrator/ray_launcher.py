@@ -35,7 +35,7 @@ ANSWER_SECONDS = 0.25
 WARM_SECONDS = 5.0
 """How long a warm gang may take to accept an attempt before it is replaced. It takes 1 ms, on a busy machine more."""
 TEND_SECONDS = 3.0
-"""How often idle gangs are told that they are wanted."""
+"""How often gangs are told that they are wanted, whatever they do."""
 QUICK_SECONDS = 2.0
 """An attempt that takes less is followed at once; after longer ones the next is chosen when training is over."""
 RECYCLE_ATTEMPTS = 200
@@ -88,6 +88,7 @@ class RayLauncher:
         self._rooms = Rooms()
         self._wanted: Counter[GangConfig] = Counter()
         self._tended_at = 0.0
+        self._polled_at = time.monotonic()
 
     def free(self, gang: GangConfig) -> int:
         self._connect()
@@ -154,6 +155,7 @@ class RayLauncher:
         return len(orphans)
 
     def poll(self, cursors: Mapping[int, int]) -> dict[int, Update]:
+        self._note_silence()
         running = [held for held in map(self._held.get, cursors) if held is not None and held.ending is None]
         if calls := [call for held in running for call in held.ask()]:
             ray.wait(calls, num_returns=len(calls), timeout=ANSWER_SECONDS)
@@ -325,13 +327,21 @@ class RayLauncher:
         self._pings.pop(gang.name, None)
         remove(gang)
 
+    def _note_silence(self) -> None:
+        """Where nobody has polled for so long that gangs took it that nobody wants them, their end is no crash."""
+        before, self._polled_at = self._polled_at, time.monotonic()
+        if self._orphan_seconds is not None and self._polled_at - before > self._orphan_seconds / 2:
+            for held in self._held.values():
+                held.neglected = True
+
     def _tend(self) -> None:
-        """Tell idle gangs that they are wanted; those that have lost a rank since the last time are removed."""
+        """Tell gangs that they are wanted, also those that do nothing, or still load what they need; idle ones that
+        have lost a rank since the last time are removed."""
         if time.monotonic() - self._tended_at < TEND_SECONDS:
             return
         self._tended_at = time.monotonic()
-        for gang in self._idle():
-            if answers_of(self._pings.get(gang.name, {}))[1]:
+        for gang in list(self._gangs.values()):
+            if answers_of(self._pings.get(gang.name, {}))[1] and not self._on(gang):
                 self._remove(gang)
             else:
                 self._pings[gang.name] = {rank: actor.ping.remote() for rank, actor in enumerate(gang.actors)}
