@@ -47,7 +47,7 @@ class Rank:
         self._storing: threading.Thread | None = None
 
     def run(self, spec: TrialSpec, data_root: Path, mailbox: Mailbox, closed: Callable[[], None] | None = None) -> bool:
-        """Run one job to its end and close its mailbox; whether it went well.
+        """Run one job to its end and close its mailbox; whether it and all before it went well.
 
         A failure of any kind is a closing, never an exception. The gang is then of no further use: other ranks may be
         waiting in a collective that this one has left. Nothing that the job held is held afterwards. Where `closed` is
