@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
@@ -114,6 +115,18 @@ def test_what_malloc_keeps_for_reuse_wears_nothing(rank: Rank, tmp_path: Path) -
     for trainer in ("count", "count", "scatters"):
         closing_of(rank, spec_for(trainer), tmp_path)
     assert rank.worn() == ""
+
+
+@told
+def test_an_artifact_that_is_still_being_stored_wears_nothing(rank: Rank, tmp_path: Path) -> None:
+    closed, stored = threading.Event(), import_module("trainers").STORED
+    for trainer in ("count", "count"):
+        closing_of(rank, spec_for(trainer), tmp_path)
+    assert rank.run(spec_for("stores"), tmp_path, MemoryMailbox(), closed.set)
+    assert not closed.is_set()
+    assert rank.worn() == ""
+    stored.set()
+    assert closed.wait(60)
 
 
 def test_tensors_that_stay_on_a_gpu_are_above_the_floor() -> None:

@@ -170,6 +170,22 @@ def scatters(job: Job, reporter: Reporter) -> Produced:
     return produced(job, stopped=False)
 
 
+STORED = threading.Event()
+
+
+def stores(job: Job, reporter: Reporter) -> Produced | Finish:
+    """Leaves 300 MiB to whoever stores them, which takes until STORED is set."""
+    held = b"\x01" * 300 * 2**20
+
+    def finish() -> tuple[TrialResult, bytes]:
+        assert STORED.wait(100) and held
+        made = produced(job, stopped=False)
+        assert made is not None
+        return made
+
+    return finish if job.defer else finish()
+
+
 def compiles(job: Job, reporter: Reporter) -> Produced:
     """A model of a shape of its own, compiled whole, as a GPU's are."""
     import torch
@@ -239,6 +255,7 @@ TRAINERS: dict[str, Trainer] = {
     "keeps-and-fails": keeps_and_fails,
     "hoards": hoards,
     "scatters": scatters,
+    "stores": stores,
     "compiles": compiles,
     "nap": nap,
     "silent": silent,

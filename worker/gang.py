@@ -47,7 +47,7 @@ class Rank:
         self._storing: threading.Thread | None = None
 
     def run(self, spec: TrialSpec, data_root: Path, mailbox: Mailbox, closed: Callable[[], None] | None = None) -> bool:
-        """Run one job to its end and close its mailbox; whether it went well.
+        """Run one job to its end and close its mailbox; whether it and all before it went well.
 
         A failure of any kind is a closing, never an exception. The gang is then of no further use: other ranks may be
         waiting in a collective that this one has left. Nothing that the job held is held afterwards. Where `closed` is
@@ -66,7 +66,8 @@ class Rank:
             closed()
         gc.collect()
         if not self._failed:  # after a CUDA error each call that touches the GPU raises another
-            self._floor.job_ended(_rendezvous().release_memory() if "torch" in sys.modules else 0)
+            device_bytes = _rendezvous().release_memory() if "torch" in sys.modules else 0
+            self._floor.job_ended(device_bytes, storing=self._is_storing())
         return not self._failed
 
     def worn(self) -> str:
@@ -82,8 +83,10 @@ class Rank:
         """Whether the next job may train while this one's artifact is compressed. On CPUs it would feel that, which
         matters where seconds are its budget, as they most likely are if they are this one's. One at a time: what is
         stored must not pile up."""
-        storing = self._storing is not None and self._storing.is_alive()
-        return not storing and (self._gang.device == "gpu" or spec.budget.seconds is None)
+        return not self._is_storing() and (self._gang.device == "gpu" or spec.budget.seconds is None)
+
+    def _is_storing(self) -> bool:
+        return self._storing is not None and self._storing.is_alive()
 
     def _train(self, job: Job, mailbox: Mailbox) -> Finish | None:
         """Close the mailbox, or give what is left to do before that, which needs no rank."""

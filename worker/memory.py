@@ -12,6 +12,9 @@ HOST_TOLERANCE_BYTES = 256 * MEBIBYTE
 HOST_TOLERANCE = 0.25
 """As a share of the floor. What may stay beside the floor: graphs of the compiler, 10 MiB each for four layers, another
 dataset's tokens, a library that only one recipe needs, an artifact that nobody has fetched yet."""
+STORING_BYTES = 1024 * MEBIBYTE
+"""More while an artifact is being written: zstd at level 22 takes 394 MiB for 17 million symbols, and the weights are
+there twice, to be compared."""
 DEVICE_TOLERANCE_BYTES = 64 * MEBIBYTE
 """Tensors are counted to the byte; what may come later are the workspaces of cuBLAS, 32 MiB each on Hopper."""
 
@@ -26,20 +29,23 @@ class Floor:
         self._host: int | None = None
         self._device = 0
 
-    def job_ended(self, device_bytes: int) -> None:
-        """Take the level after a job has released what it held, when tensors hold so much of this process's GPU."""
+    def job_ended(self, device_bytes: int, *, storing: bool = False) -> None:
+        """Take the level after a job has released what it held, when tensors hold so much of this process's GPU.
+
+        `storing` says that an artifact is still being written, whose memory stays until it is.
+        """
         self._jobs += 1
         if self._jobs < WARMING_JOBS:
             return
         if self._jobs == WARMING_JOBS:
             trim()
             self._host, self._device = host_bytes(), device_bytes
-        self.excess = self._host_excess() or _above("GPU", device_bytes, self._device, DEVICE_TOLERANCE_BYTES)
+        self.excess = self._host_excess(storing) or _above("GPU", device_bytes, self._device, DEVICE_TOLERANCE_BYTES)
 
-    def _host_excess(self) -> str:
+    def _host_excess(self, storing: bool) -> str:
         if self._host is None:
             return ""
-        tolerance = max(HOST_TOLERANCE_BYTES, int(HOST_TOLERANCE * self._host))
+        tolerance = max(HOST_TOLERANCE_BYTES, int(HOST_TOLERANCE * self._host)) + STORING_BYTES * storing
         if not _above("host", host_bytes() or 0, self._host, tolerance):
             return ""
         trim()  # on suspicion only: it takes 3 to 90 ms, as long as a whole change of trials may
