@@ -79,6 +79,8 @@ class RayRank:
             except ValueError as error:
                 mailbox.close(Closing(outcome="failed", reason=f"{type(error).__name__}: {error}", cause="bad_input"))
                 ended.set()
+            except OSError:  # it may be there when its turn comes
+                pass
         return os.getpid()
 
     def read(self, attempt_id: int, after: int) -> str:

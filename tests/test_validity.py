@@ -191,7 +191,7 @@ def test_a_run_with_a_smaller_micro_batch_is_not_compared_with_whole_ones(
     assert queue.end(queue.claim(), success(step_seconds=9.0)).outcome is Outcome.SUCCEEDED
 
 
-@pytest.mark.parametrize("outcome", set(Outcome) - {Outcome.SUCCEEDED, Outcome.VOID})
+@pytest.mark.parametrize("outcome", sorted(set(Outcome) - {Outcome.SUCCEEDED, Outcome.VOID}))
 def test_only_a_success_is_judged(
     queue: Queue, known: Callable[..., None], new_trial: Callable[..., NewTrial],
     success: Callable[..., AttemptResult], outcome: Outcome,
