@@ -25,7 +25,13 @@ class Watch:
         self._looked_at = self.began_at
 
     def look(self, update: Update, now: datetime) -> Ending | None:
-        """The ending of an attempt that has outlived its limits by `now`, given the latest that its gang says."""
+        """The ending of an attempt that has outlived its limits by `now`, given the latest that its gang says.
+
+        While it waits for another on its gang, it has not begun.
+        """
+        if update.phase == "queue":
+            self.began_at = self._looked_at = now
+            return None
         passed = (now - self._looked_at).total_seconds()
         self._looked_at = now
         said = (update.phase, update.beats)

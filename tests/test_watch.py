@@ -63,3 +63,11 @@ def test_an_attempt_that_goes_on_for_longer_than_its_limit_ends(now: datetime) -
     *before, last = looks(now, limits, *((seconds, "train", int(seconds)) for seconds in (1, 60, 89, 90)))
     assert before == [None] * 3
     assert last == Ending(Outcome.FAILED, "not finished after 90 s", cause=Cause.LIMIT)
+
+
+def test_an_attempt_that_waits_for_another_has_not_begun(now: datetime) -> None:
+    limits = LIMITS.model_copy(update={"attempt_seconds": 50.0})
+    waits = [(float(seconds), "queue", 0) for seconds in range(0, 500, 25)]
+    *before, last = looks(now, limits, *waits, (480, "train", 1), (510, "train", 2), (530, "train", 3))
+    assert before == [None] * (len(waits) + 2)
+    assert last == Ending(Outcome.FAILED, "not finished after 50 s", cause=Cause.LIMIT)
