@@ -32,7 +32,8 @@ class RayAttempt:
         """Whether its gang may have ended itself, since nobody asked for it."""
         self._known_at = time.monotonic()
         self._given_at: float | None = None
-        self._accepted: dict[int, Any] = {}  # calls by rank, as all below
+        self.accepted: dict[int, Any] = {}
+        """The calls that gave it to the ranks, by rank; none where it was adopted."""
         self._measurements: list[Measurement] = []
         self._mails = [Mail() for _ in gang.actors]
         self._opening_seconds = 0.0
@@ -46,15 +47,15 @@ class RayAttempt:
         spec = assignment.spec.model_dump_json()
         gang = self.gang
         calls = [actor.assign.remote(self.attempt_id, spec, data_root, gang.port) for actor in gang.actors]
-        self._accepted = dict(enumerate(calls))
+        self.accepted = dict(enumerate(calls))
         self._given_at = time.monotonic()
         self.phase = "queue" if waits else "start"
         gang.attempts += 1
 
-    def accepted(self, seconds: float) -> bool:
+    def is_accepted(self, seconds: float) -> bool:
         """Whether all ranks have taken the attempt, or do so within so many seconds. False where one has died."""
         if self._given_at is not None:
-            if len(answers_of(self._accepted, seconds)[0]) < len(self._accepted):
+            if len(answers_of(self.accepted, seconds)[0]) < len(self.accepted):
                 return False
             self._began()
         return True
@@ -76,7 +77,7 @@ class RayAttempt:
         """The calls whose answers `listen` takes in. Rank 0 is asked each time; its peers now and then, or where it
         has said its last."""
         if self._given_at is not None:
-            return [*self._accepted.values()]
+            return [*self.accepted.values()]
         now = time.monotonic()
         if self._mails[0].closing is not None or now - self._peers_at >= PEERS_SECONDS:
             ranks, self._peers_at = range(len(self._mails)), now
@@ -91,8 +92,8 @@ class RayAttempt:
     def listen(self, living: Callable[[], Collection[str]]) -> None:
         """Take in what has been answered. `living` gives the nodes that are, for the case that ranks are not."""
         if self._given_at is not None:
-            answers, deaths = answers_of(self._accepted)
-            if len(answers) == len(self._accepted):
+            answers, deaths = answers_of(self.accepted)
+            if len(answers) == len(self.accepted):
                 self._began()
         else:
             deaths = self._take()
@@ -110,7 +111,7 @@ class RayAttempt:
         """Calls of which each returns when its rank has something new to say. A rank may answer them out of order, and
         knows of no attempt that it has not accepted."""
         if self._given_at is not None:
-            return [*self._accepted.values()]
+            return [*self.accepted.values()]
         silent = [rank for rank, mail in enumerate(self._mails) if mail.closing is None]
         for rank in silent[:1]:
             if rank not in self._ends:

@@ -132,7 +132,7 @@ class RayLauncher:
             self._remove(known)  # in its place
         for warm in [] if cold else ([known] if known is not None else []) + self._idle(shape):
             given = self._give(assignment, warm, waits=False)
-            if given.accepted(WARM_SECONDS):
+            if given.is_accepted(WARM_SECONDS):
                 return warm.name
             del self._held[attempt_id]
             self._remove(warm)  # it has lost a rank or its node while it was idle
@@ -208,8 +208,8 @@ class RayLauncher:
         elif not gang.condemned and held.phase != "store":  # its ranks are at another attempt by then
             gang.condemned = held.phase != "queue" or not self._withdraw(held)
         if not gang.condemned:
-            for actor in gang.actors:
-                actor.forget.remote(attempt_id)
+            for rank, actor in enumerate(gang.actors):
+                actor.forget.remote(attempt_id, held.accepted.get(rank))
         self._remove_condemned()
 
     def leave(self) -> bool:
@@ -308,7 +308,9 @@ class RayLauncher:
 
     def _withdraw(self, held: RayAttempt) -> bool:
         """Take from its gang an attempt that waits there; False where it has begun, or the gang does not say."""
-        withdrawn, _ = answers_of({0: held.gang.actors[0].withdraw.remote(held.attempt_id)}, WARM_SECONDS)
+        withdrawn, _ = answers_of(
+            {0: held.gang.actors[0].withdraw.remote(held.attempt_id, held.accepted.get(0))}, WARM_SECONDS
+        )
         return withdrawn.get(0) is True
 
     def _remove_condemned(self) -> None:

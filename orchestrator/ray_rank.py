@@ -99,8 +99,12 @@ class RayRank:
         if attempt_id in self._mailboxes:
             self._mailboxes[attempt_id].stop()
 
-    def withdraw(self, attempt_id: int) -> bool:
-        """Drop an attempt that waits; whether it had not begun. For rank 0, which the others follow."""
+    def withdraw(self, attempt_id: int, accepted: object = None) -> bool:
+        """Drop an attempt that waits; whether it had not begun. For rank 0, which the others follow.
+
+        `accepted` is what `assign` returned, where the caller has it: calls may overtake each other, and Ray makes none
+        before its arguments are there.
+        """
         with self._news:
             return self._jobs.pop(attempt_id, None) is not None
 
@@ -111,8 +115,8 @@ class RayRank:
         except KeyError:
             return None
 
-    def forget(self, attempt_id: int) -> None:
-        """Drop the attempt's mailbox, and its artifact with it."""
+    def forget(self, attempt_id: int, accepted: object = None) -> None:
+        """Drop the attempt's mailbox, and its artifact with it. `accepted` as above."""
         with self._news:
             self._jobs.pop(attempt_id, None)
         self._mailboxes.pop(attempt_id, None)

@@ -243,7 +243,8 @@ def test_a_child_process_reads_the_settings_that_its_parent_has(tmp_path: Path) 
         "CADDIE_HOME": str(tmp_path), "CADDIE_DATABASE_URL": "postgresql://h/d", "CADDIE_ARTIFACTS": "/a",
         "CADDIE_DATA": "/d", "CADDIE_HOST": "0.0.0.0", "CADDIE_PORT": "9000", "CADDIE_URL": "http://caddie:1",
         "CADDIE_LAUNCHER": "local", "CADDIE_RAY_ADDRESS": "head:6379", "CADDIE_RANKS": "7",
-        "CADDIE_LEASE_SECONDS": "2.5", "CADDIE_GPU_HOUR_DOLLARS": "3", "CADDIE_OWNER": "me",
+        "CADDIE_LEASE_SECONDS": "2.5", "CADDIE_GRACE_SECONDS": "1", "CADDIE_GPU_HOUR_DOLLARS": "3",
+        "CADDIE_OWNER": "me",
     }  # fmt: skip
     assert set(chosen) == set(KNOWN)
     for given in (chosen, {"CADDIE_HOME": str(tmp_path)}):
