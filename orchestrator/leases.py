@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, ScalarSelect, func, insert, literal, select, true, update
@@ -18,7 +19,18 @@ from orchestrator.errors import LeaseLost
 from orchestrator.lifecycle import OPEN_TRIALS, PERMANENT, UNCHARGED, Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.store import add_event, insert_missing
 from orchestrator.study import AttemptResult, Claim, Lease, Resumed
-from orchestrator.tables import ArtifactRow, AttemptRow, MeasurementRow, RunRow, StudyRow, TrialRow, UtcDateTime
+from orchestrator.tables import (
+    ATTEMPTS,
+    RUNS,
+    TRIALS,
+    ArtifactRow,
+    AttemptRow,
+    MeasurementRow,
+    RunRow,
+    StudyRow,
+    TrialRow,
+    UtcDateTime,
+)
 from orchestrator.validity import judged
 from worker.report import Measurement, TrialResult
 from worker.spec import GangConfig, TrialSpec
@@ -44,10 +56,9 @@ def claim(
     another attempt, which is not for runs that start cold.
     """
     taken = session.execute(
-        update(RunRow).where(RunRow.id == _first_in_line(gang, warm), RunRow.state == RunState.QUEUED)
+        update(RUNS).where(RUNS.c.id == _first_in_line(gang, warm), RUNS.c.state == RunState.QUEUED)
         .values(state=RunState.RUNNING)
-        .returning(RunRow.id, RunRow.trial_id, RunRow.seed, RunRow.budget, RunRow.queued_at)
-        .execution_options(synchronize_session=False)
+        .returning(RUNS.c.id, RUNS.c.trial_id, RUNS.c.seed, RUNS.c.budget, RUNS.c.queued_at)
     ).one_or_none()  # fmt: skip
     if taken is None:
         return None
@@ -57,16 +68,15 @@ def claim(
     ).one()
     token = secrets.token_hex(16)
     attempt_id = session.scalar(
-        insert(AttemptRow).values(
+        insert(ATTEMPTS).values(
             run_id=taken.id, number=made + 1, owner=owner, gang=name, phase="queue", phase_since=now, phase_seconds={},
             queued_at=taken.queued_at, started_at=now, permanent=False, lease_token=token, lease_expires_at=now + ttl,
-        ).returning(AttemptRow.id)
+        ).returning(ATTEMPTS.c.id)
     )  # fmt: skip
     assert attempt_id is not None
     session.execute(
-        update(TrialRow).where(TrialRow.id == taken.trial_id, TrialRow.state == TrialState.QUEUED)
-        .values(state=TrialState.RUNNING, started_at=func.coalesce(TrialRow.started_at, literal(now, UtcDateTime())))
-        .execution_options(synchronize_session=False)
+        update(TRIALS).where(TRIALS.c.id == taken.trial_id, TRIALS.c.state == TrialState.QUEUED)
+        .values(state=TrialState.RUNNING, started_at=func.coalesce(TRIALS.c.started_at, literal(now, UtcDateTime())))
     )  # fmt: skip
     trial = session.get_one(TrialRow, taken.trial_id)
     spec = TrialSpec.model_validate({**trial.spec, "seed": taken.seed, "budget": taken.budget})
@@ -78,6 +88,7 @@ def claim(
     return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now)
 
 
+@lru_cache(maxsize=64)  # to put it together takes longer than to run it
 def _first_in_line(gang: GangConfig, warm: bool) -> ScalarSelect[int]:
     """The queued run of this shape that is next, as part of a statement."""
     queued = aliased(RunRow)
@@ -96,7 +107,7 @@ def renew(session: Session, lease: Lease, now: datetime, ttl: timedelta, **chang
     """Extend a lease that nobody has taken, and set the attempt's `gang` or `phase` where given. Raises LeaseLost."""
     values = {"lease_expires_at": now + ttl, **changes}
     if "phase" in changes:  # nearly always the one that it is in already, which takes one statement
-        if _written(session, lease, values, AttemptRow.phase == changes["phase"]):
+        if _written(session, lease, values, ATTEMPTS.c.phase == changes["phase"]):
             return
         values |= _time_spent(session, lease, now)
     _write(session, lease, **values)
@@ -244,11 +255,9 @@ def _written(session: Session, lease: Lease, values: Mapping[str, Any], *which: 
     """Whether the lease was still held, and its attempt such that it was written."""
     # Not on the expiry: a lease that ran out is ours until `expire` takes it, and a gang that trains on is not thrown
     # away because the database was away for longer than a lease.
-    held = (AttemptRow.id == lease.attempt_id, AttemptRow.outcome.is_(None), AttemptRow.lease_token == lease.token)
-    written = session.scalar(
-        update(AttemptRow).where(*held, *which).values(values)
-        .returning(AttemptRow.id).execution_options(synchronize_session=False)
-    )  # fmt: skip
+    attempt = ATTEMPTS.c
+    held = (attempt.id == lease.attempt_id, attempt.outcome.is_(None), attempt.lease_token == lease.token)
+    written = session.scalar(update(ATTEMPTS).where(*held, *which).values(values).returning(attempt.id))
     return written is not None
 
 
@@ -265,16 +274,14 @@ def _settle(session: Session, attempt_id: int, ended: AttemptResult, now: dateti
     moves: dict[str, Any] = {"state": run_state}
     if run_state is RunState.QUEUED:
         moves["queued_at"] = now
-    session.execute(update(RunRow).where(RunRow.id == run_id, RunRow.state == RunState.RUNNING).values(moves))
+    session.execute(update(RUNS).where(RUNS.c.id == run_id, RUNS.c.state == RunState.RUNNING).values(moves))
     values: dict[str, Any] = {"state": trial_state, "reason": ended.reason or None}
     if trial_state not in OPEN_TRIALS:
         values["finished_at"] = now
     if ended.result is not None:
         values |= _scores(ended.result)
-    moved = session.scalar(
-        update(TrialRow).where(TrialRow.id == trial_id, TrialRow.state == TrialState.RUNNING).values(values)
-        .returning(TrialRow.id).execution_options(synchronize_session=False)
-    )  # fmt: skip
+    running = (TRIALS.c.id == trial_id, TRIALS.c.state == TrialState.RUNNING)
+    moved = session.scalar(update(TRIALS).where(*running).values(values).returning(TRIALS.c.id))
     if moved is None:  # another of its runs has decided it
         return
     add_event(session, study_id, number, f"trial.{trial_state}", _sentence(number, trial_state, ended), now)

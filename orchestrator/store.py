@@ -15,21 +15,32 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from orchestrator.errors import Conflict, IllegalMove, NotFound
-from orchestrator.ledger import seconds_by_phase
 from orchestrator.lifecycle import (
     OPEN_TRIALS,
     STUDY_MOVES,
     TRIAL_MOVES,
-    Cause,
     Outcome,
     RunState,
     StudyState,
     TrialState,
     states_before,
 )
-from orchestrator.study import Artifact, Attempt, Event, NewStudy, NewTrial, Prediction, Progress, Run, Study, Trial
-from orchestrator.tables import ArtifactRow, AttemptRow, Base, EventRow, MeasurementRow, RunRow, StudyRow, TrialRow
-from worker.report import Hardware, Measurement, TrialResult
+from orchestrator.rows import attempt_of, gang_of, progress_of, study_of, trial_of
+from orchestrator.study import Attempt, Event, NewStudy, NewTrial, Progress, Run, Study, Trial
+from orchestrator.tables import (
+    EVENTS,
+    RUNS,
+    STUDIES,
+    TRIALS,
+    ArtifactRow,
+    AttemptRow,
+    Base,
+    EventRow,
+    MeasurementRow,
+    RunRow,
+    StudyRow,
+    TrialRow,
+)
 from worker.spec import GangConfig, TrialSpec
 
 EVENT_LOCK = 0x0CADD1F  # any fixed number: PostgreSQL's advisory lock that makes event ids follow commit order
@@ -53,7 +64,7 @@ def get_study(session: Session, name: str) -> Study:
     row = session.scalar(select(StudyRow).where(StudyRow.name == name))
     if row is None:
         raise NotFound("study", name)
-    return _study(row)
+    return study_of(row)
 
 
 def list_studies(session: Session, states: Collection[StudyState] = ()) -> tuple[Study, ...]:
@@ -61,7 +72,7 @@ def list_studies(session: Session, states: Collection[StudyState] = ()) -> tuple
     query = select(StudyRow).order_by(StudyRow.id)
     if states:
         query = query.where(StudyRow.state.in_(states))
-    return tuple(_study(row) for row in session.scalars(query))
+    return tuple(study_of(row) for row in session.scalars(query))
 
 
 def move_study(session: Session, study_id: int, to: StudyState, now: datetime, reason: str | None = None) -> Study:
@@ -88,7 +99,7 @@ def move_study(session: Session, study_id: int, to: StudyState, now: datetime, r
     add_event(session, study_id, None, f"study.{to}", message, now)
     for number in cancelled:
         add_event(session, study_id, number, "trial.cancelled", f"Trial {number} was cancelled with its study", now)
-    return _study(row)
+    return study_of(row)
 
 
 def count_refused(session: Session, study_id: int, refused: int) -> None:
@@ -107,30 +118,28 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
     number = _next_number(session, study_id, new.origin)
     if number is None:
         return None
-    row = TrialRow(
-        study_id=study_id, number=number, origin=new.origin, spec=new.spec.model_dump(mode="json"),
-        state=TrialState.INFEASIBLE if infeasible else TrialState.QUEUED, spec_hash=new.spec.canonical_hash,
-        params=new.params, prediction=asdict(new.prediction), verdict=new.verdict, reason=new.reason,
-        idempotency_key=new.idempotency_key, created_at=now, finished_at=now if infeasible else None,
-    )  # fmt: skip
-    session.add(row)
-    session.flush()
+    values = {
+        "study_id": study_id, "number": number, "origin": new.origin, "spec": new.spec.model_dump(mode="json"),
+        "state": TrialState.INFEASIBLE if infeasible else TrialState.QUEUED, "spec_hash": new.spec.canonical_hash,
+        "params": new.params, "prediction": asdict(new.prediction), "verdict": new.verdict, "reason": new.reason,
+        "idempotency_key": new.idempotency_key, "created_at": now, "finished_at": now if infeasible else None,
+    }  # fmt: skip
+    trial_id = session.scalar(insert(TRIALS).values(values).returning(TRIALS.c.id))
+    row = TrialRow(id=trial_id, **values)
     if infeasible:
         add_event(session, study_id, number, "trial.infeasible", f"Trial {number} was refused: {new.reason}", now)
-        return _trial(row, new.spec)
-    session.add(
-        RunRow(
-            trial_id=row.id, seed=new.spec.seed, budget=new.spec.budget.model_dump(mode="json"), state=RunState.QUEUED,
-            ranks=new.spec.gang.ranks, device=new.spec.gang.device, priority=10 if new.origin == "submitted" else 0,
-            cold=new.spec.limits.cold,
-            created_at=now, queued_at=now,
+        return trial_of(row, new.spec)
+    session.execute(
+        insert(RUNS).values(
+            trial_id=trial_id, seed=new.spec.seed, budget=new.spec.budget.model_dump(mode="json"),
+            state=RunState.QUEUED, ranks=new.spec.gang.ranks, device=new.spec.gang.device,
+            priority=10 if new.origin == "submitted" else 0, cold=new.spec.limits.cold, created_at=now, queued_at=now,
         )
     )  # fmt: skip
-    session.flush()
     if new.origin == "submitted":
         _reopen(session, study_id, now)
     add_event(session, study_id, number, "trial.queued", f"Trial {number} was {new.origin}", now)
-    return _trial(row, new.spec)
+    return trial_of(row, new.spec)
 
 
 def _reopen(session: Session, study_id: int, now: datetime) -> None:
@@ -146,12 +155,13 @@ def _reopen(session: Session, study_id: int, now: datetime) -> None:
 def _next_number(session: Session, study_id: int, origin: str) -> int | None:
     proposal = origin == "proposed"
     open_states = (StudyState.RUNNING,) if proposal else (StudyState.RUNNING, StudyState.PAUSED, StudyState.COMPLETE)
-    take = update(StudyRow).where(StudyRow.id == study_id, StudyRow.state.in_(open_states))
-    values: dict[str, Any] = {"next_number": StudyRow.next_number + 1}
+    study = STUDIES.c
+    take = update(STUDIES).where(study.id == study_id, study.state.in_(open_states))
+    values: dict[str, Any] = {"next_number": study.next_number + 1}
     if proposal:
-        take = take.where(StudyRow.proposed < StudyRow.max_trials)
-        values["proposed"] = StudyRow.proposed + 1
-    number = session.scalar(take.values(values).returning(StudyRow.next_number))
+        take = take.where(study.proposed < study.max_trials)
+        values["proposed"] = study.proposed + 1
+    number = session.scalar(take.values(values).returning(study.next_number))
     if number is None and not proposal:
         row = session.get(StudyRow, study_id)
         if row is None:
@@ -198,7 +208,7 @@ def get_trial(session: Session, study_id: int, number: int) -> Trial:
     row = session.scalar(select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.number == number))
     if row is None:
         raise NotFound("trial", number)
-    return _trial(row)
+    return trial_of(row)
 
 
 def find_trial(
@@ -211,7 +221,7 @@ def find_trial(
     if idempotency_key is not None:
         query = query.where(TrialRow.idempotency_key == idempotency_key)
     row = session.scalar(query)
-    return None if row is None else _trial(row)
+    return None if row is None else trial_of(row)
 
 
 def list_states(
@@ -246,7 +256,7 @@ def list_trials(
         query = query.where(TrialRow.state.in_(states))
     known = specs or {}
     rows = session.scalars(query.order_by(TrialRow.number).limit(limit))
-    return tuple(_trial(row, known.get(row.number)) for row in rows)
+    return tuple(trial_of(row, known.get(row.number)) for row in rows)
 
 
 def leaderboard(session: Session, study_id: int, cap_bytes: int, limit: int | None = None) -> tuple[Trial, ...]:
@@ -256,7 +266,7 @@ def leaderboard(session: Session, study_id: int, cap_bytes: int, limit: int | No
         select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.state == TrialState.COMPLETE)
         .order_by(over, TrialRow.val_bpb, TrialRow.number).limit(limit)
     )  # fmt: skip
-    return tuple(_trial(row) for row in session.scalars(query))
+    return tuple(trial_of(row) for row in session.scalars(query))
 
 
 def count_trials(session: Session, study_id: int) -> dict[TrialState, int]:
@@ -273,13 +283,15 @@ def count_queued(session: Session) -> dict[tuple[int, GangConfig], int]:
         .where(RunRow.state == RunState.QUEUED, StudyRow.state == StudyState.RUNNING)
         .group_by(TrialRow.study_id, RunRow.ranks, RunRow.device)
     )  # fmt: skip
-    return {(study_id, _gang(ranks, device)): count for study_id, ranks, device, count in session.execute(query)}
+    return {(study_id, gang_of(ranks, device)): count for study_id, ranks, device, count in session.execute(query)}
 
 
 def list_runs(session: Session, trial_id: int) -> tuple[Run, ...]:
     """A trial's runs, in the order in which they were added."""
     rows = session.scalars(select(RunRow).where(RunRow.trial_id == trial_id).order_by(RunRow.id))
-    return tuple(Run(row.id, row.trial_id, row.seed, RunState(row.state), _gang(row.ranks, row.device)) for row in rows)
+    return tuple(
+        Run(row.id, row.trial_id, row.seed, RunState(row.state), gang_of(row.ranks, row.device)) for row in rows
+    )
 
 
 def list_attempts(session: Session, trial_id: int) -> tuple[Attempt, ...]:
@@ -288,7 +300,7 @@ def list_attempts(session: Session, trial_id: int) -> tuple[Attempt, ...]:
         select(AttemptRow, ArtifactRow).outerjoin(ArtifactRow, ArtifactRow.attempt_id == AttemptRow.id)
         .join(RunRow, RunRow.id == AttemptRow.run_id).where(RunRow.trial_id == trial_id).order_by(AttemptRow.id)
     )  # fmt: skip
-    return tuple(_attempt(row, artifact) for row, artifact in session.execute(query))
+    return tuple(attempt_of(row, artifact) for row, artifact in session.execute(query))
 
 
 def list_measurements(session: Session, trial_id: int, after: Mapping[int, int] | None = None) -> tuple[Progress, ...]:
@@ -306,7 +318,7 @@ def list_measurements(session: Session, trial_id: int, after: Mapping[int, int] 
     grouped: dict[tuple[int, int], tuple[list[MeasurementRow], int, int]] = {}
     for row, run_id, seed in session.execute(query):
         grouped.setdefault((row.attempt_id, row.number), ([], run_id, seed))[0].append(row)
-    return tuple(_progress(rows, run_id, seed) for rows, run_id, seed in grouped.values())
+    return tuple(progress_of(rows, run_id, seed) for rows, run_id, seed in grouped.values())
 
 
 def list_curves(session: Session, study_id: int, name: str, numbers: Collection[int]) -> dict[int, dict[int, float]]:
@@ -338,7 +350,7 @@ def add_event(session: Session, study_id: int, number: int | None, kind: str, me
     """Add an event to the transaction. Call it last: on PostgreSQL it holds a lock until the commit."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": EVENT_LOCK})
-    session.execute(insert(EventRow).values(study_id=study_id, trial_number=number, at=now, kind=kind, message=message))
+    session.execute(insert(EVENTS).values(study_id=study_id, trial_number=number, at=now, kind=kind, message=message))
 
 
 def insert_missing(session: Session, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> int:
@@ -350,50 +362,3 @@ def insert_missing(session: Session, table: type[Base], rows: Sequence[Mapping[s
 
 def _count(result: object) -> int:
     return cast(CursorResult[Any], result).rowcount
-
-
-def _gang(ranks: int, device: str) -> GangConfig:
-    return GangConfig.model_validate({"ranks": ranks, "device": device})
-
-
-def _study(row: StudyRow) -> Study:
-    return Study(
-        id=row.id, name=row.name, state=StudyState(row.state), definition=NewStudy.model_validate(row.definition),
-        proposed=row.proposed, refused=row.refused, reason=row.reason,
-        created_at=row.created_at, changed_at=row.changed_at,
-    )  # fmt: skip
-
-
-def _trial(row: TrialRow, spec: TrialSpec | None = None) -> Trial:
-    return Trial(
-        id=row.id, study_id=row.study_id, number=row.number, state=TrialState(row.state),
-        origin="proposed" if row.origin == "proposed" else "submitted", spec=spec or TrialSpec.model_validate(row.spec),
-        spec_hash=row.spec_hash, params=row.params, prediction=Prediction(**row.prediction),
-        verdict=cast(Any, row.verdict), reason=row.reason,
-        result=None if row.result is None else TrialResult.model_validate(row.result),
-        created_at=row.created_at, started_at=row.started_at, finished_at=row.finished_at,
-    )  # fmt: skip
-
-
-def _attempt(row: AttemptRow, artifact: ArtifactRow | None) -> Attempt:
-    return Attempt(
-        id=row.id, run_id=row.run_id, number=row.number, owner=row.owner, gang=row.gang, phase=row.phase,
-        outcome=None if row.outcome is None else Outcome(row.outcome),
-        cause=None if row.cause is None else Cause(row.cause),
-        reason=row.reason, queued_at=row.queued_at, started_at=row.started_at, finished_at=row.finished_at,
-        phase_seconds=seconds_by_phase(
-            row.queued_at, row.started_at, row.phase, row.phase_since, row.phase_seconds, row.finished_at
-        ),
-        step_seconds=None if row.result is None else row.result["step_seconds"],
-        hardware=None if row.hardware is None else Hardware.model_validate(row.hardware),
-        artifact=None if artifact is None else Artifact(artifact.uri, artifact.bytes, artifact.sha256),
-    )  # fmt: skip
-
-
-def _progress(rows: Sequence[MeasurementRow], run_id: int, seed: int) -> Progress:
-    first = rows[0]
-    measurement = Measurement(
-        number=first.number, step=first.step, elapsed_seconds=first.elapsed_seconds,
-        metrics={row.name: row.value for row in rows},
-    )  # fmt: skip
-    return Progress(first.attempt_id, run_id, seed, measurement)

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from sqlalchemy import (
     JSON,
@@ -14,6 +14,7 @@ from sqlalchemy import (
     Index,
     MetaData,
     String,
+    Table,
     Text,
     TypeDecorator,
     UniqueConstraint,
@@ -255,3 +256,9 @@ class EventRow(Base):
     at: Mapped[datetime]
     kind: Mapped[str] = mapped_column(String(64))
     message: Mapped[str] = mapped_column(AnyText)
+
+
+STUDIES, TRIALS, RUNS, ATTEMPTS, EVENTS = (
+    cast(Table, row.__table__) for row in (StudyRow, TrialRow, RunRow, AttemptRow, EventRow)
+)
+"""For the statements that every trial takes: an UPDATE of a mapped class costs three times as much time in Python."""

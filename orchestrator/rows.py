@@ -1,0 +1,59 @@
+"""Rows as values: no row leaves the modules that write them."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from orchestrator.ledger import seconds_by_phase
+from orchestrator.lifecycle import Cause, Outcome, StudyState, TrialState
+from orchestrator.study import Artifact, Attempt, NewStudy, Prediction, Progress, Study, Trial
+from orchestrator.tables import ArtifactRow, AttemptRow, MeasurementRow, StudyRow, TrialRow
+from worker.report import Hardware, Measurement, TrialResult
+from worker.spec import GangConfig, TrialSpec
+
+
+def gang_of(ranks: int, device: str) -> GangConfig:
+    return GangConfig.model_validate({"ranks": ranks, "device": device})
+
+
+def study_of(row: StudyRow) -> Study:
+    return Study(
+        id=row.id, name=row.name, state=StudyState(row.state), definition=NewStudy.model_validate(row.definition),
+        proposed=row.proposed, refused=row.refused, reason=row.reason,
+        created_at=row.created_at, changed_at=row.changed_at,
+    )  # fmt: skip
+
+
+def trial_of(row: TrialRow, spec: TrialSpec | None = None) -> Trial:
+    """With its spec, where the caller has it: building one takes time."""
+    return Trial(
+        id=row.id, study_id=row.study_id, number=row.number, state=TrialState(row.state),
+        origin="proposed" if row.origin == "proposed" else "submitted", spec=spec or TrialSpec.model_validate(row.spec),
+        spec_hash=row.spec_hash, params=row.params, prediction=Prediction(**row.prediction),
+        verdict=cast(Any, row.verdict), reason=row.reason,
+        result=None if row.result is None else TrialResult.model_validate(row.result),
+        created_at=row.created_at, started_at=row.started_at, finished_at=row.finished_at,
+    )  # fmt: skip
+
+
+def attempt_of(row: AttemptRow, artifact: ArtifactRow | None) -> Attempt:
+    return Attempt(
+        id=row.id, run_id=row.run_id, number=row.number, owner=row.owner, gang=row.gang, phase=row.phase,
+        outcome=None if row.outcome is None else Outcome(row.outcome),
+        cause=None if row.cause is None else Cause(row.cause),
+        reason=row.reason, queued_at=row.queued_at, started_at=row.started_at, finished_at=row.finished_at,
+        phase_seconds=seconds_by_phase(
+            row.queued_at, row.started_at, row.phase, row.phase_since, row.phase_seconds, row.finished_at
+        ),
+        step_seconds=None if row.result is None else row.result["step_seconds"],
+        hardware=None if row.hardware is None else Hardware.model_validate(row.hardware),
+        artifact=None if artifact is None else Artifact(artifact.uri, artifact.bytes, artifact.sha256),
+    )  # fmt: skip
+
+
+def progress_of(rows: Sequence[MeasurementRow], run_id: int, seed: int) -> Progress:
+    first = rows[0]
+    measurement = Measurement(
+        number=first.number, step=first.step, elapsed_seconds=first.elapsed_seconds,
+        metrics={row.name: row.value for row in rows},
+    )  # fmt: skip
+    return Progress(first.attempt_id, run_id, seed, measurement)
