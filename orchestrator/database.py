@@ -98,7 +98,9 @@ def _parse(url: str) -> URL:
 
 def _create_engine(database: Database) -> Engine:
     if not database.is_sqlite:
-        return create_engine(database.url, pool_pre_ping=True)
+        # A host that has vanished does not refuse: without limits the loop would wait for minutes.
+        patience = {"connect_timeout": 5, "keepalives_idle": 5, "tcp_user_timeout": 10_000}
+        return create_engine(database.url, pool_pre_ping=True, connect_args=patience)
     engine = create_engine(database.url, connect_args={"timeout": 30})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

@@ -108,7 +108,8 @@ class Loop:
         gave_up = self._feed(studies, waiting, now)
         shapes = _by_shape(waiting)
         self.queue.look(shapes, now)
-        self._share(shapes, updates, now)
+        if not any(update.ending for update in updates.values()):  # else what waited may have begun since the poll
+            self._share(shapes, updates, now)
         for study in studies:
             self.queue.tell_of_no_room(study, [gang for (study_id, gang) in waiting if study_id == study.id], now)
             self.supply.complete(study, gave_up.get(study.id), now)
@@ -144,7 +145,7 @@ class Loop:
 
     def _record(self, updates: Mapping[int, Update], now: datetime) -> None:
         """Write down what running attempts have said, and renew their leases, in one transaction."""
-        due = [held for held in self.held.values() if self._is_due(held, updates.get(held.attempt_id), now)]
+        due = [held for _, held in sorted(self.held.items()) if self._is_due(held, updates.get(held.attempt_id), now)]
         if not due:
             return
         lost = set()
@@ -181,6 +182,8 @@ class Loop:
             held.unstored = True
         except OperationalError:  # the database is away: nothing is lost, the gang keeps what it measured
             raise
+        except KeyError as error:  # its gang is gone, and the artifact with it
+            self._finish(held, AttemptResult(Outcome.LOST, str(error)), now)
         except Exception as error:  # one gang must not stop the others
             log.exception("attempt %d could not be ended", held.attempt_id)
             self._finish(held, _failed(error), now)
@@ -190,7 +193,9 @@ class Loop:
         artifact = None
         if ending.result is not None:
             artifact = self.artifacts.put(self.launcher.artifact(held.attempt_id))
-        return AttemptResult(ending.outcome, ending.reason, ending.result, artifact, ending.cause, update.seconds)
+        return AttemptResult(
+            ending.outcome, ending.reason, ending.result, artifact, ending.cause, update.seconds or None
+        )
 
     def _finish(self, held: Held, result: AttemptResult, now: datetime, update: Update | None = None) -> None:
         try:
@@ -250,7 +255,8 @@ class Loop:
         for held in list(self.held.values()):
             gang, update = held.claim.spec.gang, updates.get(held.attempt_id)
             waits = update is not None and update.phase == "queue" and now - held.claim.started_at > SHARE
-            if waits and not waiting.get(gang) and self.launcher.free(gang):
+            offer = self.launcher.offer(gang) if waits and not waiting.get(gang) else None
+            if offer is not None and not offer.behind:
                 self._finish(held, AttemptResult(Outcome.PREEMPTED, "another gang is free for it"), now)
                 return
 
@@ -332,7 +338,8 @@ def run(
                 failures += 1
                 log.warning("the database does not answer, trying again: %s", error.orig)
             if failures:
-                stopped = wait(min(tick_seconds * 2 ** min(failures, 6), 10.0))
+                longest = loop.ttl.total_seconds() / 6  # gangs that are not polled for long remove themselves
+                stopped = wait(min(tick_seconds * 2 ** min(failures, 6), longest))
             else:
                 loop.launcher.wait(tick_seconds)  # a gang that is done waits for the next run, not for the next tick
                 stopped = wait(0)
@@ -341,5 +348,8 @@ def run(
             if leave_at is None and drain():
                 loop.draining, leave_at = True, clock() + grace
                 log.info("no new attempts; the %d that run have until %s", len(loop.held), leave_at)
+    except Exception:  # a mistake of ours must not cost more than SIGKILL would
+        loop.leave(clock())
+        raise
     finally:
         loop.hand_back(clock())

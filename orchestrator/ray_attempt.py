@@ -1,7 +1,7 @@
 """One attempt on a gang on Ray: what its ranks say of it, until it has ended."""
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
@@ -11,6 +11,7 @@ from orchestrator.ending import ending_of
 from orchestrator.launcher import Assignment, Ending, Update
 from orchestrator.lifecycle import Outcome
 from orchestrator.ray_gang import Gang
+from orchestrator.ray_rooms import Rooms
 from worker.mailbox import Mail
 from worker.report import Measurement
 
@@ -41,6 +42,10 @@ class RayAttempt:
         self._ends: dict[int, Any] = {}
         self._peers_at = 0.0
         self._unknown = False
+        self.undelivered = False
+        """Whether rank 0 never got it: whoever claimed it died before."""
+        self.shares = False
+        """Whether its gang has been given another attempt meanwhile."""
 
     def give(self, assignment: Assignment, data_root: str, *, waits: bool) -> None:
         """Send the attempt to the gang's ranks, where it may wait for the one before it."""
@@ -48,6 +53,8 @@ class RayAttempt:
         gang = self.gang
         calls = [actor.assign.remote(self.attempt_id, spec, data_root, gang.port) for actor in gang.actors]
         self.accepted = dict(enumerate(calls))
+        if waits:
+            gang.actors[0].check.remote(self.attempt_id, spec, data_root, calls[0])
         self._given_at = time.monotonic()
         self.phase = "queue" if waits else "start"
         gang.attempts += 1
@@ -89,12 +96,15 @@ class RayAttempt:
                 self._reads[rank] = self.gang.actors[rank].read.remote(self.attempt_id, after)
         return list(self._reads.values())
 
-    def listen(self, living: Callable[[], Collection[str]]) -> None:
-        """Take in what has been answered. `living` gives the nodes that are, for the case that ranks are not."""
+    def listen(self, rooms: Rooms) -> None:
+        """Take in what has been answered. `rooms` tells whether the gang's node lives, where its ranks do not."""
         if self._given_at is not None:
             answers, deaths = answers_of(self.accepted)
             if len(answers) == len(self.accepted):
                 self._began()
+            elif not deaths and self.gang.node not in rooms.living():  # a gang that never came to be does not die
+                self.ending = Ending(Outcome.LOST, f"the node of gang {self.gang.name} is gone")
+                return
         else:
             deaths = self._take()
         if self._unknown:
@@ -105,7 +115,12 @@ class RayAttempt:
             # A rank whose peer died fails too, and says so before Ray knows of the death.
             ray.wait(asked := self.ask(), num_returns=len(asked), timeout=DEATH_SECONDS)
             deaths = self._take()
-        self.ending = self._end(deaths, living)
+        self.ending = self._end(deaths, rooms)
+
+    def neglect(self) -> None:
+        """Nobody has listened for so long that its gang may have ended itself. What was asked before tells nothing."""
+        self.neglected = True
+        self._reads.clear()
 
     def news(self) -> list[Any]:
         """Calls of which each returns when its rank has something new to say. A rank may answer them out of order, and
@@ -134,25 +149,29 @@ class RayAttempt:
         self._reads = {rank: call for rank, call in self._reads.items() if rank not in answers and rank not in errors}
         for rank, answer in answers.items():
             self._unknown = self._unknown or not answer
+            if rank == 0 and not answer:  # its gang may well be at another
+                self.phase, self.undelivered = "queue", True
             if answer:
                 self._mails[rank] = Mail.model_validate_json(answer)
         if answers.get(0):
+            self.neglected = False
             self.phase = self._mails[0].phase
             count = len(self._measurements)
             self._measurements += [said for said in self._mails[0].measurements if said.number > count]
         # A rank that Ray has lost sight of is asked again; Ray decides in the end whether it lives.
         return {rank: error for rank, error in errors.items() if not isinstance(error, ActorUnavailableError)}
 
-    def _end(self, deaths: Mapping[int, RayError], living: Callable[[], Collection[str]]) -> Ending | None:
+    def _end(self, deaths: Mapping[int, RayError], rooms: Rooms) -> Ending | None:
         """The attempt's ending. What befell its node, or another attempt of its gang, is not held against it."""
         name = self.gang.name
-        if deaths and self.gang.node not in living():
+        deaths = {rank: error for rank, error in deaths.items() if self._mails[rank].closing is None}
+        if deaths and self.gang.node not in rooms.look():
             return Ending(Outcome.LOST, f"the node of gang {name} is gone")
         if any(isinstance(error, RayActorError) and error.preempted for error in deaths.values()):
             return Ending(Outcome.PREEMPTED, f"the node of gang {name} was preempted")
         if deaths and self.neglected:
             return Ending(Outcome.LOST, f"nobody asked for gang {name} for too long")
-        if deaths and self.phase in ("queue", "store"):
+        if deaths and (self.phase == "queue" or (self.phase == "store" and self.shares)):
             return Ending(Outcome.LOST, f"gang {name} died while it ran another attempt")
         said = {rank: f"died: {one_line(error)}" for rank, error in deaths.items()}
         return ending_of(self.attempt_id, self._mails, said)

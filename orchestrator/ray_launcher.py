@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.job_config import JobConfig
 
 from orchestrator.ending import lost
@@ -23,9 +23,10 @@ from orchestrator.lifecycle import Outcome
 from orchestrator.local_launcher import source_roots
 from orchestrator.ray_attempt import RayAttempt, answers_of, one_line
 from orchestrator.ray_folder import RayFolder
-from orchestrator.ray_gang import Gang, ask_for, create, find, fit, names, new_name, nodes, remove, remove_named, spare
+from orchestrator.ray_gang import Gang, ask_for, create, find, fit, names, new_name, remove, remove_named, spare
 from orchestrator.ray_head import OBJECT_STORE_BYTES
 from orchestrator.ray_rooms import Rooms
+from worker.source import code_digest
 from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ QUICK_SECONDS = 2.0
 """An attempt that takes less is followed at once; after longer ones the next is chosen when training is over."""
 RECYCLE_ATTEMPTS = 200
 """So many attempts a gang is given before it is replaced: what leaks slowly gets no time to."""
-ARTIFACT_SECONDS = 60.0
+ARTIFACT_SECONDS = 10.0
 
 
 class RayLauncher:
@@ -86,14 +87,14 @@ class RayLauncher:
         self._gangs: dict[str, Gang] = {}
         self._pings: dict[str, dict[int, Any]] = {}
         self._rooms = Rooms()
-        self._wanted: Counter[GangConfig] = Counter()
+        self._wanted: Counter[GangConfig] | None = None
         self._tended_at = 0.0
         self._polled_at = time.monotonic()
 
     def free(self, gang: GangConfig) -> int:
         self._connect()
         idle = self._idle(gang)
-        return len(idle) + self._rooms.room(gang, [*self._busy(), *idle])
+        return len(idle) + self._rooms.room(gang, {*self._needed(), *idle})
 
     def capacity(self, gang: GangConfig) -> int:
         self._connect()
@@ -129,13 +130,13 @@ class RayLauncher:
                 raise NoRoom(f"gang {gang} takes no other attempt now")
             return self._give(assignment, known, waits=True).gang.name
         if known is not None and cold:
-            self._remove(known)  # in its place
-        for warm in [] if cold else ([known] if known is not None else []) + self._idle(shape):
-            given = self._give(assignment, warm, waits=False)
+            self._retire(known)  # in its place
+        elif known is not None:
+            given = self._give(assignment, known, waits=False)
             if given.is_accepted(WARM_SECONDS):
-                return warm.name
+                return known.name
             del self._held[attempt_id]
-            self._remove(warm)  # it has lost a rank or its node while it was idle
+            self._retire(known)  # it has lost a rank or its node while it was idle
         name = gang if known is None else new_name(shape, self._owner)
         return self._give(assignment, self._open(name, shape), waits=False).gang.name
 
@@ -152,6 +153,8 @@ class RayLauncher:
         orphans = names(self._owner) - set(self._gangs)
         for name in orphans:
             remove_named(name)
+        for gang in list(self._gangs.values()):
+            self._examine(gang)
         return len(orphans)
 
     def poll(self, cursors: Mapping[int, int]) -> dict[int, Update]:
@@ -161,8 +164,10 @@ class RayLauncher:
             ray.wait(calls, num_returns=len(calls), timeout=ANSWER_SECONDS)
         for held in running:
             if not held.gang.condemned or held.phase == "store":
-                held.listen(nodes)
+                held.listen(self._rooms)
             if held.ending is not None and held.ending.result is None and held.phase != "queue":
+                held.gang.condemned = True
+            if held.phase == "store" and held.gang.attempts >= RECYCLE_ATTEMPTS and not self._on(held.gang):
                 held.gang.condemned = True
         for held in running:
             if held.ending is None and held.gang.condemned and held.phase != "store":
@@ -191,6 +196,8 @@ class RayLauncher:
             raise KeyError(f"attempt {attempt_id} has no result here")
         try:
             artifact = ray.get(held.gang.actors[0].artifact.remote(attempt_id), timeout=ARTIFACT_SECONDS)
+        except GetTimeoutError as error:
+            raise TimeoutError(f"the artifact of attempt {attempt_id} takes over {ARTIFACT_SECONDS:g} s") from error
         except RayError as error:
             raise KeyError(f"the artifact of attempt {attempt_id} is gone: {one_line(error)}") from error
         if not isinstance(artifact, bytes):
@@ -203,10 +210,11 @@ class RayLauncher:
             return
         gang, ended_well = held.gang, held.ending is not None and held.ending.result is not None
         if ended_well:
-            gang.quick = sum(held.update.seconds.values()) < QUICK_SECONDS
+            spent = held.update.seconds
+            gang.quick = sum(spent[phase] for phase in spent if phase not in ("queue", "idle")) < QUICK_SECONDS
             gang.condemned = gang.condemned or (gang.attempts >= RECYCLE_ATTEMPTS and not self._on(gang))
         elif not gang.condemned and held.phase != "store":  # its ranks are at another attempt by then
-            gang.condemned = held.phase != "queue" or not self._withdraw(held)
+            gang.condemned = held.phase != "queue" or not (held.undelivered or self._withdraw(held))
         if not gang.condemned:
             for rank, actor in enumerate(gang.actors):
                 actor.forget.remote(attempt_id, held.accepted.get(rank))
@@ -226,6 +234,8 @@ class RayLauncher:
         for gang in list(self._gangs.values()):
             self._remove(gang)
         self._held.clear()
+        if self._address is not None:
+            ask_for({})  # what is asked for outlives whoever asked
         ray.shutdown()
         self._connected = False
         if self._folder is not None:
@@ -271,10 +281,29 @@ class RayLauncher:
     def _busy(self) -> list[Gang]:
         return [gang for gang in self._gangs.values() if gang.condemned or self._on(gang)]
 
+    def _needed(self) -> list[Gang]:
+        """The gangs that cannot make room: busy ones, and those that have what was not stored yet."""
+        held = [attempt.gang for attempt in self._held.values()]
+        return [gang for gang in self._gangs.values() if gang.condemned or gang in held]
+
+    def _retire(self, gang: Gang) -> None:
+        """Give it nothing more, and remove it once nothing on it is still to be stored."""
+        gang.condemned = True
+        self._remove_condemned()
+
     def _idle(self, shape: GangConfig | None = None) -> list[Gang]:
         """The gangs, of this shape or any, that could start an attempt at once."""
         idle = [gang for gang in self._gangs.values() if not gang.condemned and not self._on(gang)]
         return [gang for gang in idle if gang.node in self._rooms.living() and shape in (None, gang.shape)]
+
+    def _examine(self, gang: Gang) -> None:
+        """Condemn an adopted gang that is at an attempt which is nobody's any more, and give one that runs other code
+        than ours no more than it has."""
+        asked: dict[int, Any] = {0: gang.actors[0].about.remote()}
+        at, code = answers_of(asked, WARM_SECONDS)[0].get(0, (None, code_digest()))
+        gang.condemned = gang.condemned or (at is not None and at not in self._held)
+        if code != code_digest():
+            gang.attempts = RECYCLE_ATTEMPTS
 
     def _about_to_end(self, gang: Gang) -> bool:
         """Whether the gang may be given an attempt that waits for the one it runs."""
@@ -287,11 +316,13 @@ class RayLauncher:
         """Send the attempt to the gang's ranks."""
         held = self._held[assignment.attempt_id] = RayAttempt(assignment.attempt_id, gang)
         held.give(assignment, str(self._data_root), waits=waits)
+        for other in self._held.values():
+            other.shares = other.shares or (other is not held and other.gang is gang)
         return held
 
     def _node_for(self, shape: GangConfig) -> str | None:
         """Where a new gang of the shape goes, idle gangs in its way retired only where they must be."""
-        return self._rooms.node_for(shape, [*self._gangs.values()]) or self._rooms.node_for(shape, self._busy())
+        return self._rooms.node_for(shape, [*self._gangs.values()]) or self._rooms.node_for(shape, self._needed())
 
     def _open(self, name: str, shape: GangConfig) -> Gang:
         """A new gang of this name, after retiring the idle gangs that are in its way."""
@@ -301,7 +332,7 @@ class RayLauncher:
         for idle in self._idle():
             if fit(shape, *spare(self._rooms.living(), self._gangs.values())[node]):
                 break
-            if idle.node == node:
+            if idle.node == node and idle not in self._needed():
                 self._remove(idle)
         gang = self._gangs[name] = create(name, node, self._trainer, orphan_seconds=self._orphan_seconds)
         return gang
@@ -334,7 +365,7 @@ class RayLauncher:
         before, self._polled_at = self._polled_at, time.monotonic()
         if self._orphan_seconds is not None and self._polled_at - before > self._orphan_seconds / 2:
             for held in self._held.values():
-                held.neglected = True
+                held.neglect()
 
     def _tend(self) -> None:
         """Tell gangs that they are wanted, also those that do nothing, or still load what they need; idle ones that
@@ -344,7 +375,7 @@ class RayLauncher:
         self._tended_at = time.monotonic()
         for gang in list(self._gangs.values()):
             if answers_of(self._pings.get(gang.name, {}))[1] and not self._on(gang):
-                self._remove(gang)
+                self._retire(gang)
             else:
                 self._pings[gang.name] = {rank: actor.ping.remote() for rank, actor in enumerate(gang.actors)}
 

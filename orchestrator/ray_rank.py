@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.mailbox import Closing, MemoryMailbox
+from worker.source import code_digest
 from worker.spec import GangConfig, TrialSpec
 from worker.trainer import Job, find_check
 
@@ -35,6 +36,8 @@ class RayRank:
         """What waits, in order."""
         self._news = threading.Condition()
         self._busy = False
+        self._at: int | None = None
+        self._code = code_digest()
         self._runner: Any = None  # worker.gang.Rank, which needs torch: made and used by the thread
         self._store: Any = None
         self._orders: Any = None
@@ -53,10 +56,7 @@ class RayRank:
         return port
 
     def assign(self, attempt_id: int, spec: str, data_root: str, port: int | None) -> int:
-        """Queue an attempt of a TrialSpec (as JSON); this process's id. `port` is rank 0's, None in a gang of one.
-
-        The data of one that has to wait is checked meanwhile: where it is wrong, rank 0's mailbox closes at once.
-        """
+        """Queue an attempt of a TrialSpec (as JSON); this process's id. `port` is rank 0's, None in a gang of one."""
         self._heard_at = time.monotonic()
         parsed = TrialSpec.model_validate_json(spec)
         with self._news:
@@ -72,16 +72,27 @@ class RayRank:
             self._jobs[attempt_id] = job
             self._port = port
             self._news.notify_all()
-        check = find_check(self._trainer) if waits and self._rank == 0 else None
-        if check is not None:
-            try:
-                check(Job(spec=parsed, data_root=Path(data_root), rank=0, ranks=self._gang.ranks))
-            except ValueError as error:
-                mailbox.close(Closing(outcome="failed", reason=f"{type(error).__name__}: {error}", cause="bad_input"))
-                ended.set()
-            except OSError:  # it may be there when its turn comes
-                pass
         return os.getpid()
+
+    def check(self, attempt_id: int, spec: str, data_root: str, accepted: object) -> None:
+        """Look at the data of an attempt that waits: where it is wrong, its mailbox closes at once. For rank 0.
+
+        `accepted` is what `assign` returned: calls may overtake each other, and Ray makes none before its arguments are
+        there.
+        """
+        check, mailbox = find_check(self._trainer), self._mailboxes.get(attempt_id)
+        if check is None or mailbox is None:
+            return
+        job = Job(spec=TrialSpec.model_validate_json(spec), data_root=Path(data_root), ranks=self._gang.ranks)
+        try:
+            check(job)
+        except ValueError as error:  # anything else may be well when its turn comes
+            mailbox.close(Closing(outcome="failed", reason=f"{type(error).__name__}: {error}", cause="bad_input"))
+            self._ended[attempt_id].set()
+
+    def about(self) -> tuple[int | None, str]:
+        """The attempt that this rank is at, and the digest of the code that it runs."""
+        return self._at, self._code
 
     def read(self, attempt_id: int, after: int) -> str:
         """The attempt's Mail as JSON, with the measurements numbered above `after`; empty if it is not known here."""
@@ -102,8 +113,7 @@ class RayRank:
     def withdraw(self, attempt_id: int, accepted: object = None) -> bool:
         """Drop an attempt that waits; whether it had not begun. For rank 0, which the others follow.
 
-        `accepted` is what `assign` returned, where the caller has it: calls may overtake each other, and Ray makes none
-        before its arguments are there.
+        `accepted` is as in `check`, where the caller has it.
         """
         with self._news:
             return self._jobs.pop(attempt_id, None) is not None
@@ -116,7 +126,7 @@ class RayRank:
             return None
 
     def forget(self, attempt_id: int, accepted: object = None) -> None:
-        """Drop the attempt's mailbox, and its artifact with it. `accepted` as above."""
+        """Drop the attempt's mailbox, and its artifact with it. `accepted` is as in `check`."""
         with self._news:
             self._jobs.pop(attempt_id, None)
         self._mailboxes.pop(attempt_id, None)
@@ -140,7 +150,9 @@ class RayRank:
         try:
             free_at: float | None = None
             for number in range(1, 2**62):
+                self._at = None
                 attempt_id, job = self._next(number)
+                self._at = attempt_id
                 began_at = time.monotonic()
                 if attempt_id in self._mailboxes:
                     self._mailboxes[attempt_id].begin(0.0 if free_at is None else began_at - free_at)
@@ -183,7 +195,6 @@ class RayRank:
         while time.monotonic() - self._heard_at < orphan_seconds:
             time.sleep(WATCH_SECONDS)
         try:
-            if self._rank == 0:
-                importlib.import_module("orchestrator.ray_gang").remove_named(self._name)
+            importlib.import_module("orchestrator.ray_gang").remove_named(self._name)  # any of them: others may be gone
         finally:
             os._exit(1)

@@ -74,4 +74,5 @@ class Supply:
         except IllegalMove as error:  # someone moved it first
             log.info("%s", error)
         else:
+            self.searches.pop(study.id, None)
             log.info("study %s is %s: %s", study.name, to, why)

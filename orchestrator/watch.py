@@ -30,7 +30,7 @@ class Watch:
         While it waits for another on its gang, it has not begun.
         """
         if update.phase == "queue":
-            self.began_at = self._looked_at = now
+            self._looked_at = now
             return None
         passed = (now - self._looked_at).total_seconds()
         self._looked_at = now
@@ -42,6 +42,7 @@ class Watch:
             reason = f"no progress for {patience:g} s in phase {update.phase}"
             return Ending(Outcome.FAILED, reason, cause=Cause.HANG)
         limit = self.limits.attempt_seconds
-        if limit is not None and (now - self.began_at).total_seconds() >= limit:
+        ran = (now - self.began_at).total_seconds() - update.seconds.get("queue", 0.0)
+        if limit is not None and ran >= limit:
             return Ending(Outcome.FAILED, f"not finished after {limit:g} s", cause=Cause.LIMIT)
         return None

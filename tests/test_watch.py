@@ -66,8 +66,9 @@ def test_an_attempt_that_goes_on_for_longer_than_its_limit_ends(now: datetime) -
 
 
 def test_an_attempt_that_waits_for_another_has_not_begun(now: datetime) -> None:
-    limits = LIMITS.model_copy(update={"attempt_seconds": 50.0})
-    waits = [(float(seconds), "queue", 0) for seconds in range(0, 500, 25)]
-    *before, last = looks(now, limits, *waits, (480, "train", 1), (510, "train", 2), (530, "train", 3))
-    assert before == [None] * (len(waits) + 2)
-    assert last == Ending(Outcome.FAILED, "not finished after 50 s", cause=Cause.LIMIT)
+    watch = Watch(LIMITS.model_copy(update={"attempt_seconds": 50.0}), now)
+    for seconds in range(0, 500, 25):
+        assert watch.look(Update("queue", (), None, 0), now + timedelta(seconds=seconds)) is None
+    for seconds, ended in ((480, False), (520, False), (526, True)):
+        update = Update("train", (), None, seconds, {"queue": 475.5})
+        assert (watch.look(update, now + timedelta(seconds=seconds)) is not None) == ended

@@ -7,8 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -16,6 +14,7 @@ from uuid import uuid4
 import torch
 
 from worker.course import Course
+from worker.source import code_digest
 from worker.spec import TrialSpec
 from worker.world import World
 
@@ -118,17 +117,7 @@ class Checkpoint:
 def _key(spec: TrialSpec) -> str:
     """SHA-256 (hex), equal where training is equal bit for bit: the spec without its limits, this code, this torch."""
     plain = json.dumps(spec.model_dump(mode="json", exclude={"limits"}), sort_keys=True)
-    return hashlib.sha256(f"{plain}\n{_code()}\n{torch.__version__}".encode()).hexdigest()
-
-
-@cache
-def _code() -> str:
-    """SHA-256 (hex) of the worker's sources."""
-    digest = hashlib.sha256()
-    for source in sorted(files("worker").iterdir(), key=lambda source: source.name):
-        if source.name.endswith(".py"):
-            digest.update(source.read_bytes())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{plain}\n{code_digest()}\n{torch.__version__}".encode()).hexdigest()
 
 
 def _remove_old(folder: Path, before: float) -> None:

@@ -1,5 +1,6 @@
 """The source files that an artifact needs to be read and scored, as one archive: code counts against the cap."""
 
+import hashlib
 import io
 from functools import cache
 from importlib.resources import files
@@ -31,3 +32,13 @@ def archive() -> bytes:
 def code_bytes() -> int:
     """Bytes of the archive. A test scores an artifact with it alone."""
     return len(archive())
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 (hex) of the worker's sources, all of them, as they are at the first call."""
+    digest = hashlib.sha256()
+    for source in sorted(files("worker").iterdir(), key=lambda source: source.name):
+        if source.name.endswith(".py"):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
