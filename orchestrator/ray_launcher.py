@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.job_config import JobConfig
 
 from orchestrator.ending import lost
 from orchestrator.launcher import Assignment, Ending, NoRoom, Offer, Update
@@ -23,7 +22,20 @@ from orchestrator.lifecycle import Outcome
 from orchestrator.local_launcher import source_roots
 from orchestrator.ray_attempt import RayAttempt, answers_of, one_line
 from orchestrator.ray_folder import RayFolder
-from orchestrator.ray_gang import Gang, ask_for, create, find, fit, names, new_name, nodes, remove, remove_named, spare
+from orchestrator.ray_gang import (
+    Gang,
+    ask_for,
+    create,
+    driver_options,
+    find,
+    fit,
+    names,
+    new_name,
+    nodes,
+    remove,
+    remove_named,
+    spare,
+)
 from orchestrator.ray_head import OBJECT_STORE_BYTES
 from orchestrator.ray_rooms import Rooms
 from worker.spec import GangConfig
@@ -239,14 +251,7 @@ class RayLauncher:
             self.close()
         if self._connected:
             return
-        roots = [str(path) for path in (*self._import_path, *source_roots())]
-        options: dict[str, Any] = {
-            "namespace": self._namespace,
-            "job_config": JobConfig(code_search_path=roots),
-            "log_to_driver": False,
-            "configure_logging": False,
-            "logging_level": logging.WARNING,
-        }
+        options = driver_options(self._namespace, [*self._import_path, *source_roots()])
         # Ray puts the folder that we stand in on its workers' path: a `worker` in the user's would hide ours.
         with _own_sigterm(), chdir("/"):
             if self._address is None:
