@@ -114,7 +114,7 @@ def doctor(
     clear: Annotated[bool, typer.Option("--clear", help="Clear what can be cleared without losing anything.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what does not belong in the database and the folder of artifacts; exit 1 while anything of it remains."""
+    """List what does not belong in the database, the artifacts or the Ray cluster; exit 1 while anything remains."""
     from api.doctor import run_doctor
 
     sys.exit(run_doctor(Settings.read(os.environ), clearing=clear, as_json=as_json))

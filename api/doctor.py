@@ -1,9 +1,11 @@
-"""`caddie doctor`: what does not belong, straight from the database and the folder of artifacts, without a server."""
+"""`caddie doctor`: what does not belong, straight from the database, the folder of artifacts and the Ray cluster,
+without a server."""
 
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,10 +14,14 @@ from orchestrator.database import Database
 from orchestrator.doctor import Finding, clear, examine
 from orchestrator.settings import Settings
 
+UNASKED = (
+    "Ray was not asked for its gangs: CADDIE_RAY_ADDRESS names no cluster, and the Ray of `caddie up` ends with it"
+)
+
 
 def run_doctor(settings: Settings, *, clearing: bool, as_json: bool) -> int:
     """Print what does not belong, after clearing it where asked to. 0 where nothing of it remains, else 1, or 2 where
-    the database is of another version."""
+    the database is of another version. 1 also where the Ray cluster that is named does not answer."""
     database = Database(settings.database_url)
     try:
         if database.needs_migration():
@@ -26,17 +32,46 @@ def run_doctor(settings: Settings, *, clearing: bool, as_json: bool) -> int:
         cleared: list[Finding] = []
         if clearing:
             cleared, remaining = clear(database, artifacts, remaining, now)
+        gangs = _on_ray(settings, database, clearing=clearing)
     finally:
         database.close()
+    cleared, remaining = [*cleared, *gangs.cleared], [*remaining, *gangs.remaining]
     if as_json:
         answer = {
             "cleared": [_json(finding) for finding in cleared],
             "remaining": [_json(found) for found in remaining],
+            "ray": gangs.note,
         }
         print(json.dumps(answer, indent=2))
     else:
-        print("\n".join(doctor_lines(cleared, remaining)))
-    return 1 if remaining else 0
+        print("\n".join([*([gangs.note] if gangs.note else []), *doctor_lines(cleared, remaining)]))
+    return 1 if remaining or gangs.unanswered else 0
+
+
+@dataclass(frozen=True)
+class _OnRay:
+    """What the cluster has that does not belong. `note` says why it was not asked, None where it was."""
+
+    note: str | None
+    unanswered: bool = False
+    cleared: Sequence[Finding] = ()
+    remaining: Sequence[Finding] = ()
+
+
+def _on_ray(settings: Settings, database: Database, *, clearing: bool) -> _OnRay:
+    if settings.ray_address is None:
+        return _OnRay(UNASKED)
+    from orchestrator import ray_census  # loads Ray, which takes a second
+
+    try:
+        with ray_census.joined(settings.ray_address):
+            present, now = ray_census.present(), datetime.now(UTC)
+            census = ray_census.examine(database, present, settings.owner, now)
+            if clearing:
+                return _OnRay(None, False, *ray_census.clear(database, census, now))
+            return _OnRay(None, remaining=census.findings())
+    except ray_census.NoCluster as error:
+        return _OnRay(f"Ray was not asked for its gangs: {error}", unanswered=True)
 
 
 def doctor_lines(cleared: Sequence[Finding], remaining: Sequence[Finding]) -> list[str]:

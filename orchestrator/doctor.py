@@ -22,6 +22,7 @@ from orchestrator.tables import ArtifactRow, AttemptRow, RunRow, StudyRow, Trial
 
 SETTLED = timedelta(hours=1)
 """What is younger may be on its way: an artifact is on disk before its row, and an orchestrator may yet return."""
+ENDS_AS_LOST = "ends it as lost, and queues its run again"
 
 
 class Kind(StrEnum):
@@ -29,6 +30,8 @@ class Kind(StrEnum):
     STRAY_ARTIFACT = "artifact without a row"
     UNFINISHED_FILE = "unfinished file"
     OVERDUE_LEASE = "overdue lease"
+    LEASE_WITHOUT_GANG = "lease without a gang"
+    GANG_WITHOUT_LEASE = "gang without a lease"
     STOPPED_RUN = "queued in a stopped study"
 
 
@@ -93,7 +96,7 @@ def _damaged(artifacts: ArtifactStore, rows: Sequence[Row[int, str, int, str, in
             except DamagedArtifact as error:
                 said[artifact] = str(error)
         if (wrong := said[artifact]) is not None:
-            yield Finding(Kind.DAMAGED_ARTIFACT, wrong, _place(attempt_id, number, study), None)
+            yield Finding(Kind.DAMAGED_ARTIFACT, wrong, place(attempt_id, number, study), None)
 
 
 def _stray(files: Sequence[StoredFile], named: set[str], before: datetime) -> Iterator[Finding]:
@@ -103,7 +106,7 @@ def _stray(files: Sequence[StoredFile], named: set[str], before: datetime) -> It
         if file.uri in named or file.put_at >= before:
             continue
         kind = Kind.STRAY_ARTIFACT if file.whole else Kind.UNFINISHED_FILE
-        what = f"{file.bytes:,} bytes, put at {_moment(file.put_at)}"
+        what = f"{file.bytes:,} bytes, put at {moment(file.put_at)}"
         if file.whole and not ours:
             what += ", in a folder of which this database names no file"
         yield Finding(kind, what, file.uri, None if file.whole and not ours else "deletes it", file)
@@ -118,9 +121,8 @@ def _overdue_leases(session: Session, now: datetime) -> Iterator[Finding]:
     )  # fmt: skip
     for attempt_id, owner, expired_at, number, study in overdue:
         assert expired_at is not None, "an open attempt has a lease"
-        what = f"held by {owner} until {_moment(expired_at)}"
-        remedy = "ends it as lost, and queues its run again"
-        yield Finding(Kind.OVERDUE_LEASE, what, _place(attempt_id, number, study), remedy)
+        what = f"held by {owner} until {moment(expired_at)}"
+        yield Finding(Kind.OVERDUE_LEASE, what, place(attempt_id, number, study), ENDS_AS_LOST)
 
 
 def _stopped_runs(session: Session) -> Iterator[Finding]:
@@ -147,9 +149,11 @@ def _cancel(database: Database, run: Row[int, int, int, str, str], now: datetime
             session.execute(guarded.values(state=RunState.CANCELLED))
 
 
-def _place(attempt_id: int, number: int, study: str) -> str:
+def place(attempt_id: int, number: int, study: str) -> str:
+    """Where a finding about an attempt is."""
     return f"attempt {attempt_id}, trial {number} of {study}"
 
 
-def _moment(at: datetime) -> str:
+def moment(at: datetime) -> str:
+    """A time as findings say it."""
     return f"{at:%Y-%m-%d %H:%M} UTC"

@@ -6,7 +6,7 @@ are locked.
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -191,9 +191,13 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
     return ended
 
 
-def expire(session: Session, now: datetime, grace: timedelta = timedelta(0)) -> int:
-    """End every attempt whose lease ran out `grace` ago as lost and queue its run again; how many there were."""
-    overdue = (AttemptRow.outcome.is_(None), AttemptRow.lease_expires_at <= now - grace)
+def expire(
+    session: Session, now: datetime, grace: timedelta = timedelta(0), among: Collection[int] | None = None
+) -> int:
+    """End every attempt, or those `among` these, whose lease ran out `grace` ago as lost and queue its run again; how
+    many there were."""
+    which = true() if among is None else AttemptRow.id.in_(among)
+    overdue = (AttemptRow.outcome.is_(None), AttemptRow.lease_expires_at <= now - grace, which)
     trials = _lock(session, *overdue)
     ended = AttemptResult(Outcome.LOST, "its lease ran out")
     lost = session.scalars(

@@ -1,15 +1,20 @@
 """A gang on Ray: a placement group on one node and an actor a rank. Made, found again by its name, and removed."""
 
 import hashlib
+import logging
 import re
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
+from ray.job_config import JobConfig
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -23,6 +28,8 @@ from orchestrator.ray_rank import RayRank
 from worker.spec import GangConfig
 
 NODE_LABEL = "ray.io/node-id"
+ASK_SECONDS = 0.5
+"""How often a rank that is not there is looked for."""
 _NAME = re.compile(r"caddie-(?P<owner>[0-9a-f]{6})-(?P<device>cpu|gpu)(?P<ranks>\d+)-[0-9a-f]{8}")
 
 
@@ -43,6 +50,17 @@ class Gang:
     attempts: int = 0
     quick: bool = False
     condemned: bool = False
+
+
+def driver_options(namespace: str, roots: Iterable[Path]) -> dict[str, Any]:
+    """How a process connects to Ray that makes gangs or asks them anything. RayRank is found below one of the roots."""
+    return {
+        "namespace": namespace,
+        "job_config": JobConfig(code_search_path=[str(root) for root in roots]),
+        "log_to_driver": False,
+        "configure_logging": False,
+        "logging_level": logging.WARNING,
+    }
 
 
 def new_name(shape: GangConfig, owner: str) -> str:
@@ -97,13 +115,40 @@ def find(name: str) -> Gang | None:
     return Gang(name, shape, nodes.pop(), group, actors, _port(shape, actors))
 
 
-def names(owner: str) -> set[str]:
-    """The gangs of this owner that the cluster has anything of: a rank or a reservation."""
+def names(owner: str | None = None) -> set[str]:
+    """The gangs, of this owner or of any, that the cluster has something of: a rank or a reservation."""
     tables: dict[str, Any] = placement_group_table()
     groups = {table["name"] for table in tables.values() if table["state"] != "REMOVED"}
     actors = {name.rpartition("-")[0] for name in ray.util.list_named_actors()}
-    said = {name: _NAME.fullmatch(name) for name in groups | actors}
-    return {name for name, parts in said.items() if parts is not None and parts["owner"] == _tag(owner)}
+    gangs = {name for name in groups | actors if _NAME.fullmatch(name)}
+    return gangs if owner is None else {name for name in gangs if is_of(name, owner)}
+
+
+def is_of(name: str, owner: str) -> bool:
+    """Whether the gang of this name is the owner's."""
+    return name.startswith(f"caddie-{_tag(owner)}-")
+
+
+def silences(gangs: Iterable[str], seconds: float) -> dict[str, float]:
+    """For how many seconds nobody has asked each gang anything. Those are left out whose rank 0 is not there, or does
+    not answer, for so many `seconds`. The question makes no gang wanted."""
+    heard: dict[str, float] = {}
+    calls: dict[str, Any] = {}
+    missing, until = set(gangs), time.monotonic() + seconds
+    while missing and time.monotonic() < until:
+        for name in missing - calls.keys():
+            with suppress(ValueError):  # not there, or not yet
+                calls[name] = ray.get_actor(_actor(name, 0)).unasked_seconds.remote()
+        if not calls:
+            time.sleep(ASK_SECONDS)
+            continue
+        done, _ = ray.wait([*calls.values()], num_returns=len(calls), timeout=ASK_SECONDS)
+        for name in [name for name, call in calls.items() if call in done]:
+            with suppress(RayError):  # it has just died
+                heard[name] = ray.get(calls[name])
+            del calls[name]
+        missing -= heard.keys()
+    return heard
 
 
 def remove(gang: Gang) -> None:

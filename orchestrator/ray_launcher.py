@@ -1,21 +1,16 @@
 """Gangs on Ray: a placement group on one node, an actor a rank, one process group, all kept warm between attempts."""
 
 import logging
-import os
-import secrets
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
-from ray.job_config import JobConfig
 
 from orchestrator.ending import lost
 from orchestrator.launcher import Assignment, Ending, NoRoom, Offer, Update
@@ -23,8 +18,20 @@ from orchestrator.lifecycle import Outcome
 from orchestrator.local_launcher import source_roots
 from orchestrator.ray_attempt import RayAttempt, answers_of, one_line
 from orchestrator.ray_folder import RayFolder
-from orchestrator.ray_gang import Gang, ask_for, create, find, fit, names, new_name, remove, remove_named, spare
-from orchestrator.ray_head import OBJECT_STORE_BYTES
+from orchestrator.ray_gang import (
+    Gang,
+    ask_for,
+    create,
+    driver_options,
+    find,
+    fit,
+    names,
+    new_name,
+    remove,
+    remove_named,
+    spare,
+)
+from orchestrator.ray_local import own_sigterm, start_local
 from orchestrator.ray_rooms import Rooms
 from worker.source import code_digest
 from worker.spec import GangConfig
@@ -249,18 +256,11 @@ class RayLauncher:
             self.close()
         if self._connected:
             return
-        roots = [str(path) for path in (*self._import_path, *source_roots())]
-        options: dict[str, Any] = {
-            "namespace": self._namespace,
-            "job_config": JobConfig(code_search_path=roots),
-            "log_to_driver": False,
-            "configure_logging": False,
-            "logging_level": logging.WARNING,
-        }
+        options = driver_options(self._namespace, [*self._import_path, *source_roots()])
         # Ray puts the folder that we stand in on its workers' path: a `worker` in the user's would hide ours.
-        with _own_sigterm(), chdir("/"):
+        with own_sigterm(), chdir("/"):
             if self._address is None:
-                self._folder = _start_local(self._ranks, options)
+                self._folder = start_local(self._ranks, options)
             else:
                 ray.init(self._address, **options)
         self._connected = True
@@ -378,42 +378,3 @@ class RayLauncher:
                 self._retire(gang)
             else:
                 self._pings[gang.name] = {rank: actor.ping.remote() for rank, actor in enumerate(gang.actors)}
-
-
-def _start_local(ranks: int, options: dict[str, Any]) -> RayFolder:
-    """Start a Ray of our own on this machine, with the folder that is returned.
-
-    Ray listens on every interface, and turns on the token that it asks of callers unless RAY_AUTH_MODE says otherwise.
-    Given in the environment, that token is not written to the user's home.
-    """
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that this is on
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    folder = RayFolder()
-    try:
-        ray.init(
-            "local",
-            num_cpus=ranks,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(folder.path),
-            **options,
-        )
-    except BaseException:
-        folder.remove()
-        raise
-    return folder
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep this program's answer to SIGTERM, which ray.init would replace by an exit of its own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Ray leaves signals alone in other threads
-        return
-    kept = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, kept)

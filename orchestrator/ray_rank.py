@@ -136,6 +136,10 @@ class RayRank:
         """Somebody still wants this gang."""
         self._heard_at = time.monotonic()
 
+    def unasked_seconds(self) -> float:
+        """For how long nobody has asked this gang anything. This question does not count."""
+        return time.monotonic() - self._heard_at
+
     def _open(self, port: int | None) -> Any:
         gang = importlib.import_module("worker.gang")
         return gang.Rank(self._rank, self._gang, lambda: self._meet(port), self._trainer)

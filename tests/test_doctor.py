@@ -2,14 +2,17 @@
 
 import json
 import os
+import socket
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select, update
 
-from api.doctor import run_doctor
+from api.doctor import UNASKED, run_doctor
 from orchestrator import leases, store
 from orchestrator.artifacts import PARTIAL, ArtifactStore
 from orchestrator.database import Database
@@ -226,11 +229,11 @@ def test_the_doctor_exits_0_where_nothing_is_wrong_and_1_while_something_is(
     missing += "; --clear leaves it as it is"
     file = f"artifact without a row: {stray.uri}: 5 bytes, put at 1970-01-01 00:00 UTC"
     sums = "2 found: 1 × damaged artifact, 1 × artifact without a row"
-    assert said(clearing=False) == (1, [missing, f"{file}; --clear deletes it", sums])
+    assert said(clearing=False) == (1, [UNASKED, missing, f"{file}; --clear deletes it", sums])
     after = "1 found after 1 were cleared: 1 × damaged artifact"
-    assert said(clearing=True) == (1, [f"cleared: {file}", missing, after])
+    assert said(clearing=True) == (1, [UNASKED, f"cleared: {file}", missing, after])
     artifacts.put(b"lost")
-    assert said(clearing=True) == (0, ["nothing is wrong"])
+    assert said(clearing=True) == (0, [UNASKED, "nothing is wrong"])
 
 
 def test_the_doctor_speaks_json(
@@ -242,7 +245,19 @@ def test_the_doctor_speaks_json(
     answer = json.loads(capsys.readouterr().out)
     (cleared,) = answer["cleared"]
     assert (cleared["kind"], cleared["where"], cleared["remedy"]) == ("artifact without a row", stray.uri, "deletes it")
-    assert answer["remaining"] == []
+    assert (answer["remaining"], answer["ray"]) == ([], UNASKED)
+
+
+def test_the_doctor_says_that_a_ray_cluster_does_not_answer_and_exits_1(
+    settings: Settings, database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(socket.socket()) as unused:  # bound, but nobody listens
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        assert run_doctor(replace(settings, ray_address=address), clearing=True, as_json=False) == 1
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"Ray was not asked for its gangs: {address}: ")
+    assert others == ["nothing is wrong"]
 
 
 def test_the_doctor_does_not_touch_a_database_of_another_version(
