@@ -45,11 +45,13 @@ def first_measurement(launcher: RayLauncher, ranks: int, attempt: int) -> float:
     changes = {"data.dataset": "count", "budget": {"steps": 1}, "gang.ranks": ranks, "seed": attempt}
     spec = parse_spec(override(load_recipe("laptop"), changes))
     began = time.perf_counter()
-    launcher.start(Assignment(attempt, spec))
-    while not launcher.poll(attempt, 0).measurements:
+    offer = launcher.offer(spec.gang)
+    assert offer is not None, "the gang before it is released"
+    launcher.start(Assignment(attempt, spec), offer.gang)
+    while not launcher.poll({attempt: 0})[attempt].measurements:
         pass
     took = time.perf_counter() - began
-    while launcher.poll(attempt, 0).ending is None:
+    while launcher.poll({attempt: 0})[attempt].ending is None:
         pass
     launcher.release(attempt)
     return took

@@ -2,6 +2,7 @@
 
 Trials of 50 ms on two slots, proposed by Optuna, every state durable in SQLite, and in PostgreSQL. The slot time lost
 per trial is (wallclock × slots − trials × 50 ms) / trials, from the first start to the last end; medians of rounds.
+Then trials of 1 s: how often a gang that was free had its next at once.
 
 Run: .venv/bin/python benchmarks/slots.py [--trials 100]
 """
@@ -32,6 +33,7 @@ from worker.spec import GangConfig, override
 TESTS = Path(__file__).parents[1] / "tests"  # whose trainer `nap` sleeps
 SLOTS = 2
 NAP_SECONDS = 0.05
+AT_ONCE_SECONDS = 0.01
 
 
 def main() -> None:
@@ -58,11 +60,13 @@ def main() -> None:
                 sqlite = f"sqlite:///{folder / f'caddie-{number}.db'}"
                 record("SQLite", orchestrated(launcher, folder, options.trials, sqlite))
                 record("PostgreSQL", orchestrated(launcher, folder, options.trials, server.get_uri(f"round{number}")))
+            share, longest = ready(launcher, folder, 60)
         finally:
             launcher.close()
             server.cleanup()
         for what, rounds in measured.items():
             print(f"{what}: {median(rounds):.1f} ms a trial ({min(rounds):.1f} to {max(rounds):.1f})")
+        print(f"trials of 1 s: {share:.0%} had their gang wait under 10 ms, the longest {1000 * longest:.1f} ms")
 
 
 def lost(trials: int, seconds: float) -> float:
@@ -70,14 +74,27 @@ def lost(trials: int, seconds: float) -> float:
     return 1000 * (seconds * SLOTS - trials * NAP_SECONDS) / trials
 
 
-def orchestrated(launcher: RayLauncher, folder: Path, trials: int, url: str) -> float:
+def ready(launcher: RayLauncher, folder: Path, trials: int) -> tuple[float, float]:
+    """The share of trials of 1 s whose gang waited for them less than AT_ONCE_SECONDS, and the longest wait."""
+    url = f"sqlite:///{folder / 'ready.db'}"
+    orchestrated(launcher, folder, trials, url, "nap-1s")
+    database = Database(url)
+    with database.read() as session:
+        study = store.get_study(session, "measured")
+        kept = [store.list_attempts(session, trial.id) for trial in store.list_trials(session, study.id)]
+    database.close()
+    waits = [attempt.phase_seconds.get("idle", 0.0) for attempts in kept for attempt in attempts][SLOTS:]
+    return sum(wait < AT_ONCE_SECONDS for wait in waits) / len(waits), max(waits)
+
+
+def orchestrated(launcher: RayLauncher, folder: Path, trials: int, url: str, trainer: str = "nap") -> float:
     """Seconds for a study, on gangs that are warm."""
     database = Database(url)
     database.migrate()
     loop = Loop(database, launcher, ArtifactStore(folder / "artifacts"), "benchmark", timedelta(seconds=60))
     took = 0.0
     for name, count in (("warm-up", 2 * SLOTS), ("measured", trials)):
-        base = override(load_recipe("laptop"), {"data.dataset": "nap"})
+        base = override(load_recipe("laptop"), {"data.dataset": trainer})
         space = {
             "optimizer.matrix_lr": {"low": 0.01, "high": 0.1, "log": True},
             "sharing.lora.rank": {"low": 0, "high": 16},

@@ -1,5 +1,6 @@
 """One database, by URL: SQLite (the embedded default) or PostgreSQL. Sessions that read, and sessions that write."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -11,7 +12,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DisconnectionError
 from sqlalchemy.orm import Session
 
 from worker.shape import FieldError
@@ -23,6 +24,7 @@ DRIVERS = {
     "postgresql+psycopg": "postgresql+psycopg",
 }
 MIGRATION_LOCK = 0x0CADD1E  # any fixed number: PostgreSQL's advisory lock for migrations
+RESTED_SECONDS = 1.0  # a server restarts in no less
 # PostgreSQL's own default gives every statement a snapshot of its own.
 READ_ONLY = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
 # A row read again is read again: the guarded UPDATEs of the store do not pass through the session's objects.
@@ -100,11 +102,31 @@ def _create_engine(database: Database) -> Engine:
     if not database.is_sqlite:
         # A host that has vanished does not refuse: without limits the loop would wait for minutes.
         patience = {"connect_timeout": 5, "keepalives_idle": 5, "tcp_user_timeout": 10_000}
-        return create_engine(database.url, pool_pre_ping=True, connect_args=patience)
+        engine = create_engine(database.url, connect_args=patience)
+        event.listen(engine, "checkin", _note_use)
+        event.listen(engine, "checkout", _check_rested)
+        return engine
     engine = create_engine(database.url, connect_args={"timeout": 30})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _note_use(_connection: Any, record: Any) -> None:
+    record.info["used_at"] = time.monotonic()
+
+
+def _check_rested(connection: Any, record: Any, _proxy: Any) -> None:
+    """Ask a connection that has rested whether its server still is there; the pool then makes another. SQLAlchemy's own
+    way asks each time, of which a trial has a dozen."""
+    now = time.monotonic()
+    if now - record.info.get("used_at", now) < RESTED_SECONDS:
+        return
+    try:
+        connection.execute("SELECT 1")
+        connection.rollback()
+    except connection.OperationalError as error:
+        raise DisconnectionError from error
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

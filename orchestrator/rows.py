@@ -1,6 +1,8 @@
 """Rows as values: no row leaves the modules that write them."""
 
+import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 from orchestrator.ledger import seconds_by_phase
@@ -17,10 +19,15 @@ def gang_of(ranks: int, device: str) -> GangConfig:
 
 def study_of(row: StudyRow) -> Study:
     return Study(
-        id=row.id, name=row.name, state=StudyState(row.state), definition=NewStudy.model_validate(row.definition),
+        id=row.id, name=row.name, state=StudyState(row.state), definition=_definition(json.dumps(row.definition)),
         proposed=row.proposed, refused=row.refused, reason=row.reason,
         created_at=row.created_at, changed_at=row.changed_at,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)  # every tick asks for those of all studies that run
+def _definition(written: str) -> NewStudy:
+    return NewStudy.model_validate_json(written)
 
 
 def trial_of(row: TrialRow, spec: TrialSpec | None = None) -> Trial:

@@ -283,8 +283,11 @@ def serve() -> Iterator[Callable[..., str]]:
 
 SLOWEST_FIRST = (
     "test_up.py",
+    "test_chaos.py",
     "test_launcher_process.py",
     "test_launcher.py",
+    "test_loop_ray.py",
+    "test_doctor_ray.py",
     "test_loop.py",
     "test_demo.py",
     "test_pages.py",

@@ -202,6 +202,13 @@ def nap(job: Job, reporter: Reporter) -> Produced:
     return produced(job, stopped=False)
 
 
+def nap_1s(job: Job, reporter: Reporter) -> Produced:
+    """What a trial of 1 s takes: for benchmarks/slots.py."""
+    reporter.phase("train")
+    threading.Event().wait(1.0)
+    return produced(job, stopped=False)
+
+
 def silent(job: Job, reporter: Reporter) -> Produced:
     return None
 
@@ -258,6 +265,7 @@ TRAINERS: dict[str, Trainer] = {
     "stores": stores,
     "compiles": compiles,
     "nap": nap,
+    "nap-1s": nap_1s,
     "silent": silent,
     "unspeakable": unspeakable,
     "topics_sp512": lambda job, reporter: find_trainer("worker.job:run")(job, reporter),  # the real one
