@@ -199,12 +199,13 @@ def heard(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def doctor(database: Database, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Runs `caddie doctor` against a cluster, as one types it; what it answers, and its exit code."""
-    kept = {each: value for each, value in os.environ.items() if not each.startswith("CADDIE_")}
     url = database.url.render_as_string(hide_password=False)
     settings = {"CADDIE_HOME": str(tmp_path), "CADDIE_DATABASE_URL": url, "CADDIE_OWNER": "killed"}
 
     def run(address: str, *options: str) -> dict[str, Any]:
         command = [sys.executable, "-c", "from api.cli import main; main()", "doctor", "--json", *options]
+        # As of now: the test has set the cluster's token by then, in place of any that an earlier one left.
+        kept = {each: value for each, value in os.environ.items() if not each.startswith("CADDIE_")}
         environment = {**kept, **settings, "CADDIE_RAY_ADDRESS": address, "PYTHONPATH": str(HERE.parent)}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.stdout.startswith("{"), done.stdout + done.stderr

@@ -198,19 +198,24 @@ launcher = make("ray", sys.stdin.readline().strip())
 gangs = [start(launcher, assignment(1, "until-stopped")), start(launcher, assignment(2, "hang", ranks=2))]
 for number in (1, 2):
     until(launcher, number, lambda update: update.measurements)
+launcher.start(assignment(5, "count"), gangs[0])
+until(launcher, 5, lambda update: update.phase == "queue")
 tell(gangs=gangs)
 sys.stdin.read()
 """
     second = """
 launcher = make("ray", sys.stdin.readline().strip())
 gang = sys.stdin.readline().strip()
-adopted = [launcher.adopt(1, gang), launcher.adopt(9, "caddie-000000-cpu1-00000000"), launcher.adopt(9, "nonsense")]
+adopted = [launcher.adopt(1, gang), launcher.adopt(5, gang)]
+adopted += [launcher.adopt(9, "caddie-000000-cpu1-00000000"), launcher.adopt(9, "nonsense")]
 reaped = [launcher.reap(), launcher.reap()]
 tell(adopted=adopted, reaped=reaped, measured=len(until(launcher, 1, lambda update: update.measurements).measurements))
 launcher.stop(1)
 ending = until(launcher, 1, lambda update: update.ending).ending
 artifact = len(launcher.artifact(1))
 launcher.release(1)
+followed = until(launcher, 5, lambda update: update.ending).ending.outcome
+launcher.release(5)
 again = start(launcher, assignment(3, "count"))
 succeeded = until(launcher, 3, lambda update: update.ending).ending.outcome
 launcher.release(3)
@@ -220,7 +225,8 @@ warm = ray_gang.names("caddie")
 launcher.adopt(4, gang)
 untold = until(launcher, 4, lambda update: update.ending).ending.outcome
 launcher.close()
-tell(outcomes=[ending.outcome, succeeded, untold], artifact=artifact, again=again, room=room, warm=sorted(warm))
+outcomes = [ending.outcome, followed, succeeded, untold]
+tell(outcomes=outcomes, artifact=artifact, again=again, room=room, warm=sorted(warm))
 """
     folders = [tmp_path / name for name in ("cluster", "first", "second")]
     for folder in folders:
@@ -234,9 +240,9 @@ tell(outcomes=[ending.outcome, succeeded, untold], artifact=artifact, again=agai
         with driver(folders[2], second) as process:
             print(address, gang, sep="\n", file=process.stdin, flush=True)
             told = heard(process, folders[2])
-            assert told == {"adopted": [True, False, False], "reaped": [1, 0], "measured": 1}
+            assert told == {"adopted": [True, True, False, False], "reaped": [1, 0], "measured": 1}
             told = heard(process, folders[2])
-            assert told["outcomes"] == ["stopped", "succeeded", "lost"], "the last never reached its gang"
+            assert told["outcomes"] == ["stopped", "succeeded", "succeeded", "lost"], "the last never reached its gang"
             assert told["artifact"] == 32_000
             assert told["again"] == gang != other, "an adopted gang is warm"
             assert (told["room"], told["warm"]) == (3, [gang])
