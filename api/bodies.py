@@ -1,13 +1,23 @@
 """What clients send: the shape of each body, and the domain value that it means. Unknown keys are refused."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from api.context import STUDY_NAME
 from orchestrator.space import Parameter
-from orchestrator.study import CAP_BYTES, NewStudy
+from orchestrator.study import (
+    CAP_BYTES,
+    CAP_SECONDS,
+    NewStudy,
+    Objective,
+    PromotionConfig,
+    ReplicationConfig,
+    SamplerName,
+    SpendingConfig,
+    StoppingConfig,
+)
 from worker.recipes import Size, load_recipe, require_full
 from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, override, parse_spec, problems_of
 
@@ -29,10 +39,18 @@ class StudyIn(Input):
         default_factory=dict, description="Dotted paths of the base spec, with new values."
     )
     space: dict[str, Parameter] = Field(default_factory=dict)
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: SamplerName = "caddie"
+    objectives: tuple[Objective, ...] = ("val_bpb",)
     seed: int = Field(default=0, ge=0, lt=2**31)
     max_trials: int = Field(default=100, ge=0, le=1_000_000)
     cap_bytes: int = Field(default=CAP_BYTES, ge=1, le=2**53)
+    tolerance_bytes: int = Field(default=0, ge=0, le=2**53)
+    cap_train_seconds: float = Field(default=CAP_SECONDS, gt=0)
+    cap_evaluate_seconds: float = Field(default=CAP_SECONDS, gt=0)
+    stopping: StoppingConfig | None = None
+    promotion: PromotionConfig | None = None
+    replication: ReplicationConfig | None = None
+    spending: SpendingConfig = SpendingConfig()
     gangs: tuple[GangConfig, ...] = Field(default=(), max_length=16)
 
     def definition(self) -> NewStudy:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from orchestrator.activity import Activity
 from orchestrator.ledger import Cost, Ledger, cost_of
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
-from orchestrator.study import Attempt, Event, NewStudy, Prediction, Progress, Run, Study, Trial, Verdict
+from orchestrator.study import Attempt, Event, NewStudy, Origin, Prediction, Progress, Run, Study, Trial, Verdict
 from worker.inventory import TensorClass, tensor_inventory
 from worker.report import Hardware, TrialResult
 from worker.spec import GangConfig, TrialSpec
@@ -64,7 +64,7 @@ class TrialSummary(BaseModel):
     state: TrialState
     phase: str
     """What its gang does now: start, data, train, evaluate, pack; empty where none works on it."""
-    origin: Literal["proposed", "submitted"]
+    origin: Origin
     params: dict[str, Any]
     verdict: Verdict
     reason: str | None

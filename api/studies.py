@@ -16,7 +16,7 @@ from orchestrator.activity import list_activity
 from orchestrator.database import Database
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
-from orchestrator.study import Study, Trial
+from orchestrator.study import Study
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["studies"], responses=responses(422))
@@ -94,26 +94,16 @@ def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
 
 def describe(session: Session, study: Study) -> StudyOut:
     """The study with its counts and its best trial."""
-    cap_bytes = study.definition.cap_bytes
-    first = next(iter(store.leaderboard(session, study.id, cap_bytes, limit=1)), None)
-    return StudyOut.of(
-        study, store.count_trials(session, study.id), first if first and _fits(first, cap_bytes) else None
-    )
+    first = next(iter(store.leaderboard(session, study.id, limit=1)), None)
+    return StudyOut.of(study, store.count_trials(session, study.id), first if first and first.feasible else None)
 
 
 def leaderboard(session: Session, study: Study, limit: int) -> LeaderboardOut:
-    """The study's leaderboard. Ranks count only trials whose artifact fits the cap."""
-    cap_bytes = study.definition.cap_bytes
-    trials = store.leaderboard(session, study.id, cap_bytes, limit)
-    # Trials that fit come first, so that a place in the list is a rank.
-    rows = [
-        LeaderboardRow.of(trial, place if _fits(trial, cap_bytes) else None) for place, trial in enumerate(trials, 1)
-    ]
-    return LeaderboardOut(study=study.name, cap_bytes=cap_bytes, rows=rows)
-
-
-def _fits(trial: Trial, cap_bytes: int) -> bool:
-    return trial.result is not None and trial.result.artifact_bytes <= cap_bytes
+    """The study's leaderboard. Ranks count only trials that keep every cap."""
+    trials = store.leaderboard(session, study.id, limit)
+    # Trials that keep the caps come first, so that a place in the list is a rank.
+    rows = [LeaderboardRow.of(trial, place if trial.feasible else None) for place, trial in enumerate(trials, 1)]
+    return LeaderboardOut(study=study.name, cap_bytes=study.definition.cap_bytes, rows=rows)
 
 
 def _move(database: Database, name: str, to: StudyState, now: datetime) -> StudyOut:

@@ -7,7 +7,7 @@ are locked.
 
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, ScalarSelect, func, insert, literal, select, true, update
 from sqlalchemy.orm import Session, aliased
 
+from orchestrator.caps import scores_of
 from orchestrator.errors import LeaseLost
 from orchestrator.lifecycle import OPEN_TRIALS, PERMANENT, UNCHARGED, Cause, Outcome, RunState, StudyState, TrialState
+from orchestrator.rows import study_of
 from orchestrator.store import add_event, insert_missing
 from orchestrator.study import AttemptResult, Claim, Lease, Resumed
 from orchestrator.tables import (
@@ -32,7 +34,7 @@ from orchestrator.tables import (
     UtcDateTime,
 )
 from orchestrator.validity import judged
-from worker.report import Measurement, TrialResult
+from worker.report import Measurement
 from worker.spec import GangConfig, TrialSpec
 
 MAX_ATTEMPTS = 3  # charged ones: failures that were the run's own
@@ -79,7 +81,9 @@ def claim(
         .values(state=TrialState.RUNNING, started_at=func.coalesce(TRIALS.c.started_at, literal(now, UtcDateTime())))
     )  # fmt: skip
     trial = session.get_one(TrialRow, taken.trial_id)
-    spec = TrialSpec.model_validate({**trial.spec, "seed": taken.seed, "budget": taken.budget})
+    spec = TrialSpec.model_validate(
+        {**trial.spec, "seed": taken.seed, "budget": taken.budget, "gang": gang.model_dump()}
+    )
     message = f"Trial {trial.number} started, attempt {made + 1}"
     if times:
         spec = _eased(spec, times)
@@ -133,7 +137,8 @@ def resume(session: Session, owner: str, now: datetime, ttl: timedelta) -> list[
             select(RunRow, TrialRow).join(TrialRow, TrialRow.id == RunRow.trial_id)
             .join(AttemptRow, AttemptRow.run_id == RunRow.id).where(AttemptRow.id == attempt_id)
         ).one()  # fmt: skip
-        spec = TrialSpec.model_validate({**trial.spec, "seed": run.seed, "budget": run.budget})
+        shape = {"ranks": run.ranks, "device": run.device}
+        spec = TrialSpec.model_validate({**trial.spec, "seed": run.seed, "budget": run.budget, "gang": shape})
         after = session.scalar(select(func.max(MeasurementRow.number)).where(MeasurementRow.attempt_id == attempt_id))
         claimed = Claim(lease, run.id, trial.id, trial.number, trial.study_id, spec, started_at)
         resumed.append(Resumed(claimed, gang, phase, after or 0))
@@ -267,28 +272,34 @@ def _written(session: Session, lease: Lease, values: Mapping[str, Any], *which: 
 
 def _settle(session: Session, attempt_id: int, ended: AttemptResult, now: datetime) -> None:
     """Move the run and the trial of an attempt that has just ended."""
-    run_id, trial_id, number, study_id, study_state = session.execute(
-        select(RunRow.id, TrialRow.id, TrialRow.number, StudyRow.id, StudyRow.state)
+    run_id, trial_id, number, study = session.execute(
+        select(RunRow.id, TrialRow.id, TrialRow.number, StudyRow)
         .join(AttemptRow, AttemptRow.run_id == RunRow.id).join(TrialRow, TrialRow.id == RunRow.trial_id)
         .join(StudyRow, StudyRow.id == TrialRow.study_id).where(AttemptRow.id == attempt_id)
     ).one()  # fmt: skip
     run_state, trial_state = _next_states(session, run_id, ended)
-    if trial_state is TrialState.QUEUED and study_state == StudyState.STOPPED:
+    if trial_state is TrialState.QUEUED and study.state == StudyState.STOPPED:
         run_state, trial_state = RunState.CANCELLED, TrialState.CANCELLED
     moves: dict[str, Any] = {"state": run_state}
     if run_state is RunState.QUEUED:
         moves["queued_at"] = now
+    scores = None if ended.result is None else scores_of(ended.result, study_of(study).definition)
+    if scores is not None:
+        moves["scores"] = asdict(scores)
     session.execute(update(RUNS).where(RUNS.c.id == run_id, RUNS.c.state == RunState.RUNNING).values(moves))
     values: dict[str, Any] = {"state": trial_state, "reason": ended.reason or None}
     if trial_state not in OPEN_TRIALS:
         values["finished_at"] = now
-    if ended.result is not None:
-        values |= _scores(ended.result)
+    if ended.result is not None and scores is not None:
+        values |= {
+            "result": ended.result.model_dump(mode="json"), "val_bpb": scores.val_bpb,
+            "artifact_bytes": scores.artifact_bytes, "feasible": scores.feasible,
+        }  # fmt: skip
     running = (TRIALS.c.id == trial_id, TRIALS.c.state == TrialState.RUNNING)
     moved = session.scalar(update(TRIALS).where(*running).values(values).returning(TRIALS.c.id))
     if moved is None:  # another of its runs has decided it
         return
-    add_event(session, study_id, number, f"trial.{trial_state}", _sentence(number, trial_state, ended), now)
+    add_event(session, study.id, number, f"trial.{trial_state}", _sentence(number, trial_state, ended), now)
 
 
 def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[RunState, TrialState]:
@@ -306,11 +317,6 @@ def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[R
     if ended.cause in PERMANENT or any(spent):
         return RunState.FAILED, TrialState.FAILED
     return RunState.QUEUED, TrialState.QUEUED
-
-
-def _scores(result: TrialResult) -> dict[str, Any]:
-    scores = {"val_bpb": result.val_bpb, "artifact_bytes": result.artifact_bytes}
-    return {"result": result.model_dump(mode="json"), **scores}
 
 
 def _sentence(number: int, state: TrialState, ended: AttemptResult) -> str:

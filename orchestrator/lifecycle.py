@@ -74,12 +74,13 @@ TRIAL_MOVES: dict[TrialState, frozenset[TrialState]] = {
         {TrialState.QUEUED, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED, TrialState.CANCELLED}
     ),
     TrialState.COMPLETE: frozenset(),
-    TrialState.PRUNED: frozenset(),
+    TrialState.PRUNED: frozenset({TrialState.QUEUED}),  # promoted from a cheaper rung
     TrialState.FAILED: frozenset(),
     TrialState.CANCELLED: frozenset(),
     TrialState.INFEASIBLE: frozenset(),
 }
 
+OPEN_RUNS = frozenset({RunState.QUEUED, RunState.RUNNING})
 OPEN_TRIALS = frozenset({TrialState.QUEUED, TrialState.RUNNING})
 UNCHARGED = frozenset({Outcome.PREEMPTED, Outcome.LOST, Outcome.VOID})
 PERMANENT = frozenset({Cause.DIVERGED, Cause.BAD_INPUT})

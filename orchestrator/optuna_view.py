@@ -14,13 +14,13 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from orchestrator import store
+from orchestrator.caps import excess
 from orchestrator.database import Database
 from orchestrator.errors import NotFound
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
 from orchestrator.space import Parameter, Space, as_category
-from orchestrator.study import Study, Trial
+from orchestrator.study import NewStudy, Study, Trial
 
-CONSTRAINT = "artifact_bytes"
 OBJECTIVE = "val_bpb"
 CHUNK = 500  # trials read by one query: databases limit its variables
 
@@ -60,21 +60,21 @@ def distributions_of(space: Space) -> dict[str, BaseDistribution]:
 
 
 def frozen_trial(
-    trial: Trial, distributions: Mapping[str, BaseDistribution], cap_bytes: int, curve: Mapping[int, float]
+    trial: Trial, distributions: Mapping[str, BaseDistribution], study: NewStudy, curve: Mapping[int, float]
 ) -> FrozenTrial:
     """A trial as Optuna knows one: state, value, parameters in the space, constraint, attributes, values by step.
 
-    The constraint is artifact bytes minus the cap: real ones where a result has them, predicted ones where the trial
-    was refused as infeasible, none before that. It stands under the key that Optuna 5 writes and under the list that
+    The constraints are what the result has above each cap of the study; where the trial was refused as infeasible, the
+    predicted bytes above theirs; before that, none. They stand under the keys that Optuna 5 writes and in the list that
     Optuna's dashboard reads.
     """
     state = OPTUNA_STATES[trial.state]
     params = {path: as_category(value) for path, value in trial.params.items() if path in distributions}
-    over: int | None = None
+    over: dict[str, float] = {}
     if trial.state is TrialState.INFEASIBLE:
-        over = trial.prediction.artifact_bytes - cap_bytes
+        over = {"artifact_bytes": float(trial.prediction.artifact_bytes - study.cap_bytes)}
     elif trial.result is not None:
-        over = trial.result.artifact_bytes - cap_bytes
+        over = excess(trial.result, study)
     return FrozenTrial(
         number=trial.number,
         trial_id=trial.id,
@@ -85,9 +85,14 @@ def frozen_trial(
         params=params,
         distributions={path: distributions[path] for path in params},
         user_attrs=_attributes(trial),
-        system_attrs={} if over is None else {f"constraints:{CONSTRAINT}": float(over), "constraints": [float(over)]},
+        system_attrs=_constraints(over),
         intermediate_values=dict(curve),
     )
+
+
+def _constraints(over: Mapping[str, float]) -> dict[str, Any]:
+    by_name = {f"constraints:{name}": value for name, value in over.items()}
+    return {**by_name, "constraints": list(over.values())} if over else {}
 
 
 def is_feasible(trial: FrozenTrial) -> bool:
@@ -218,9 +223,12 @@ class StudyView(ReadOnlyStorage):
                 numbers = wanted[start : start + CHUNK]
                 trials += store.list_trials(session, study.id, numbers=numbers)
                 curves |= store.list_curves(session, study.id, OBJECTIVE, numbers)
-        distributions, cap_bytes = distributions_of(study.definition.space), study.definition.cap_bytes
+        distributions = distributions_of(study.definition.space)
         fresh = {
-            trial.number: (trial.state, frozen_trial(trial, distributions, cap_bytes, curves.get(trial.number, {})))
+            trial.number: (
+                trial.state,
+                frozen_trial(trial, distributions, study.definition, curves.get(trial.number, {})),
+            )
             for trial in trials
         }
         with self._lock:

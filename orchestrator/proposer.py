@@ -138,7 +138,7 @@ class Proposer:
         if trial.state is TrialState.PRUNED and trial.result is not None:
             curve = {trial.result.steps: trial.result.val_bpb}
         placed = replace(trial, id=position, number=position)
-        frozen = frozen_trial(placed, self._distributions, self._definition.cap_bytes, curve)
+        frozen = frozen_trial(placed, self._distributions, self._definition, curve)
         if trial.state in OPEN_TRIALS:  # Optuna's samplers pass over trials that wait
             frozen.state = OptunaState.RUNNING
         return frozen

@@ -6,11 +6,22 @@ from functools import lru_cache
 from typing import Any, cast
 
 from orchestrator.ledger import seconds_by_phase
-from orchestrator.lifecycle import Cause, Outcome, StudyState, TrialState
-from orchestrator.study import Artifact, Attempt, NewStudy, Prediction, Progress, Study, Trial
-from orchestrator.tables import ArtifactRow, AttemptRow, MeasurementRow, StudyRow, TrialRow
+from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
+from orchestrator.study import (
+    Artifact,
+    Attempt,
+    NewStudy,
+    Prediction,
+    Progress,
+    Run,
+    Scores,
+    Study,
+    Suggestion,
+    Trial,
+)
+from orchestrator.tables import ArtifactRow, AttemptRow, MeasurementRow, RunRow, StudyRow, TrialRow
 from worker.report import Hardware, Measurement, TrialResult
-from worker.spec import GangConfig, TrialSpec
+from worker.spec import BudgetConfig, GangConfig, TrialSpec
 
 
 def gang_of(ranks: int, device: str) -> GangConfig:
@@ -34,11 +45,20 @@ def trial_of(row: TrialRow, spec: TrialSpec | None = None) -> Trial:
     """With its spec, where the caller has it: building one takes time."""
     return Trial(
         id=row.id, study_id=row.study_id, number=row.number, state=TrialState(row.state),
-        origin="proposed" if row.origin == "proposed" else "submitted", spec=spec or TrialSpec.model_validate(row.spec),
+        origin=cast(Any, row.origin), spec=spec or TrialSpec.model_validate(row.spec),
         spec_hash=row.spec_hash, params=row.params, prediction=Prediction(**row.prediction),
         verdict=cast(Any, row.verdict), reason=row.reason,
         result=None if row.result is None else TrialResult.model_validate(row.result),
         created_at=row.created_at, started_at=row.started_at, finished_at=row.finished_at,
+        suggestion=None if row.suggestion is None else Suggestion.model_validate(row.suggestion), feasible=row.feasible,
+    )  # fmt: skip
+
+
+def run_of(row: RunRow) -> Run:
+    return Run(
+        id=row.id, trial_id=row.trial_id, seed=row.seed, state=RunState(row.state),
+        gang=gang_of(row.ranks, row.device), rung=row.rung, budget=BudgetConfig.model_validate(row.budget),
+        scores=None if row.scores is None else Scores(**row.scores), spared_at=row.spared_at,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.errors import Conflict, IllegalMove, NotFound
 from orchestrator.lifecycle import (
-    OPEN_TRIALS,
+    OPEN_RUNS,
     STUDY_MOVES,
     TRIAL_MOVES,
     Outcome,
@@ -25,7 +25,7 @@ from orchestrator.lifecycle import (
     TrialState,
     states_before,
 )
-from orchestrator.rows import attempt_of, gang_of, progress_of, study_of, trial_of
+from orchestrator.rows import attempt_of, gang_of, progress_of, run_of, study_of, trial_of
 from orchestrator.study import Attempt, Event, NewStudy, NewTrial, Progress, Run, Study, Trial
 from orchestrator.tables import (
     EVENTS,
@@ -90,11 +90,17 @@ def move_study(session: Session, study_id: int, to: StudyState, now: datetime, r
         raise NotFound("study", study_id)
     if _count(moved) != 1:
         raise IllegalMove(f"study {row.name}", row.state, f"become {to}", tuple(before))
-    if to is StudyState.COMPLETE and any(count_trials(session, study_id).get(state) for state in OPEN_TRIALS):
-        raise IllegalMove(f"study {row.name}", "running with open trials", "become complete", ("running without any",))
+    if to is StudyState.COMPLETE and count_open_runs(session, study_id):
+        raise IllegalMove(f"study {row.name}", "running with open runs", "become complete", ("running without any",))
     queued = (TrialRow.study_id == study_id, TrialRow.state == TrialState.QUEUED)
     stopped = to is StudyState.STOPPED
     cancelled = _end_trials(session, *queued, now=now, reason="the study was stopped") if stopped else ()
+    if stopped:  # further seeds of trials that are complete
+        trials = select(TrialRow.id).where(TrialRow.study_id == study_id)
+        session.execute(
+            update(RunRow).where(RunRow.trial_id.in_(trials), RunRow.state == RunState.QUEUED)
+            .values(state=RunState.CANCELLED).execution_options(synchronize_session=False)
+        )  # fmt: skip
     message = f"Study {row.name} is {to}" + (f": {reason}" if reason else "")
     add_event(session, study_id, None, f"study.{to}", message, now)
     for number in cancelled:
@@ -122,7 +128,8 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
         "study_id": study_id, "number": number, "origin": new.origin, "spec": new.spec.model_dump(mode="json"),
         "state": TrialState.INFEASIBLE if infeasible else TrialState.QUEUED, "spec_hash": new.spec.canonical_hash,
         "params": new.params, "prediction": asdict(new.prediction), "verdict": new.verdict, "reason": new.reason,
-        "idempotency_key": new.idempotency_key, "created_at": now, "finished_at": now if infeasible else None,
+        "idempotency_key": new.idempotency_key, "suggestion": new.suggestion and new.suggestion.model_dump(mode="json"),
+        "created_at": now, "finished_at": now if infeasible else None,
     }  # fmt: skip
     trial_id = session.scalar(insert(TRIALS).values(values).returning(TRIALS.c.id))
     row = TrialRow(id=trial_id, **values)
@@ -259,12 +266,11 @@ def list_trials(
     return tuple(trial_of(row, known.get(row.number)) for row in rows)
 
 
-def leaderboard(session: Session, study_id: int, cap_bytes: int, limit: int | None = None) -> tuple[Trial, ...]:
-    """Complete trials by BPB, best first; those whose artifact is over the cap come last, never above one that fits."""
-    over = TrialRow.artifact_bytes > cap_bytes
+def leaderboard(session: Session, study_id: int, limit: int | None = None) -> tuple[Trial, ...]:
+    """Complete trials by BPB, best first; those over a cap of the study come last, never above one that keeps all."""
     query = (
         select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.state == TrialState.COMPLETE)
-        .order_by(over, TrialRow.val_bpb, TrialRow.number).limit(limit)
+        .order_by(TrialRow.feasible.desc(), TrialRow.val_bpb, TrialRow.number).limit(limit)
     )  # fmt: skip
     return tuple(trial_of(row) for row in session.scalars(query))
 
@@ -289,9 +295,13 @@ def count_queued(session: Session) -> dict[tuple[int, GangConfig], int]:
 def list_runs(session: Session, trial_id: int) -> tuple[Run, ...]:
     """A trial's runs, in the order in which they were added."""
     rows = session.scalars(select(RunRow).where(RunRow.trial_id == trial_id).order_by(RunRow.id))
-    return tuple(
-        Run(row.id, row.trial_id, row.seed, RunState(row.state), gang_of(row.ranks, row.device)) for row in rows
-    )
+    return tuple(run_of(row) for row in rows)
+
+
+def count_open_runs(session: Session, study_id: int) -> int:
+    """How many runs of the study are queued or running, those of complete trials included."""
+    query = select(func.count()).select_from(RunRow).join(TrialRow, TrialRow.id == RunRow.trial_id)
+    return session.scalar(query.where(TrialRow.study_id == study_id, RunRow.state.in_(OPEN_RUNS))) or 0
 
 
 def list_attempts(session: Session, trial_id: int) -> tuple[Attempt, ...]:

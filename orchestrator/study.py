@@ -11,11 +11,78 @@ from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialSt
 from orchestrator.space import Parameter, check_space
 from worker.report import Hardware, Measurement, TrialResult
 from worker.shape import Frozen
-from worker.spec import GangConfig, InvalidSpec, TrialSpec, parse_spec
+from worker.spec import BudgetConfig, GangConfig, InvalidSpec, TrialSpec, parse_spec
 
 CAP_BYTES = 16_000_000
+CAP_SECONDS = 600.0
 Verdict = Literal["fits", "grey", "cannot_fit"]
-Origin = Literal["proposed", "submitted"]
+Origin = Literal["proposed", "submitted", "imported"]
+SamplerName = Literal["caddie", "tpe", "gp", "nsga2", "random", "qmc", "grid"]
+Objective = Literal["val_bpb", "artifact_bytes"]
+
+
+class StoppingConfig(Frozen):
+    """When a run is stopped early, judged on intermediate BPB beside that of others at the same fraction of the budget.
+
+    median: it is worse than the median of those that trained to the end. percentile: it is not among the best `percent`
+    of them. halving: at each halving of what is left of the budget it must be among the best half of all that came so
+    far. A share `spare` of the runs, drawn from the study's seed, is never stopped: they show what stopping costs.
+    """
+
+    rule: Literal["median", "percentile", "halving"] = "median"
+    percent: float = Field(default=50.0, gt=0, lt=100)
+    after_fraction: float = Field(default=0.5, gt=0, lt=1)
+    """Of the budget: no run is stopped before."""
+    min_runs: int = Field(default=5, ge=2)
+    """Finished runs that there must be to compare with."""
+    spare: float = Field(default=0.1, gt=0, le=1)
+
+
+class RungConfig(Frozen):
+    """A cheaper way to train every trial first: a shortened schedule of its own, perhaps on fewer ranks."""
+
+    budget: BudgetConfig
+    ranks: Literal[1, 2, 4, 8] | None = None
+    """None: as many as the study's gangs have."""
+
+
+class PromotionConfig(Frozen):
+    """Rungs, cheapest first; above them is the spec's own budget. Asynchronous successive halving (Li et al., 2020)."""
+
+    rungs: tuple[RungConfig, ...] = Field(min_length=1, max_length=5)
+    keep: float = Field(default=0.25, gt=0, lt=1)
+    """The share of a rung's trials, the best ones, that go on to the next."""
+    min_correlation: float = Field(default=0.3, ge=-1, le=1)
+    """Of the trials that finished a rung and the next, by rank (Spearman). Once the whole 90% interval lies below this,
+    the rung no longer decides, and every trial goes on."""
+
+
+class ReplicationConfig(Frozen):
+    """Further seeds for promising trials, in this order, the same for all."""
+
+    seeds: tuple[int, ...] = Field(default=(42, 314, 999, 2025, 7), min_length=1, max_length=64)
+    chance: float = Field(default=0.1, gt=0, lt=1)
+    """A trial earns its next seed while the chance that its mean beats the incumbent's is above this."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds) or any(not 0 <= seed < 2**63 for seed in seeds):
+            raise ValueError("must name different seeds, each from 0 to 2**63 - 1")
+        return seeds
+
+
+class SpendingConfig(Frozen):
+    """What a study may spend, and when it has found enough. What a run will cost is reserved before it starts."""
+
+    gpu_hours: float | None = Field(default=None, gt=0)
+    """Of all ranks together; a CPU rank counts as one GPU."""
+    dollars: float | None = Field(default=None, gt=0)
+    gpu_hour_dollars: float = Field(default=2.5, ge=0)
+    wall_hours: float | None = Field(default=None, gt=0)
+    """Since the study was created."""
+    target_bpb: float | None = Field(default=None, gt=0)
+    """The study stops once a trial within all limits scores this or less."""
 
 
 class NewStudy(Frozen):
@@ -24,11 +91,21 @@ class NewStudy(Frozen):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     base: dict[str, Any]
     space: dict[str, Parameter] = Field(default_factory=dict)
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: SamplerName = "caddie"
+    objectives: tuple[Objective, ...] = ("val_bpb",)
+    """What is minimised; with artifact_bytes beside val_bpb, the trade-off of the two."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     max_trials: int = Field(default=100, ge=0, le=1_000_000)
     """Trials that Optuna proposes; submitted ones come on top. Without a space nothing is proposed."""
     cap_bytes: int = Field(default=CAP_BYTES, ge=1)
+    tolerance_bytes: int = Field(default=0, ge=0)
+    """How far above the cap the low end of a prediction may be before a trial is refused."""
+    cap_train_seconds: float = Field(default=CAP_SECONDS, gt=0)
+    cap_evaluate_seconds: float = Field(default=CAP_SECONDS, gt=0)
+    stopping: StoppingConfig | None = None
+    promotion: PromotionConfig | None = None
+    replication: ReplicationConfig | None = None
+    spending: SpendingConfig = SpendingConfig()
     gangs: tuple[GangConfig, ...] = Field(default=(), max_length=16)
     """Shapes of gang to propose for, turn by turn; none means the base spec's own."""
 
@@ -38,6 +115,13 @@ class NewStudy(Frozen):
         if len(set(gangs)) != len(gangs):
             raise ValueError("must name each shape once")
         return gangs
+
+    @field_validator("objectives")
+    @classmethod
+    def _known_objectives(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        if objectives not in (("val_bpb",), ("val_bpb", "artifact_bytes")):
+            raise ValueError("must be val_bpb alone, or val_bpb and artifact_bytes")
+        return objectives
 
     @model_validator(mode="after")
     def _check(self) -> "NewStudy":
@@ -85,6 +169,16 @@ class Prediction:
     artifact_bytes_high: int
 
 
+class Suggestion(Frozen):
+    """What a proposal came from: an arm of the sampler, and for a guided one the rule, the trial and the finding."""
+
+    arm: str
+    rule: str | None = None
+    parent: int | None = None
+    """The number of the trial that it was made from."""
+    why: str | None = None
+
+
 @dataclass(frozen=True)
 class NewTrial:
     """A trial to add. `params` are its parameters in the study's space, as JSON values by path."""
@@ -96,6 +190,7 @@ class NewTrial:
     verdict: Verdict
     reason: str | None = None
     idempotency_key: str | None = None
+    suggestion: Suggestion | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +211,9 @@ class Trial:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    suggestion: Suggestion | None = None
+    feasible: bool | None = None
+    """Whether its result keeps every cap of the study; None without a result."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +223,27 @@ class Run:
     seed: int
     state: RunState
     gang: GangConfig
+    rung: int
+    """0 is the spec's own budget; -1 the dearest of the cheaper rungs, and so on down."""
+    budget: BudgetConfig
+    scores: "Scores | None"
+    """Of the attempt that succeeded, or was stopped with a result."""
+    spared_at: float | None
+    """The fraction of the budget at which it would have been stopped, had it not been spared."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What counts of a run's result, in leaderboards and verdicts."""
+
+    val_bpb: float
+    val_loss: float
+    """Nats per token."""
+    artifact_bytes: int
+    train_seconds: float
+    evaluate_seconds: float
+    feasible: bool
+    """Whether it keeps every cap of its study."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from orchestrator import store
 from orchestrator.database import Database
 from orchestrator.errors import IllegalMove
 from orchestrator.history import History
-from orchestrator.lifecycle import OPEN_TRIALS, StudyState
+from orchestrator.lifecycle import StudyState
 from orchestrator.proposer import Proposer
 from orchestrator.study import Study
 from worker.spec import GangConfig
@@ -60,10 +60,10 @@ class Supply:
         if not study.definition.space or (study.proposed < study.definition.max_trials and gave_up is None):
             return
         with self.database.read() as session:
-            counts = store.count_trials(session, study.id)
+            open_runs = store.count_open_runs(session, study.id)
             study = store.get_study(session, study.name)
         done = study.proposed >= study.definition.max_trials or gave_up is not None
-        if study.state is not StudyState.RUNNING or not done or OPEN_TRIALS & set(counts):
+        if study.state is not StudyState.RUNNING or not done or open_runs:
             return
         self._move(study, StudyState.COMPLETE, gave_up or "all proposed trials are finished", now)
 

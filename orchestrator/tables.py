@@ -10,6 +10,7 @@ from sqlalchemy import (
     CheckConstraint,
     DateTime,
     Dialect,
+    Float,
     ForeignKey,
     Index,
     MetaData,
@@ -103,12 +104,13 @@ class TrialRow(Base):
         UniqueConstraint("study_id", "number"),
         UniqueConstraint("study_id", "idempotency_key", name="uq_trials_idempotency_key"),
         CheckConstraint(_one_of("state", TrialState), name="state"),
-        CheckConstraint("origin IN ('proposed', 'submitted')", name="origin"),
+        CheckConstraint("origin IN ('proposed', 'submitted', 'imported')", name="origin"),
         CheckConstraint("verdict IN ('fits', 'grey', 'cannot_fit')", name="verdict"),
         CheckConstraint(f"(state IN ({_OPEN})) = (finished_at IS NULL)", name="finished_at"),
         CheckConstraint("state <> 'complete' OR result IS NOT NULL", name="result"),
         CheckConstraint("(result IS NULL) = (val_bpb IS NULL)", name="val_bpb"),
         CheckConstraint("(result IS NULL) = (artifact_bytes IS NULL)", name="artifact_bytes"),
+        CheckConstraint("(result IS NULL) = (feasible IS NULL)", name="feasible"),
         Index("ix_trials_state", "study_id", "state"),
         Index("ix_trials_spec_hash", "study_id", "spec_hash"),
         Index("ix_trials_kind", "spec_hash"),
@@ -138,6 +140,10 @@ class TrialRow(Base):
     """A TrialResult, from the run that decided the trial's state."""
     val_bpb: Mapped[float | None]
     artifact_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    feasible: Mapped[bool | None]
+    """Whether the result keeps every cap of the study."""
+    suggestion: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """A Suggestion: what a proposal came from."""
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     """When its first attempt started."""
@@ -149,6 +155,7 @@ class RunRow(Base):
     __table_args__ = (
         UniqueConstraint("trial_id", "seed", "rung"),
         CheckConstraint(_one_of("state", RunState), name="state"),
+        Index("uq_runs_idempotency_key", "trial_id", "idempotency_key", unique=True),
         Index("ix_runs_queue", "state", "device", "ranks", "priority"),
     )
 
@@ -156,6 +163,7 @@ class RunRow(Base):
     trial_id: Mapped[int] = mapped_column(ForeignKey("trials.id"), index=True)
     seed: Mapped[int] = mapped_column(BigInteger)
     rung: Mapped[int] = mapped_column(default=0)
+    """0 is the spec's own budget; -1 the dearest of the cheaper rungs, and so on down."""
     budget: Mapped[dict[str, Any]]
     """A BudgetConfig: the spec's own, or a cheaper one."""
     state: Mapped[str] = mapped_column(String(16))
@@ -168,6 +176,12 @@ class RunRow(Base):
     """When it last entered the queue."""
     cold: Mapped[bool] = mapped_column(server_default=false())
     """Whether it wants a gang that has run nothing before."""
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    """Of the submission that asked for this seed, where its trial was there already."""
+    scores: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """A Scores, of the attempt that succeeded or was stopped with a result."""
+    spared_at: Mapped[float | None] = mapped_column(Float)
+    """The fraction of the budget at which it would have been stopped, had it not been spared."""
 
 
 class AttemptRow(Base):
