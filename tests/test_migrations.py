@@ -1,7 +1,7 @@
 """The migration history: it builds exactly the tables that the code describes, on both databases."""
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -9,12 +9,14 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, Engine, insert, inspect, select, text
+from sqlalchemy import Connection, Engine, insert, inspect, select, text, update
 from sqlalchemy.engine.interfaces import ReflectedIndex
 from sqlalchemy.exc import IntegrityError
 
 from orchestrator.database import Database, alembic_config
+from orchestrator.study import Scores
 from orchestrator.tables import AttemptRow, Base, MeasurementRow, RunRow, StudyRow, TrialRow
+from worker.report import TrialResult
 
 
 @pytest.fixture
@@ -99,6 +101,24 @@ def test_runs_from_before_were_queued_when_they_were_made(empty: Database, now: 
     with empty.read() as session:
         assert session.scalars(select(RunRow.queued_at)).all() == [now]
         assert session.scalars(select(AttemptRow.queued_at)).all() == [None]
+
+
+def test_results_from_before_are_judged_by_the_one_cap_there_was(
+    empty: Database, trial_result: Callable[..., TrialResult], now: datetime
+) -> None:
+    with empty.engine.connect() as connection, connection.begin(), alembic_config(connection) as config:
+        command.upgrade(config, "0004")
+        for table, values in _attempt_and_a_measurement(now):
+            connection.execute(insert(table).values(values))
+        connection.execute(update(StudyRow).values(definition={"cap_bytes": 100}))
+        result = trial_result(artifact_bytes=101).model_dump(mode="json")
+        connection.execute(update(TrialRow).values(result=result, val_bpb=1.0, artifact_bytes=101))
+    empty.migrate()
+    with empty.read() as session:
+        assert session.scalars(select(TrialRow.feasible)).all() == [False]
+        (scores,) = session.scalars(select(RunRow.scores))
+        assert scores is not None
+        assert Scores(**scores).val_bpb == result["val_bpb"]
 
 
 def test_migrating_again_changes_nothing(empty: Database) -> None:

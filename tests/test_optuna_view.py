@@ -202,10 +202,12 @@ def test_the_best_trial_is_never_over_the_cap(sweep: Sweep) -> None:
 def test_constraints_stand_under_both_keys(every_state: Sweep) -> None:
     every_state.finish(every_state.claim(), artifact_bytes=OVER)
     trials = every_state.load().trials
-    assert trials[6].system_attrs == {"constraints": [1.0], "constraints:artifact_bytes": 1.0}
-    fits = 120_000.0 - every_state.study.definition.cap_bytes
-    assert trials[0].system_attrs == {"constraints": [fits], "constraints:artifact_bytes": fits}
-    assert trials[0].constraints == {"0": fits, "artifact_bytes": fits}
+    over, fits = trials[6].system_attrs, trials[0].system_attrs
+    assert over["constraints:artifact_bytes"] == over["constraints"][0] == 1.0
+    kept = {"artifact_bytes": 120_000.0 - every_state.study.definition.cap_bytes, "train_seconds": -591.07}
+    kept["evaluate_seconds"] = -599.0
+    assert fits == {**{f"constraints:{name}": value for name, value in kept.items()}, "constraints": [*kept.values()]}
+    assert trials[0].constraints.items() >= kept.items()
     assert [trials[number].constraints for number in (2, 4, 5)] == [{}] * 3
 
 
@@ -377,7 +379,7 @@ def test_optunas_dashboard_shows_the_study(every_state: Sweep) -> None:
     assert [trial["number"] for trial in detail["best_trials"]] == [0]
     assert detail["best_trials"][0]["values"] == [2.25]
     assert detail["trials"][5]["intermediate_values"] == [{"step": 30, "value": 2.9}]
-    assert detail["trials"][0]["constraints"] == [120_000.0 - every_state.study.definition.cap_bytes]
+    assert detail["trials"][0]["constraints"][0] == 120_000.0 - every_state.study.definition.cap_bytes
     assert detail["objective_names"] == ["val_bpb"]
     assert {each["name"] for each in detail["union_search_space"]} == set(every_state.study.definition.space)
 
@@ -386,7 +388,7 @@ def test_optunas_dashboard_has_no_best_trial_while_none_fits(sweep: Sweep) -> No
     sweep.complete(1.1, OVER)
     status, detail = get_json(sweep.database, f"/api/studies/{sweep.study.id}")
     assert (status, detail["best_trials"]) == ("200 OK", [])
-    assert [(trial["state"], trial["constraints"]) for trial in detail["trials"]] == [("Pruned", [1.0])]
+    assert [(trial["state"], trial["constraints"][0]) for trial in detail["trials"]] == [("Pruned", 1.0)]
     sweep.complete(2.5)
     _, detail = get_json(sweep.database, f"/api/studies/{sweep.study.id}")
     assert [trial["state"] for trial in detail["trials"]] == ["Complete", "Complete"]

@@ -156,12 +156,12 @@ def test_stopping_a_study_cancels_what_waits_and_leaves_what_runs(
     assert told == ["study.stopped", "trial.cancelled", "trial.cancelled"]
 
 
-def test_a_study_with_open_trials_cannot_become_complete(
+def test_a_study_with_open_runs_cannot_become_complete(
     database: Database, study: Study, new_trial: NewTrials, now: datetime
 ) -> None:
     with database.write() as session:
         add_trial(session, study.id, new_trial(), now)
-    with pytest.raises(IllegalMove, match="open trials"), database.write() as session:
+    with pytest.raises(IllegalMove, match="open runs"), database.write() as session:
         move_study(session, study.id, StudyState.COMPLETE, now)
     with database.write() as session:
         assert get_study(session, study.name).state is StudyState.RUNNING

@@ -269,10 +269,11 @@ def test_a_finished_trial_cannot_be_cancelled(
 
 
 def test_the_leaderboard_goes_by_bpb_and_never_ranks_an_artifact_over_the_cap_above_one_that_fits(
-    database: Database, study: Study, new_trial: NewTrials, trial_result: Results, now: datetime
+    database: Database, new_study: NewStudies, new_trial: NewTrials, trial_result: Results, now: datetime
 ) -> None:
     scores = [(2.2, 900), (1.9, 1_001), (2.1, 1_000), (2.1, 10), (1.8, 3_000_000_000)]
     with database.write() as session:
+        study = create_study(session, new_study("capped", cap_bytes=1_000), now)
         for bpb, size in scores:
             complete(session, study, new_trial(), trial_result(val_bpb=bpb, artifact_bytes=size), now)
         add_trial(session, study.id, new_trial(), now)
@@ -330,7 +331,7 @@ TRIAL: dict[str, Any] = {
     "number": 0, "state": "queued", "origin": "submitted", "spec": {}, "spec_hash": "h", "params": {}, "prediction": {},
     "verdict": "fits",
 }  # fmt: skip
-ENDED = {"result": {}, "val_bpb": 1.0, "artifact_bytes": 1}
+ENDED = {"result": {}, "val_bpb": 1.0, "artifact_bytes": 1, "feasible": True}
 
 
 @pytest.mark.parametrize(
@@ -344,6 +345,7 @@ ENDED = {"result": {}, "val_bpb": 1.0, "artifact_bytes": 1}
         ({"state": "complete", "finished_at": True}, "ck_trials_result"),
         ({"state": "complete", "finished_at": True, **ENDED, "val_bpb": None}, "ck_trials_val_bpb"),
         ({"state": "complete", "finished_at": True, **ENDED, "artifact_bytes": None}, "ck_trials_artifact_bytes"),
+        ({"state": "complete", "finished_at": True, **ENDED, "feasible": None}, "ck_trials_feasible"),
     ],
 )
 def test_the_database_refuses_a_trial_that_contradicts_itself(

@@ -58,7 +58,7 @@ def _score(connection: sa.Connection) -> None:
     result, kept = sa.column("result", sa.JSON()), sa.column("feasible", sa.Boolean())
     trials = sa.table("trials", sa.column("id"), sa.column("study_id"), result, kept)
     runs = sa.table("runs", sa.column("trial_id"), sa.column("scores", sa.JSON()))
-    caps = {row.id: row.definition["cap_bytes"] for row in connection.execute(sa.select(studies))}
+    caps = {row.id: row.definition.get("cap_bytes") for row in connection.execute(sa.select(studies))}
     scored = sa.select(trials.c.id, trials.c.study_id, trials.c.result).where(trials.c.feasible.is_(None))
     for row in connection.execute(scored.order_by(trials.c.id)).all():
         if row.result is None:
