@@ -19,6 +19,7 @@ from orchestrator.study import (
     StoppingConfig,
 )
 from worker.recipes import Size, load_recipe, require_full
+from worker.report import TrialResult
 from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, override, parse_spec, problems_of
 
 
@@ -131,6 +132,12 @@ class TrialIn(SpecIn):
     """A trial to submit."""
 
     allow_duplicate: bool = Field(default=False, description="Add it even where the study has the same configuration.")
+
+
+class ImportIn(SpecIn):
+    """A trial that was trained elsewhere, as `caddie trial --json` or `python -m worker --json` prints it."""
+
+    result: TrialResult = Field(description="What came of it; it must be this spec's own.")
 
 
 class PreviewIn(SpecIn):

@@ -1,9 +1,11 @@
 """`caddie`: the command line. Exits 0 when done, 2 for bad input, 1 for other failures: one line on stderr."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -183,6 +185,23 @@ def submit(
         raise typer.Exit(1)
 
 
+@app.command("import")
+def import_results(
+    study: StudyName,
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="JSON with spec and result, as `caddie trial --json` prints; or lines of it."),
+    ],
+) -> None:
+    """Bring trials that were trained elsewhere into a study, with their results. Again adds nothing twice."""
+    found = [(path, spec, result) for path in files for spec, result in _results(path)]
+    with _client() as caddie:
+        for path, spec, result in found:
+            key = hashlib.sha256(json.dumps([spec, result], sort_keys=True).encode()).hexdigest()
+            trial = caddie.import_result(study, spec, result, idempotency_key=key)
+            print(f"{path}: trial {trial.number} is {trial.state}")
+
+
 @app.command()
 def watch(study: StudyName) -> None:
     """Follow a study until it ends: progress, what runs, and the leaders so far."""
@@ -295,6 +314,24 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InvalidSpec((Problem("file", str(path), "must hold a mapping"),))
     return data
+
+
+def _results(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every spec with its result in a file: one JSON value, or one a line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        try:
+            values = [json.loads(text)]
+        except ValueError:
+            values = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InvalidSpec((Problem("file", str(path), " ".join(str(error).split())),)) from None
+    for number, value in enumerate(values, 1):
+        parts = [value.get("spec"), value.get("result")] if isinstance(value, dict) else []
+        if not parts or not all(isinstance(part, dict) for part in parts):
+            message = f"value {number} must be an object with a spec and a result"
+            raise InvalidSpec((Problem("file", str(path), message),))
+        yield value["spec"], value["result"]
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, Any]:

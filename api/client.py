@@ -105,6 +105,14 @@ class Caddie:
         path = f"/v1/studies/{_quoted(study)}/trials"
         return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
 
+    def import_result(
+        self, study: str, spec: Mapping[str, Any], result: Mapping[str, Any], *, idempotency_key: str | None = None
+    ) -> TrialOut:
+        """Add a trial that was trained elsewhere, with its result; safe to repeat, as submit is."""
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
+        return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
+
     def trials(self, study: str) -> list[TrialSummary]:
         """Every trial of the study, by number."""
         return list(self._pages(f"/v1/studies/{_quoted(study)}/trials", Page[TrialSummary]))

@@ -26,7 +26,7 @@ from orchestrator.lifecycle import (
     states_before,
 )
 from orchestrator.rows import attempt_of, gang_of, progress_of, run_of, study_of, trial_of
-from orchestrator.study import Attempt, Event, NewStudy, NewTrial, Progress, Run, Study, Trial
+from orchestrator.study import Attempt, Event, NewStudy, NewTrial, Origin, Progress, Run, Study, Trial
 from orchestrator.tables import (
     EVENTS,
     RUNS,
@@ -121,7 +121,7 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
     idempotency key, or two proposals of the same spec, meet: the transaction is then void.
     """
     infeasible = new.verdict == "cannot_fit"
-    number = _next_number(session, study_id, new.origin)
+    number = next_number(session, study_id, new.origin)
     if number is None:
         return None
     values = {
@@ -159,7 +159,11 @@ def _reopen(session: Session, study_id: int, now: datetime) -> None:
         add_event(session, study_id, None, "study.running", f"Study {name} is running again", now)
 
 
-def _next_number(session: Session, study_id: int, origin: str) -> int | None:
+def next_number(session: Session, study_id: int, origin: Origin) -> int | None:
+    """Take the study's next trial number and hold its row; None where a proposal came too late.
+
+    Raises NotFound, and IllegalMove where the study takes no trials.
+    """
     proposal = origin == "proposed"
     open_states = (StudyState.RUNNING,) if proposal else (StudyState.RUNNING, StudyState.PAUSED, StudyState.COMPLETE)
     study = STUDIES.c

@@ -1,0 +1,55 @@
+"""Results that were made elsewhere, brought into a study over HTTP."""
+
+import logging
+
+from fastapi import APIRouter, Response
+from sqlalchemy.exc import IntegrityError
+
+from api.bodies import ImportIn
+from api.context import ContextOf, Now, StudyName
+from api.problems import responses
+from api.schemas import TrialOut
+from api.submission import recent_trials
+from api.trials import Key, describe
+from orchestrator import feasibility, store
+from orchestrator.errors import Conflict
+from orchestrator.records import import_trial
+from orchestrator.space import params_of
+from orchestrator.study import NewTrial
+
+log = logging.getLogger(__name__)
+router = APIRouter(prefix="/studies/{study}/imports", tags=["trials"], responses=responses(404, 422))
+
+
+@router.post(
+    "", status_code=201, responses={**responses(400, 409, 415), 200: {"model": TrialOut, "description": "Replayed"}}
+)
+def import_result(
+    study: StudyName, body: ImportIn, context: ContextOf, now: Now, response: Response, key: Key = None
+) -> TrialOut:
+    """Add a trial that was trained elsewhere, with its result. It teaches the sampler and costs the study nothing."""
+    database = context.database
+    with database.read() as session:
+        found = store.get_study(session, study)
+        history = recent_trials(session, found)
+    spec = body.build(found.definition)
+    prediction = feasibility.predict(spec, history)
+    verdict, reason = feasibility.judge(prediction, found.definition.cap_bytes, spec.quantisation.target_bytes)
+    params = params_of(spec, found.definition.space)
+    new = NewTrial(spec, params, "imported", prediction, verdict, reason, key)
+    try:
+        with database.write() as session:
+            trial = import_trial(session, found, new, body.result, now)
+    except (Conflict, IntegrityError):
+        with database.read() as session:
+            replay = None if key is None else store.find_trial(session, found.id, idempotency_key=key)
+        if replay is None or replay.result != body.result:
+            raise
+        trial = replay
+        response.status_code = 200
+        response.headers["Idempotent-Replay"] = "true"
+    else:
+        log.info("trial %d of study %s was imported", trial.number, study, extra={"trial_id": trial.id})
+    response.headers["Location"] = f"/v1/studies/{study}/trials/{trial.number}"
+    with database.read() as session:
+        return describe(session, study, trial, context)
