@@ -11,12 +11,12 @@ import httpx
 from pydantic import BaseModel
 
 from api.problems import ProblemDetails
+from api.reports import LedgerOut
 from api.schemas import (
     ActivityOut,
     EventOut,
     Health,
     LeaderboardOut,
-    LedgerOut,
     MeasurementOut,
     Page,
     PreviewOut,

@@ -24,6 +24,7 @@ from api.trials import artifact_of
 from api.trials import describe as describe_trial
 from orchestrator import store
 from orchestrator.activity import latest_events, list_activity
+from orchestrator.arms import arms
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
 from orchestrator.study import Event, Study, Trial
@@ -170,6 +171,7 @@ def _study_facts(session: Session, study: Study, context: Context, now: datetime
         "listed": listed,
         "stack": [(state.value, described.counts.get(state, 0)) for state in STACK],
         "planned": planned,
+        "arms": arms(session, study.id),
         "costs": ledger(session, study.id, context.gpu_hour_dollars, now),
         "gpu_hour_dollars": context.gpu_hour_dollars,
         "total": sum(described.counts.values()) + planned,

@@ -6,10 +6,23 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
+from api.reports import CostOut
 from orchestrator.activity import Activity
-from orchestrator.ledger import Cost, Ledger, cost_of
+from orchestrator.ledger import Cost, cost_of
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
-from orchestrator.study import Attempt, Event, NewStudy, Origin, Prediction, Progress, Run, Study, Trial, Verdict
+from orchestrator.study import (
+    Attempt,
+    Event,
+    NewStudy,
+    Origin,
+    Prediction,
+    Progress,
+    Run,
+    Study,
+    Suggestion,
+    Trial,
+    Verdict,
+)
 from worker.inventory import TensorClass, tensor_inventory
 from worker.report import Hardware, TrialResult
 from worker.spec import GangConfig, TrialSpec
@@ -81,6 +94,8 @@ class TrialSummary(BaseModel):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    suggestion: Suggestion | None
+    """What a proposal came from."""
 
     @classmethod
     def of(cls, trial: Trial, phase: str = "") -> "TrialSummary":
@@ -118,54 +133,6 @@ class LeaderboardOut(BaseModel):
     study: str
     cap_bytes: int
     rows: list[LeaderboardRow]
-
-
-class CostOut(BaseModel):
-    """Seconds of attempts, the GPU-seconds of all their ranks, and what those cost. Waiting in the queue is free."""
-
-    seconds: float
-    gpu_seconds: float
-    dollars: float
-
-    @classmethod
-    def of(cls, cost: Cost) -> "CostOut":
-        return cls(seconds=cost.seconds, gpu_seconds=cost.gpu_seconds, dollars=cost.dollars)
-
-
-class LedgerOut(BaseModel):
-    """What attempts of a study, or of one `trial`, have cost.
-
-    `total` sums `phases` and `wasted`: what those cost that failed, were preempted, lost or void, but for their waits.
-    A gang's wait before an attempt is in the phase `idle`; gangs and trials are those that cost most, dearest first.
-    """
-
-    study: str
-    trial: int | None
-    gpu_hour_dollars: float
-    """Today's price, for all of it."""
-    attempts: int
-    phases: dict[str, CostOut]
-    wasted: CostOut
-    void: CostOut
-    """Of `wasted`: successes that were slower than their kind, and repeated."""
-    total: CostOut
-    gangs: dict[str, CostOut]
-    """By the gang's name, without the queue before it."""
-    other_gangs: CostOut
-    trials: dict[int, CostOut]
-    other_trials: CostOut
-
-    @classmethod
-    def of(cls, study: str, trial: int | None, found: Ledger, gpu_hour_dollars: float) -> "LedgerOut":
-        return cls(
-            study=study, trial=trial, gpu_hour_dollars=gpu_hour_dollars, attempts=found.attempts,
-            phases={phase: CostOut.of(cost) for phase, cost in found.phases.items()},
-            wasted=CostOut.of(found.wasted), void=CostOut.of(found.void), total=CostOut.of(found.total),
-            gangs={gang: CostOut.of(cost) for gang, cost in found.gangs.items()},
-            other_gangs=CostOut.of(found.other_gangs),
-            trials={number: CostOut.of(cost) for number, cost in found.trials.items()},
-            other_trials=CostOut.of(found.other_trials),
-        )  # fmt: skip
 
 
 class ArtifactOut(BaseModel):
@@ -379,4 +346,5 @@ def _summary(trial: Trial, phase: str) -> dict[str, Any]:
         "artifact_bytes": result.artifact_bytes if result else None,
         "train_seconds": result.train_seconds if result else None,
         "created_at": trial.created_at, "started_at": trial.started_at, "finished_at": trial.finished_at,
+        "suggestion": trial.suggestion,
     }  # fmt: skip

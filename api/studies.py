@@ -10,9 +10,11 @@ from sqlalchemy.orm import Session
 from api.bodies import StudyIn
 from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName
 from api.problems import responses
-from api.schemas import ActivityOut, LeaderboardOut, LeaderboardRow, LedgerOut, Page, StudyOut
+from api.reports import ArmOut, ArmsOut, LedgerOut
+from api.schemas import ActivityOut, LeaderboardOut, LeaderboardRow, Page, StudyOut
 from orchestrator import store
 from orchestrator.activity import list_activity
+from orchestrator.arms import arms
 from orchestrator.database import Database
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
@@ -74,6 +76,14 @@ def get_leaderboard(study: StudyName, database: DatabaseOf, limit: Limit = 100) 
     """Complete trials by BPB, best first. Those over the byte cap come last, without a rank."""
     with database.read() as session:
         return leaderboard(session, store.get_study(session, study), limit)
+
+
+@router.get("/studies/{study}/arms", responses=responses(404))
+def get_arms(study: StudyName, database: DatabaseOf) -> ArmsOut:
+    """What proposed the study's trials, and what came of it."""
+    with database.read() as session:
+        by_arm, by_rule = arms(session, store.get_study(session, study).id)
+    return ArmsOut(arms=[ArmOut.of(record) for record in by_arm], rules=[ArmOut.of(record) for record in by_rule])
 
 
 @router.get("/studies/{study}/activity", responses=responses(404))

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from api.client import Caddie
-from api.schemas import ActivityOut, CostOut, LeaderboardRow, LedgerOut, PreviewOut, StudyOut, TrialOut, TrialSummary
+from api.reports import CostOut, LedgerOut
+from api.schemas import ActivityOut, LeaderboardRow, PreviewOut, StudyOut, TrialOut, TrialSummary
 from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"

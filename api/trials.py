@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 from api.bodies import TrialIn
 from api.context import After, Context, ContextOf, DatabaseOf, Limit, Now, StudyName, TrialNumber
 from api.problems import responses
-from api.schemas import LedgerOut, MeasurementOut, Page, TrialOut, TrialSummary
+from api.reports import LedgerOut
+from api.schemas import MeasurementOut, Page, TrialOut, TrialSummary
 from api.submission import submit
 from orchestrator import store
 from orchestrator.activity import list_activity

@@ -148,7 +148,7 @@ BAD_STUDIES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"size": "huge"}, "size"),
     ({"recipe": None, "base": {}, "size": "tiny"}, "size"),
     ({"base": {}}, "base"),
-    ({"sampler": "grid"}, "sampler"),
+    ({"sampler": "annealing"}, "sampler"),
     ({"max_trials": -1}, "max_trials"),
     ({"cap_bytes": 0}, "cap_bytes"),
     ({"cap_bytes": 10**30}, "cap_bytes"),

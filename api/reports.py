@@ -1,0 +1,89 @@
+"""What the API reports about a whole study: what it cost, and what came of what proposed its trials."""
+
+from pydantic import BaseModel
+
+from orchestrator.arms import Record
+from orchestrator.ledger import Cost, Ledger
+
+
+class CostOut(BaseModel):
+    """Seconds of attempts, the GPU-seconds of all their ranks, and what those cost. Waiting in the queue is free."""
+
+    seconds: float
+    gpu_seconds: float
+    dollars: float
+
+    @classmethod
+    def of(cls, cost: Cost) -> "CostOut":
+        return cls(seconds=cost.seconds, gpu_seconds=cost.gpu_seconds, dollars=cost.dollars)
+
+
+class LedgerOut(BaseModel):
+    """What attempts of a study, or of one `trial`, have cost.
+
+    `total` sums `phases` and `wasted`: what those cost that failed, were preempted, lost or void, but for their waits.
+    A gang's wait before an attempt is in the phase `idle`; gangs and trials are those that cost most, dearest first.
+    """
+
+    study: str
+    trial: int | None
+    gpu_hour_dollars: float
+    """Today's price, for all of it."""
+    attempts: int
+    phases: dict[str, CostOut]
+    wasted: CostOut
+    void: CostOut
+    """Of `wasted`: successes that were slower than their kind, and repeated."""
+    total: CostOut
+    gangs: dict[str, CostOut]
+    """By the gang's name, without the queue before it."""
+    other_gangs: CostOut
+    trials: dict[int, CostOut]
+    other_trials: CostOut
+
+    @classmethod
+    def of(cls, study: str, trial: int | None, found: Ledger, gpu_hour_dollars: float) -> "LedgerOut":
+        return cls(
+            study=study, trial=trial, gpu_hour_dollars=gpu_hour_dollars, attempts=found.attempts,
+            phases={phase: CostOut.of(cost) for phase, cost in found.phases.items()},
+            wasted=CostOut.of(found.wasted), void=CostOut.of(found.void), total=CostOut.of(found.total),
+            gangs={gang: CostOut.of(cost) for gang, cost in found.gangs.items()},
+            other_gangs=CostOut.of(found.other_gangs),
+            trials={number: CostOut.of(cost) for number, cost in found.trials.items()},
+            other_trials=CostOut.of(found.other_trials),
+        )  # fmt: skip
+
+
+class ArmOut(BaseModel):
+    """What came of the trials that one arm, or one rule of guided proposals, made. Scores are of complete trials that
+    keep every cap."""
+
+    name: str
+    trials: int
+    scored: int
+    bests: int
+    """How often one of them was better than every trial before it."""
+    best_bpb: float | None
+    median_bpb: float | None
+    compared: int
+    """How many can be compared with the trial that they were made from."""
+    better: int
+    """How many of these did better."""
+    mean_gain: float | None
+    """BPB of the trial that each was made from, minus its own."""
+
+    @classmethod
+    def of(cls, record: Record) -> "ArmOut":
+        return cls(
+            name=record.name, trials=record.trials, scored=len(record.scores), bests=record.bests,
+            best_bpb=record.best_bpb, median_bpb=record.median_bpb, compared=len(record.gains), better=record.better,
+            mean_gain=record.mean_gain,
+        )  # fmt: skip
+
+
+class ArmsOut(BaseModel):
+    """What proposed a study's trials, and what came of it."""
+
+    arms: list[ArmOut]
+    rules: list[ArmOut]
+    """Of guided proposals, by what a trained model had shown."""
