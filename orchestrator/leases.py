@@ -181,7 +181,11 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
     _lock(session, AttemptRow.id == lease.attempt_id)
     ended = judged(session, lease.attempt_id, ended)
     result = None if ended.result is None else ended.result.model_dump(mode="json")
-    measured = {} if ended.seconds is None else {"phase_seconds": dict(ended.seconds), "phase_since": now}
+    measured: dict[str, Any] = {}
+    if ended.seconds is not None:
+        measured = {"phase_seconds": dict(ended.seconds), "phase_since": now}
+        if ended.phase is not None:
+            measured["phase"] = ended.phase
     _write(
         session, lease, **measured, outcome=ended.outcome, reason=ended.reason or None, cause=ended.cause,
         permanent=ended.cause in PERMANENT, finished_at=now, lease_token=None, lease_expires_at=None,

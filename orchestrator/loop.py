@@ -116,7 +116,8 @@ class Loop:
 
     def leave(self, now: datetime) -> None:
         """Go without the attempts whose gangs live on; their leases stay open for the next orchestrator of our name."""
-        with self.database.write() as session:
+        # A database that is away changes nothing: a lease that runs out is its holder's until somebody takes it.
+        with suppress(OperationalError), self.database.write() as session:
             for held in self.held.values():
                 with suppress(LeaseLost):
                     leases.renew(session, held.claim.lease, now, self.ttl)
@@ -194,7 +195,7 @@ class Loop:
         if ending.result is not None:
             artifact = self.artifacts.put(self.launcher.artifact(held.attempt_id))
         return AttemptResult(
-            ending.outcome, ending.reason, ending.result, artifact, ending.cause, update.seconds or None
+            ending.outcome, ending.reason, ending.result, artifact, ending.cause, update.seconds or None, update.phase
         )
 
     def _finish(self, held: Held, result: AttemptResult, now: datetime, update: Update | None = None) -> None:

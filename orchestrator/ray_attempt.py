@@ -22,7 +22,7 @@ DEATH_SECONDS = 5.0
 
 
 class RayAttempt:
-    """An attempt that a gang was given, or that a launcher before this one gave it (`adopted`)."""
+    """An attempt that a gang was given, or that a launcher before this one gave it."""
 
     def __init__(self, attempt_id: int, gang: Gang) -> None:
         self.attempt_id = attempt_id

@@ -324,6 +324,8 @@ class AttemptResult:
     """Set only where it failed."""
     seconds: Mapping[str, float] | None = None
     """By phase, where its gang has told; else they are reckoned from when the phases were recorded."""
+    phase: str | None = None
+    """The last of those that its gang has told."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ STOP_SECONDS = 90.0  # Ray's agents spend 60 s on telling a head that is gone th
 MARK = "SOAK_CLUSTER"
 """In the environment of every process of a cluster, so that none can hide: Ray's workers inherit it too."""
 
-# Ray's own defaults let a node be dead for half a minute before its gangs' runs are queued again.
+# Ray's own checks come every 3 s, wait 10 s each, and must fail five times before a node counts as dead.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",

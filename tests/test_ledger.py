@@ -192,13 +192,14 @@ def test_what_a_gang_measured_itself_is_whole_and_its_waits_are_no_waste(
     with database.write() as session:
         leases.renew(session, held.lease, now, TTL, gang="a", phase="train")
     measured = {"queue": 5.0, "idle": 2.0, "start": 1.0, "train": 10.0, "compile": 3.0, "store": 7.0}
-    finish(held, AttemptResult(Outcome.FAILED, "gone", seconds=measured), 500)
+    finish(held, AttemptResult(Outcome.FAILED, "gone", seconds=measured, phase="store"), 500)
     found = ledger_of(database, study, now + seconds(1000))
     assert found.phases == {"queue": Cost(WAITED + 5), "idle": Cost(2, 8, 16)}
     assert found.wasted == Cost(21, 56, 112)
     assert found.gangs == {"a": Cost(16, 64, 128)}
     with database.read() as session:
         (attempt,) = store.list_attempts(session, held.trial_id)
+    assert attempt.phase == "store"
     assert cost_of(attempt.phase_seconds, FOUR_GPUS, GPU_HOUR_DOLLARS) == found.total == Cost(WAITED + 28, 64, 128)
 
 
