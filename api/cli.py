@@ -19,6 +19,7 @@ from api.client import ApiError, Caddie, Unreachable
 from api.program import environment_of, program
 from api.schemas import PreviewOut
 from api.terminal import leaderboard_table, ledger_tables, preview_lines, studies_table, trial_lines, watch_study
+from orchestrator.caps import Caps
 from orchestrator.feasibility import judge, predict
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import CAP_BYTES
@@ -148,9 +149,7 @@ def preview(
     """What a spec would cost, without running it or needing a server: parameters, tying map, bytes, verdict."""
     parsed = parse_spec(override(_spec_data(spec, size), _overrides(overrides)))
     prediction = predict(parsed)
-    answer = PreviewOut.of(
-        parsed, prediction, cap_bytes, *judge(prediction, cap_bytes, parsed.quantisation.target_bytes)
-    )
+    answer = PreviewOut.of(parsed, prediction, cap_bytes, *judge(prediction, Caps(cap_bytes), parsed))
     print(answer.model_dump_json(indent=2) if as_json else "\n".join(preview_lines(spec, answer)))
 
 

@@ -34,7 +34,7 @@ def import_result(
         history = recent_trials(session, found)
     spec = body.build(found.definition)
     prediction = feasibility.predict(spec, history)
-    verdict, reason = feasibility.judge(prediction, found.definition.cap_bytes, spec.quantisation.target_bytes)
+    verdict, reason = feasibility.judge(prediction, found.definition, spec)
     params = params_of(spec, found.definition.space)
     new = NewTrial(spec, params, "imported", prediction, verdict, reason, key)
     try:

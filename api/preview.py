@@ -10,7 +10,8 @@ from api.problems import responses
 from api.schemas import Page, PreviewOut, RecipeOut
 from api.submission import recent_trials
 from orchestrator import feasibility, store
-from orchestrator.study import CAP_BYTES, Trial
+from orchestrator.caps import Caps
+from orchestrator.study import CAP_BYTES, NewStudy, Trial
 from worker.recipes import load_recipe, recipe_names
 from worker.spec import TrialSpec, parse_spec
 
@@ -21,11 +22,13 @@ router = APIRouter(tags=["preview"])
 def preview_spec(body: PreviewIn, database: DatabaseOf) -> PreviewOut:
     """Predict a configuration's parameters and bytes. Nothing is stored."""
     if body.study is None:
-        return preview(body.build(None), body.cap_bytes or CAP_BYTES)
+        return preview(body.build(None), Caps(body.cap_bytes or CAP_BYTES))
     with database.read() as session:
         study = store.get_study(session, body.study)
         history = recent_trials(session, study)
-    return preview(body.build(study.definition), body.cap_bytes or study.definition.cap_bytes, history)
+    definition = study.definition
+    caps = definition.model_copy(update={"cap_bytes": body.cap_bytes or definition.cap_bytes})
+    return preview(body.build(definition), caps, history)
 
 
 @router.get("/recipes")
@@ -34,8 +37,8 @@ def list_recipes() -> Page[RecipeOut]:
     return Page(items=[RecipeOut(name=name, spec=parse_spec(load_recipe(name))) for name in recipe_names()])
 
 
-def preview(spec: TrialSpec, cap_bytes: int = CAP_BYTES, history: Sequence[Trial] = ()) -> PreviewOut:
-    """The spec's prediction, calibrated on finished trials, and its verdict against the cap."""
+def preview(spec: TrialSpec, caps: NewStudy | Caps, history: Sequence[Trial] = ()) -> PreviewOut:
+    """The spec's prediction, calibrated on finished trials, and its verdict against the caps."""
     prediction = feasibility.predict(spec, history)
-    verdict, reason = feasibility.judge(prediction, cap_bytes, spec.quantisation.target_bytes)
-    return PreviewOut.of(spec, prediction, cap_bytes, verdict, reason)
+    verdict, reason = feasibility.judge(prediction, caps, spec)
+    return PreviewOut.of(spec, prediction, caps.cap_bytes, verdict, reason)

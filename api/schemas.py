@@ -1,6 +1,7 @@
 """What the API answers: the shape of each response, and how it is made from a domain value."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
@@ -197,7 +198,10 @@ class RunOut(BaseModel):
 
 
 class PredictionOut(BaseModel):
-    """What a spec will cost, before it runs. Artifact bytes include code; `low` and `high` bound them."""
+    """What a spec will cost, before it runs. Artifact bytes include code. `low` and `high` are a 90% interval's ends.
+
+    Seconds are null until some trial has shown how fast the gangs are; on GPUs there is a first guess at training.
+    """
 
     parameters: int
     model_bytes: int
@@ -206,14 +210,21 @@ class PredictionOut(BaseModel):
     artifact_bytes: int
     artifact_bytes_low: int
     artifact_bytes_high: int
+    step_seconds: float | None
+    """Of a training step, the mean."""
+    steps: int | None
+    """That the budget allows, whichever of its limits comes first."""
+    train_seconds: float | None
+    train_seconds_low: float | None
+    train_seconds_high: float | None
+    evaluate_seconds: float | None
+    """Of all final scores."""
+    evaluate_seconds_low: float | None
+    evaluate_seconds_high: float | None
 
     @classmethod
     def of(cls, prediction: Prediction) -> "PredictionOut":
-        return cls(
-            parameters=prediction.parameters, model_bytes=prediction.artifact_bytes - prediction.code_bytes,
-            code_bytes=prediction.code_bytes, artifact_bytes=prediction.artifact_bytes,
-            artifact_bytes_low=prediction.artifact_bytes_low, artifact_bytes_high=prediction.artifact_bytes_high,
-        )  # fmt: skip
+        return cls(model_bytes=prediction.artifact_bytes - prediction.code_bytes, **asdict(prediction))
 
 
 class TrialOut(TrialSummary):

@@ -48,7 +48,7 @@ def submit(
     if replay is not None:
         return Submitted(replay, replayed=True)
     prediction = feasibility.predict(spec, history)
-    verdict, reason = feasibility.judge(prediction, study.definition.cap_bytes, spec.quantisation.target_bytes)
+    verdict, reason = feasibility.judge(prediction, study.definition, spec)
     params = params_of(spec, study.definition.space)
     new = NewTrial(spec, params, "submitted", prediction, verdict, reason, key)
     try:

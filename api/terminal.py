@@ -1,7 +1,7 @@
 """What the command line prints: tables, tying maps and live progress."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from api.client import Caddie
 from api.reports import CostOut, LedgerOut
-from api.schemas import ActivityOut, LeaderboardRow, PreviewOut, StudyOut, TrialOut, TrialSummary
+from api.schemas import ActivityOut, LeaderboardRow, PredictionOut, PreviewOut, StudyOut, TrialOut, TrialSummary
 from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -93,10 +93,24 @@ def preview_lines(name: str, preview: PreviewOut) -> list[str]:
         f"  code bytes       {prediction.code_bytes:,}",
         f"  artifact bytes   {prediction.artifact_bytes:,} predicted, "
         f"{prediction.artifact_bytes_low:,} to {prediction.artifact_bytes_high:,}",
+        *_time_lines(prediction),
         f"  cap              {preview.cap_bytes:,}",
         f"  verdict          {preview.verdict.replace('_', ' ')}",
     ]
     return lines + ([f"    {preview.reason}"] if preview.reason else [])
+
+
+def _time_lines(prediction: PredictionOut) -> Iterator[str]:
+    """What is known of a prediction's steps and seconds."""
+    if prediction.steps is not None:
+        each = "" if prediction.step_seconds is None else f" predicted, {1000 * prediction.step_seconds:,.1f} ms each"
+        yield f"  steps            {prediction.steps:,}{each}"
+    for name, expected, low, high in (
+        ("training", prediction.train_seconds, prediction.train_seconds_low, prediction.train_seconds_high),
+        ("evaluation", prediction.evaluate_seconds, prediction.evaluate_seconds_low, prediction.evaluate_seconds_high),
+    ):
+        if expected is not None:
+            yield f"  {name:<16} {expected:,.1f} s predicted, {low:,.1f} to {high:,.1f}"
 
 
 def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:

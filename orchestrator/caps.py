@@ -1,7 +1,19 @@
 """The caps of a study, on bytes and on seconds, and by how much a result misses them."""
 
-from orchestrator.study import NewStudy, Scores
+from dataclasses import dataclass
+
+from orchestrator.study import CAP_BYTES, CAP_SECONDS, NewStudy, Scores
 from worker.report import TrialResult
+
+
+@dataclass(frozen=True)
+class Caps:
+    """The caps of a spec that is judged outside a study: the challenge's, unless it says otherwise."""
+
+    cap_bytes: int = CAP_BYTES
+    tolerance_bytes: int = 0
+    cap_train_seconds: float = CAP_SECONDS
+    cap_evaluate_seconds: float = CAP_SECONDS
 
 
 def excess(result: TrialResult, study: NewStudy) -> dict[str, float]:

@@ -1,299 +1,223 @@
-"""Artifact bytes before a trial runs: arithmetic over the spec's tensors, calibrated on the study's finished trials."""
+"""What a trial will weigh and how long it will take, before it runs; and whether that keeps the caps."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from bisect import insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from math import e, log, log2, sqrt
-from statistics import NormalDist, median
+from functools import cache, cached_property
+from math import exp, log, log2
+from statistics import NormalDist
 
+import numpy as np
+
+from orchestrator.caps import Caps
+from orchestrator.compression import Prior, prior_of
 from orchestrator.lifecycle import TrialState
-from orchestrator.study import Prediction, Trial, Verdict
-from worker.inventory import TensorClass, count_parameters, is_quantised, tensor_inventory
-from worker.packing import GRID, QuantisationConfig
+from orchestrator.pace import Pace
+from orchestrator.regression import Forecast, Observation, Regression, Vector
+from orchestrator.study import NewStudy, Prediction, Trial, Verdict
+from worker.inventory import TensorClass
+from worker.packing import LEVELS
 from worker.source import code_bytes
 from worker.spec import TrialSpec
 
-# Compressed by entropy, for Gaussian symbols of so many bits of entropy, one a byte: what Huffman codes, and chance
-# matches where a codec takes them too gladly, cost. Measured on 400,000 symbols in rows of 256.
-ENTROPIES = (0.8, 1.35, 2.3, 3.3, 4.4, 5.4, 6.4, 7.4)
-OVERHEADS = {
-    "zstd": (1.226, 1.177, 1.027, 1.016, 1.010, 1.007, 1.006, 1.005),
-    "zstd below 16": (1.559, 1.351, 1.207, 1.130, 1.040, 1.006, 1.005, 1.005),
-    "zlib": (1.336, 1.249, 1.192, 1.162, 1.126, 1.040, 1.010, 1.008),
-    "brotli": (1.299, 1.154, 1.024, 1.013, 1.008, 1.006, 1.004, 1.003),
-    "brotli below 10": (1.443, 1.305, 1.207, 1.169, 1.093, 1.016, 1.004, 1.003),
-    "lzma": (1.222, 1.154, 1.124, 1.049, 1.033, 1.025, 1.020, 1.016),
-    "ans": (1.001,) * 8,
-}
-SCALE_BYTES = 1.35  # an fp16 scale after the codec: scales are positive and close together
-HALF_BYTES = 1.65  # an fp16 value after the codec: only sign and exponent repeat
-TABLE_BYTES = 200  # an ans table of frequencies, for matrices of a class
-ENVELOPE_BYTES = 48  # magic, version, header length and digest
-REST_OF_HEADER_BYTES = 48  # its braces, quotes and commas, the codec, and from which size on matrices are quantised
-FINEST_BITS = 8  # of what steps that are solved for can be
 MISS = 0.002  # of a target, below it: how close solved steps come
 PRIOR_LOW, PRIOR_HIGH = 0.85, 1.10  # of the prior, before any trial finished: heavy tails, and rows trained little
-PRIOR_SPREAD = 0.02  # log-ratio within one study that is assumed as if one trial had shown it
-RECENT = 100  # finished trials that calibrate; more would change little
-QUANTILE = 0.95  # of each side: the interval holds 90%
+SPREAD = 0.015  # log-ratio within one study that is assumed as if a few trials had shown it
+SLACK = 0.1  # log-ratio from the median beyond which an artifact may be odd
+RECENT = 200  # finished trials that count, the latest; more would change little
+TAIL = 0.05  # of each side: the interval holds 90%
+CLASSES = tuple(TensorClass)
+CODECS = (*LEVELS, "ans", "auto")
 
 
 def predict(spec: TrialSpec, history: Sequence[Trial] = ()) -> Prediction:
-    """What the spec's artifact will weigh, code included, with the bounds of a 90% interval, from the trials so far."""
-    ratios = [ratio for trial in history if (ratio := ratio_of(trial)) is not None]
-    return Predictor.calibrated(ratios).predict(spec)
+    """What the spec will cost, from the trials so far."""
+    return Predictor.of(history).predict(spec)
 
 
-def judge(prediction: Prediction, cap_bytes: int, target_bytes: int | None = None) -> tuple[Verdict, str | None]:
-    """Whether the artifact fits; and, where that is not certain, a sentence with the numbers.
+class Predictor:
+    """What the trials of one study say about the next: its artifact's bytes, its seconds, each with a 90% interval.
 
-    It fits where even the interval's high end does, cannot fit where even the low end does not, and is grey between. A
-    target that no steps can meet, which would fail the trial once it has trained, is a smaller cap.
+    Bytes by tensor class are the prior's times what finished artifacts had of it in specs alike. The same trials in any
+    order make the same predictor.
     """
-    if target_bytes is not None and prediction.artifact_bytes_low > target_bytes:
+
+    def __init__(self) -> None:
+        self.code_bytes = code_bytes()
+        self._artifacts: list[tuple[int, Observation]] = []  # by trial number
+        self._pace = Pace()
+        self._fitted: Regression | None = None
+
+    @classmethod
+    def of(cls, history: Sequence[Trial]) -> "Predictor":
+        predictor = cls()
+        for trial in sorted(history, key=lambda trial: trial.number, reverse=True):  # so that old ones cost nothing
+            predictor.learn(trial)
+        return predictor
+
+    def learn(self, trial: Trial) -> None:
+        """Take in a trial that has ended, once. Fitting waits until something is asked."""
+        self._pace.learn(trial)
+        if len(self._artifacts) == RECENT and trial.number < self._artifacts[0][0]:
+            return
+        if (observed := observation_of(trial)) is not None:
+            insort(self._artifacts, (trial.number, observed), key=lambda each: each[0])
+            del self._artifacts[:-RECENT]
+            self._fitted = None
+
+    @property
+    def seed_deviation(self) -> float | None:
+        """Of the logarithm of model bytes, between seeds of one configuration; None before any trial finished."""
+        return self._regression.seed_deviation if self._regression else None
+
+    def predict(self, spec: TrialSpec) -> Prediction:
+        """What the spec will cost."""
+        configuration = cache(lambda: spec.canonical_hash)
+        weight, timing = self._weight(spec, configuration), self._pace.timing(spec, configuration)
+        return Prediction(
+            parameters=weight.prior.parameters, code_bytes=self.code_bytes, artifact_bytes=weight.quantile(0.5),
+            artifact_bytes_low=weight.quantile(TAIL), artifact_bytes_high=weight.quantile(1 - TAIL),
+            step_seconds=timing.step_seconds, steps=timing.steps, train_seconds=timing.train.expected,
+            train_seconds_low=timing.train.low, train_seconds_high=timing.train.high,
+            evaluate_seconds=timing.evaluate.expected, evaluate_seconds_low=timing.evaluate.low,
+            evaluate_seconds_high=timing.evaluate.high,
+        )  # fmt: skip
+
+    def quantile(self, spec: TrialSpec, probability: float) -> int:
+        """The artifact bytes that the spec's will not exceed with this probability."""
+        return self._weight(spec, lambda: spec.canonical_hash).quantile(probability)
+
+    def _weight(self, spec: TrialSpec, configuration: Callable[[], str]) -> "_Weight":
+        prior, fitted = prior_of(spec), self._regression
+        forecast = fitted.forecast(_features(spec, prior), configuration) if fitted else None
+        return _Weight(prior, forecast, self.code_bytes, spec.quantisation.target_bytes)
+
+    @property
+    def _regression(self) -> Regression | None:
+        if self._fitted is None and self._artifacts:
+            self._fitted = Regression([observed for _, observed in self._artifacts], SPREAD, SLACK)
+        return self._fitted
+
+
+def judge(prediction: Prediction, caps: NewStudy | Caps, spec: TrialSpec) -> tuple[Verdict, str | None]:
+    """Whether a trial keeps the caps; and, where that is not certain, a sentence with the numbers.
+
+    It fits where even the high ends of the predictions do, cannot fit where a low end does not, by more than the
+    tolerance where it is bytes, and is grey between. A target that no steps can meet, which would fail the trial once
+    it has trained, is a smaller cap. Seconds that nothing is known of are no reason.
+    """
+    target = spec.quantisation.target_bytes
+    if target is not None and prediction.artifact_bytes_low > target:
         least = f"at least {prediction.artifact_bytes_low:,} bytes ({prediction.code_bytes:,} of them code)"
         return (
             "cannot_fit",
-            f"the artifact is predicted to need {least}: over quantisation.target_bytes, {target_bytes:,}",
+            f"the artifact is predicted to need {least}: over quantisation.target_bytes, {target:,}",
         )
-    if prediction.artifact_bytes_high <= cap_bytes:
-        return "fits", None
+    found = (
+        _judge_bytes(prediction, caps),
+        _judge_seconds("training", prediction.train_seconds, prediction.train_seconds_low,
+                       prediction.train_seconds_high, caps.cap_train_seconds),
+        _judge_seconds("evaluation", prediction.evaluate_seconds, prediction.evaluate_seconds_low,
+                       prediction.evaluate_seconds_high, caps.cap_evaluate_seconds),
+    )  # fmt: skip
+    worst = max((verdict for verdict, _ in found), key=("fits", "grey", "cannot_fit").index)
+    return worst, "; ".join(reason for verdict, reason in found if verdict == worst and reason) or None
+
+
+def _judge_bytes(prediction: Prediction, caps: NewStudy | Caps) -> tuple[Verdict, str]:
+    if prediction.artifact_bytes_high <= caps.cap_bytes:
+        return "fits", ""
     between = f"{prediction.artifact_bytes_low:,} to {prediction.artifact_bytes_high:,}"
     numbers = f"{prediction.artifact_bytes:,} bytes ({between}, {prediction.code_bytes:,} of them code)"
-    if prediction.artifact_bytes_low > cap_bytes:
-        return "cannot_fit", f"the artifact is predicted at {numbers}: over the cap of {cap_bytes:,} bytes"
-    return "grey", f"the artifact is predicted at {numbers}: it may miss the cap of {cap_bytes:,} bytes"
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """The prior with its calibration: `factor` on model bytes is expected, `low` to `high` holds nine of ten."""
-
-    factor: float
-    low: float
-    high: float
-    code_bytes: int
-
-    @classmethod
-    def calibrated(cls, ratios: Sequence[float]) -> "Predictor":
-        """Calibrated on ratios of actual to prior model bytes, oldest first; the last RECENT count.
-
-        A Student t prediction interval about the median, its scale the median absolute deviation pooled with
-        PRIOR_SPREAD as one observation (a scaled inverse χ² prior; Gelman et al., Bayesian Data Analysis, section 3.2):
-        one odd artifact moves neither, and the interval narrows as trials agree.
-        """
-        ratios = ratios[-RECENT:]
-        if not ratios:
-            return cls(1.0, PRIOR_LOW, PRIOR_HIGH, code_bytes())
-        centre, count = median(ratios), len(ratios)
-        deviation = 1.4826 * median(abs(log(ratio / centre)) for ratio in ratios)  # of a normal's log-ratio
-        spread = sqrt((PRIOR_SPREAD**2 + count * deviation**2) / (1 + count)) * sqrt(1 + 1 / count)
-        width = e ** (_student_quantile(1 + count) * spread)
-        return cls(centre, centre / width, centre * width, code_bytes())
-
-    def predict(self, spec: TrialSpec) -> Prediction:
-        """The spec's artifact bytes under this calibration, never above what incompressible symbols would take.
-
-        Where the spec has a target, steps are solved to meet it: only an artifact that cannot grow to it is smaller,
-        and only one that cannot shrink to it is larger.
-        """
-        prior, most = prior_model_bytes(spec), _largest_model_bytes(spec)
-        expected, low, high = (min(prior * factor, most) for factor in (self.factor, self.low, self.high))
-        target = spec.quantisation.target_bytes
-        if target is not None:
-            least, room = _smallest_model_bytes(spec), target - self.code_bytes
-            expected = max(least, min(expected, room - target * MISS / 2))
-            low = max(least * PRIOR_LOW, min(low, room - target * MISS))
-            high = max(least * PRIOR_HIGH, min(high, room))
-        return Prediction(
-            parameters=count_parameters(spec.model, spec.sharing),
-            code_bytes=self.code_bytes,
-            artifact_bytes=round(expected) + self.code_bytes,
-            artifact_bytes_low=round(low) + self.code_bytes,
-            artifact_bytes_high=round(high) + self.code_bytes,
+    if prediction.artifact_bytes_low > caps.cap_bytes + caps.tolerance_bytes:
+        tolerated = f" by more than the {caps.tolerance_bytes:,} tolerated" if caps.tolerance_bytes else ""
+        return (
+            "cannot_fit",
+            f"the artifact is predicted at {numbers}: over the cap of {caps.cap_bytes:,} bytes{tolerated}",
         )
+    return "grey", f"the artifact is predicted at {numbers}: it may miss the cap of {caps.cap_bytes:,} bytes"
 
 
-def ratio_of(trial: Trial) -> float | None:
-    """Actual by prior model bytes of a trial that trained to the end of its budget, else None. One that met a target
-    says nothing about entropy either."""
-    if trial.state is not TrialState.COMPLETE or trial.result is None:
+def _judge_seconds(
+    what: str, expected: float | None, low: float | None, high: float | None, cap_seconds: float
+) -> tuple[Verdict, str]:
+    if expected is None or low is None or high is None or high <= cap_seconds:
+        return "fits", ""
+    numbers = f"{what} is predicted to take {expected:,.0f} s ({low:,.0f} to {high:,.0f})"
+    if low > cap_seconds:
+        return "cannot_fit", f"{numbers}: over the cap of {cap_seconds:,.0f} s"
+    return "grey", f"{numbers}: it may miss the cap of {cap_seconds:,.0f} s"
+
+
+def observation_of(trial: Trial) -> Observation | None:
+    """What a trial's artifact shows: log-ratios of actual to prior bytes, of all and by tensor class.
+
+    None unless it trained here to the end of its budget. One that met a target says nothing about entropy either.
+    """
+    if trial.state is not TrialState.COMPLETE or trial.result is None or trial.origin == "imported":
         return None
-    if trial.spec.quantisation.target_bytes is not None:
+    prior = prior_of(trial.spec)
+    actual, expected = trial.result.model_bytes - prior.header_bytes, prior.model_bytes - prior.header_bytes
+    if trial.spec.quantisation.target_bytes is not None or actual <= 0:
         return None
-    return trial.result.model_bytes / prior_model_bytes(trial.spec)
+    whole, ratios = log(actual / expected), []
+    for name in CLASSES:  # a class that is not there takes after the whole
+        counted, assumed = trial.result.bytes_by_class.get(name, 0), prior.by_class.get(name, 0.0)
+        ratios.append(log(counted / assumed) if counted and assumed else whole)
+    return Observation(_features(trial.spec, prior), trial.spec_hash, np.array([whole, *ratios]))
 
 
-def prior_model_bytes(spec: TrialSpec) -> float:
-    """Compressed model bytes to expect of a trained model, before any trial has said otherwise.
-
-    With a target, those of the finest steps: what the artifact would have if the target left it room.
-    """
-    quantisation, stored = spec.quantisation, _Stored.of(spec)
-    symbols = _symbol_bytes(quantisation, stored, partial(_entropy, quantisation))
-    return _header_bytes(spec) + symbols + stored.scales * SCALE_BYTES + stored.halves * HALF_BYTES
-
-
-def symbol_entropy(shares: Sequence[float]) -> float:
-    """Entropy in bits of one symbol, given the share of zero, then of each pair of a symbol and its negative."""
-    zero, *pairs = shares
-    return _bits(zero) + sum(2 * _bits(pair / 2) for pair in pairs)
-
-
-@lru_cache(maxsize=4096)
-def symbol_shares(clip: float, bits: int, prune: float = 0.0) -> tuple[float, ...]:
-    """Of a Gaussian row, how often each symbol comes: zero, and then each pair of a symbol and its negative.
-
-    The value at `clip` standard deviations gets the largest symbol, and the share `prune` of the values, the smallest,
-    became zero first. With fine steps and nothing cut off the entropy is ½·log2(2πe) − log2(clip / largest symbol).
-    """
-    normal, largest = NormalDist(), 2 ** (bits - 1) - 1
-    kept_from = normal.inv_cdf((1 + prune) / 2)
-    edges = [max((symbol + 0.5) * clip / largest, kept_from) for symbol in range(largest)]
-    above = [2 * normal.cdf(-edge) for edge in edges]  # the share of the values with a larger symbol, of either sign
-    return (1 - above[0], *(more - less for more, less in zip(above, [*above[1:], 0.0], strict=True)))
-
-
-def expected_peak(columns: int, quantile: float = 1.0) -> float:
-    """The expected quantile of the magnitudes of so many standard normal values, 1 for their maximum.
-
-    The maximum by the median-like quantile 0.5264^(1/n) of Chen and Tyler (1999).
-    """
-    share = 0.5264 ** (1 / columns) - (1 - quantile) * (columns - 1) / columns
-    return NormalDist().inv_cdf((1 + max(share, 0.0)) / 2)
-
-
-def _clip(quantisation: QuantisationConfig, tensor_class: TensorClass, columns: int, bits: int) -> float:
-    """What lands on the largest symbol of a Gaussian row, in standard deviations."""
-    if quantisation.target_bytes is not None:
-        return expected_peak(columns)
-    if quantisation.clip == "sigmas":
-        return quantisation.sigmas_of(tensor_class) * _deviation(quantisation.prune)
-    if quantisation.clip == "quantile":
-        return expected_peak(columns, quantisation.clip_quantile) or expected_peak(columns)
-    if quantisation.clip == "grid":
-        return min((expected_peak(columns, q) for q in GRID), key=lambda clip: _squared_error(clip, bits))
-    return expected_peak(columns)
-
-
-def _deviation(prune: float) -> float:
-    """The standard deviation of standard normal values of which this share, the smallest, became zero."""
-    normal = NormalDist()
-    kept_from = normal.inv_cdf((1 + prune) / 2)
-    return sqrt(2 * (kept_from * normal.pdf(kept_from) + normal.cdf(-kept_from)))
-
-
-def _squared_error(clip: float, bits: int) -> float:
-    """Of a standard normal value: of rounding, and of cutting off what is above the clip."""
-    normal = NormalDist()
-    rounding: float = (clip / (2 ** (bits - 1) - 1)) ** 2 / 12
-    return rounding + 2 * ((1 + clip**2) * normal.cdf(-clip) - clip * normal.pdf(clip))
-
-
-def _bits_by_share(quantisation: QuantisationConfig, tensor_class: TensorClass) -> list[tuple[float, int]]:
-    """Bits of a symbol, with the share of the rows that have them."""
-    if quantisation.target_bytes is not None:
-        return [(1.0, FINEST_BITS)]
-    high, low = quantisation.high_fraction, quantisation.low_fraction
-    shares = [(high, 8), (low, 4), (1 - high - low, quantisation.bits_of(tensor_class))]
-    return [(share, bits) for share, bits in shares if share > 0]
-
-
-def _entropy(quantisation: QuantisationConfig, tensor_class: TensorClass, columns: int) -> float:
-    """Of one symbol of a Gaussian matrix; rows of more and of fewer bits lie mixed, as columns are what is stored."""
-    mixed = [0.0] * 2 ** (FINEST_BITS - 1)
-    for part, bits in _bits_by_share(quantisation, tensor_class):
-        clip = _clip(quantisation, tensor_class, columns, bits)
-        for symbol, share in enumerate(symbol_shares(clip, bits, quantisation.prune)):
-            mixed[symbol] += part * share
-    return symbol_entropy(mixed)
-
-
-def _even_entropy(quantisation: QuantisationConfig, tensor_class: TensorClass, columns: int) -> float:
-    """The most that any matrix can have."""
-    return log2(2 ** max(bits for _, bits in _bits_by_share(quantisation, tensor_class)) - 1)
-
-
-def _largest_model_bytes(spec: TrialSpec) -> float:
-    """Model bytes where the codec gains nothing but the even use of the symbols."""
-    quantisation, stored = spec.quantisation, _Stored.of(spec)
-    symbols = _symbol_bytes(quantisation, stored, partial(_even_entropy, quantisation))
-    # and what the codec adds to bytes that it cannot compress
-    return (_header_bytes(spec) + symbols + 2 * (stored.scales + stored.halves)) * 1.001
-
-
-def _smallest_model_bytes(spec: TrialSpec) -> float:
-    """Model bytes where every symbol is zero, and so every scale alike."""
-    return _header_bytes(spec) + _Stored.of(spec).halves * HALF_BYTES
+def _features(spec: TrialSpec, prior: Prior) -> Vector:
+    """What may move an artifact's bytes away from its prior: where a factor does, its logarithm to base 2."""
+    model, sharing, packing, optimizer = spec.model, spec.sharing, spec.quantisation, spec.optimizer
+    budget = (spec.budget.steps, spec.budget.seconds, spec.budget.tokens)
+    factors = (
+        prior.model_bytes, model.width, 1 + sharing.lora.rank, sharing.unique_blocks, sharing.virtual_layers,
+        (1 - prior.half_share) ** -2, model.mlp_multiple, optimizer.matrix_lr, optimizer.embedding_lr,
+        optimizer.scalar_lr, 0.01 + optimizer.muon_weight_decay, 0.01 + optimizer.adam_weight_decay,
+        spec.data.batch_tokens, *(limit or 1 for limit in budget),
+    )  # fmt: skip
+    linear = (
+        prior.symbol_bits, 4 * packing.prune, packing.rounding == "gptq", packing.qat_from is not None,
+        spec.averaging.apply != "none", *(packing.codec == name for name in CODECS),
+    )  # fmt: skip
+    return np.array([*map(log2, factors), *linear], dtype=np.float64)
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """How many values an artifact holds, by how it stores them."""
+class _Weight:
+    """The distribution of one spec's artifact bytes."""
 
-    symbols: Mapping[tuple[TensorClass, int], int]
-    """Of quantised matrices: how many symbols are in rows of a class and of so many columns."""
-    scales: int
-    halves: int
+    prior: Prior
+    forecast: Forecast | None
+    code_bytes: int
+    target_bytes: int | None
 
-    @classmethod
-    def of(cls, spec: TrialSpec) -> "_Stored":
-        symbols, scales, halves = Counter[tuple[TensorClass, int]](), 0, 0
-        for tensor in tensor_inventory(spec.model, spec.sharing):
-            if is_quantised(tensor, spec.quantisation.half_below):
-                rows, columns = tensor.shape
-                symbols[tensor.tensor_class, columns] += tensor.elements
-                scales += rows
-            else:
-                halves += tensor.elements
-        return cls(symbols, scales, halves)
+    def quantile(self, probability: float) -> int:
+        """The bytes that the artifact will not exceed with this probability; never above incompressible symbols.
 
+        Where there is a target, steps are solved to meet it: only an artifact that cannot grow to it is smaller, and
+        only one that cannot shrink to it is larger.
+        """
+        guess, prior = _guess(probability), self.prior
+        spread = guess if self.forecast is None else exp(self.forecast.quantile(probability))
+        model_bytes = min(prior.header_bytes + self._content_bytes * spread, prior.most)
+        if self.target_bytes is not None:
+            short = min(max((1 - TAIL - probability) / (1 - 2 * TAIL), 0.0), 1.0)
+            room = self.target_bytes * (1 - MISS * short) - self.code_bytes
+            model_bytes = max(prior.least * guess, min(model_bytes, room))
+        return round(model_bytes) + self.code_bytes
 
-def _symbol_bytes(
-    quantisation: QuantisationConfig, stored: _Stored, entropy_of: Callable[[TensorClass, int], float]
-) -> float:
-    """Compressed bytes of all symbols, given the entropy of one in rows of a class and of so many columns."""
-    symbols = [(count, entropy_of(*rows)) for rows, count in stored.symbols.items()]
-    tables = len(symbols) * TABLE_BYTES
-
-    def compressed(codec: str) -> float:
-        bits = sum(count * min(entropy * _overhead(OVERHEADS[codec], entropy), 8) for count, entropy in symbols)
-        return bits / 8 + (tables if codec == "ans" else 0)
-
-    return min(compressed(codec) for codec in _measured(quantisation))
+    @cached_property
+    def _content_bytes(self) -> float:
+        """Expected, without the header."""
+        if self.forecast is None:
+            return self.prior.model_bytes - self.prior.header_bytes
+        ratios = dict(zip(CLASSES, self.forecast.ratios[1:].tolist(), strict=True))
+        return sum(expected * exp(ratios[name]) for name, expected in self.prior.by_class.items())
 
 
-def _measured(quantisation: QuantisationConfig) -> tuple[str, ...]:
-    """The rows of OVERHEADS that may apply: one, or those of which auto takes the best."""
-    if quantisation.codec == "auto":
-        return ("ans", "brotli", "lzma", "zlib", "zstd")
-    fast = {"zstd": 16, "brotli": 10}.get(quantisation.codec, 0)
-    return (f"{quantisation.codec} below {fast}" if quantisation.best_level < fast else quantisation.codec,)
-
-
-def _overhead(overheads: Sequence[float], entropy: float) -> float:
-    """Between the two that were measured nearest, in proportion."""
-    for low, high, at_low, at_high in zip(ENTROPIES, ENTROPIES[1:], overheads, overheads[1:], strict=False):
-        if entropy <= high:
-            return at_low + (at_high - at_low) * max(entropy - low, 0.0) / (high - low)
-    return overheads[-1]
-
-
-def _bits(share: float) -> float:
-    return -share * log2(share) if share > 0 else 0.0
-
-
-def _header_bytes(spec: TrialSpec) -> int:
-    """Of an artifact: its envelope, and the JSON in which fields at their defaults are left out."""
-    described = {
-        name: part.model_dump_json(exclude_defaults=True)
-        for name, part in (("model", spec.model), ("sharing", spec.sharing))
-    }
-    return ENVELOPE_BYTES + sum(len(name) + len(part) for name, part in described.items()) + REST_OF_HEADER_BYTES
-
-
-def _student_quantile(freedom: int) -> float:
-    """The upper QUANTILE of Student's t, by the first terms of its expansion in 1/ν (Fisher and Cornish, 1960)."""
-    z = NormalDist().inv_cdf(QUANTILE)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+def _guess(probability: float) -> float:
+    """By what the prior is multiplied, before any trial finished, not to be exceeded with this probability."""
+    deviations = NormalDist().inv_cdf(probability) / NormalDist().inv_cdf(1 - TAIL)
+    return float(PRIOR_HIGH**deviations if deviations > 0 else PRIOR_LOW**-deviations)

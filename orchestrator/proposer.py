@@ -17,7 +17,7 @@ from optuna.study._frozen import FrozenStudy  # the storage contract names it, t
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from orchestrator.feasibility import Predictor, judge, ratio_of
+from orchestrator.feasibility import Predictor, judge
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
 from orchestrator.optuna_view import ReadOnlyStorage, distributions_of, frozen_trial
 from orchestrator.space import Parameter, apply, as_category
@@ -73,16 +73,15 @@ class Proposer:
         progress = (len(history), sum(trial.state not in OPEN_TRIALS for trial in history))
         if gang in self._gave_up and self._gave_up[gang][0] == progress:
             return Proposed(None, 0, self._gave_up[gang][1])
-        predictor = Predictor.calibrated([self._ratios[number] for number in sorted(self._ratios)])
         refused, taught = Counter[Refusal](), len(self._replay)
         try:
-            found = self._first(self._samples(len(history)), gang, predictor, refused)
+            found = self._first(self._samples(len(history)), gang, refused)
         finally:
             self._replay.cut(taught)
         reasons = refused
         if found is None and self._points <= SMALL_SPACE:
             reasons = Counter[Refusal]()
-            found = self._first(self._all_points(len(history)), gang, predictor, reasons)
+            found = self._first(self._all_points(len(history)), gang, reasons)
         if found is not None:
             return Proposed(found, refused.total(), None)
         self._gave_up[gang] = (progress, self._sentence(reasons))
@@ -93,7 +92,7 @@ class Proposer:
         self._optuna_study = optuna.load_study(study_name=_Replay.NAME, storage=self._replay)
         self._states: dict[int, TrialState] = {}  # by number, in order
         self._positions: dict[int, int] = {}  # number -> position in the replay
-        self._ratios: dict[int, float] = {}  # number -> actual by predicted bytes, before any calibration
+        self._predictor = Predictor()
         self._known: set[str] = set()  # canonical hashes that are trials
         self._gangs: set[GangConfig] = set()  # that those trials are for
         self._gave_up: dict[GangConfig, tuple[tuple[int, int], str]] = {}
@@ -116,8 +115,8 @@ class Proposer:
             if self._is_in_space(trial):
                 self._positions[trial.number] = len(self._replay)
         self._states[trial.number] = trial.state
-        if (ratio := ratio_of(trial)) is not None:
-            self._ratios[trial.number] = ratio
+        if trial.state not in OPEN_TRIALS:
+            self._predictor.learn(trial)
         position = self._positions.get(trial.number)
         if position is not None:
             self._replay.put(self._frozen(trial, position))
@@ -144,7 +143,7 @@ class Proposer:
         return frozen
 
     def _first(
-        self, candidates: Iterator[dict[str, Any]], gang: GangConfig, predictor: Predictor, refused: Counter[Refusal]
+        self, candidates: Iterator[dict[str, Any]], gang: GangConfig, refused: Counter[Refusal]
     ) -> NewTrial | None:
         """The first candidate that is a trial to add; those before it are counted by why they are not."""
         for params in candidates:
@@ -154,9 +153,8 @@ class Proposer:
             elif self._is_known(spec):
                 refused["known"] += 1
             else:
-                prediction = predictor.predict(spec)
-                cap_bytes, target_bytes = self._definition.cap_bytes, spec.quantisation.target_bytes
-                verdict, reason = judge(prediction, cap_bytes, target_bytes)
+                prediction = self._predictor.predict(spec)
+                verdict, reason = judge(prediction, self._definition, spec)
                 if verdict != "cannot_fit":
                     return NewTrial(spec, params, "proposed", prediction, verdict, reason)
                 refused["cannot_fit"] += 1

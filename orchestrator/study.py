@@ -160,13 +160,27 @@ class Study:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a spec will cost, before it runs. Artifact bytes include code; `low` and `high` bound them."""
+    """What a spec will cost, before it runs. Artifact bytes include code. `low` and `high` are a 90% interval's ends.
+
+    Seconds are None until some trial has shown how fast the gangs are; on GPUs there is a first guess at training.
+    """
 
     parameters: int
     code_bytes: int
     artifact_bytes: int
     artifact_bytes_low: int
     artifact_bytes_high: int
+    step_seconds: float | None = None
+    """Of a training step, the mean."""
+    steps: int | None = None
+    """That the budget allows, whichever of its limits comes first."""
+    train_seconds: float | None = None
+    train_seconds_low: float | None = None
+    train_seconds_high: float | None = None
+    evaluate_seconds: float | None = None
+    """Of all final scores."""
+    evaluate_seconds_low: float | None = None
+    evaluate_seconds_high: float | None = None
 
 
 class Suggestion(Frozen):

@@ -12,15 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.feasibility import (
-    Predictor,
-    expected_peak,
-    judge,
-    predict,
-    prior_model_bytes,
-    symbol_entropy,
-    symbol_shares,
-)
+from orchestrator.caps import Caps
+from orchestrator.compression import expected_peak, prior_of, symbol_entropy, symbol_shares
+from orchestrator.feasibility import Predictor, judge, predict
 from orchestrator.lifecycle import TrialState
 from orchestrator.study import Prediction, Trial
 from worker.artifact import pack
@@ -59,7 +53,7 @@ def packed_bytes(spec: TrialSpec, *, gaussian: bool) -> int:
 
 
 def finished(number: int, spec: TrialSpec, ratio: float, state: TrialState = TrialState.COMPLETE) -> Trial:
-    model_bytes = round(prior_model_bytes(spec) * ratio)
+    model_bytes = round(prior_bytes(spec) * ratio)
     result = TrialResult(
         val_bpb=1.5, val_bpb_prequant=1.4, val_loss=2.5, parameters=1, model_bytes=model_bytes, code_bytes=code_bytes(),
         artifact_bytes=model_bytes + code_bytes(), artifact_sha256="0" * 64, steps=10, tokens=1000, train_seconds=1.0,
@@ -78,6 +72,14 @@ def small(width: int, blocks: int, rank: int, bits: int, codec: tuple[str, int])
     )  # fmt: skip
 
 
+def prior_bytes(spec: TrialSpec) -> float:
+    return prior_of(spec).model_bytes
+
+
+def sizes(prediction: Prediction) -> tuple[int, int, int]:
+    return prediction.artifact_bytes_low, prediction.artifact_bytes, prediction.artifact_bytes_high
+
+
 WIDTHS, BLOCKS, RANKS = st.sampled_from([96, 128]), st.integers(2, 3), st.sampled_from([0, 2])
 
 
@@ -87,7 +89,7 @@ def test_the_prior_is_within_3_percent_of_packed_gaussian_weights(
     width: int, blocks: int, rank: int, bits: int, codec: tuple[str, int]
 ) -> None:
     spec = small(width, blocks, rank, bits, codec)
-    assert packed_bytes(spec, gaussian=True) == pytest.approx(prior_model_bytes(spec), rel=0.03)
+    assert packed_bytes(spec, gaussian=True) == pytest.approx(prior_bytes(spec), rel=0.03)
 
 
 @settings(max_examples=6)
@@ -126,13 +128,13 @@ def test_the_prior_knows_every_clip_and_codec(
 ) -> None:
     spec = laptop(quantisation={"half_below": 4096, "codec": codec, **packing})
     actual = len(pack(gaussian, spec.quantisation).data)
-    assert actual == pytest.approx(prior_model_bytes(spec), rel=error)
+    assert actual == pytest.approx(prior_bytes(spec), rel=error)
 
 
 def test_the_prior_of_auto_is_that_of_its_best_codec() -> None:
     for clip in ("amax", "sigmas"):
         priors = {
-            codec: prior_model_bytes(laptop(quantisation={"half_below": 4096, "clip": clip, "codec": codec}))
+            codec: prior_bytes(laptop(quantisation={"half_below": 4096, "clip": clip, "codec": codec}))
             for codec in ("zlib", "zstd", "brotli", "lzma", "ans", "auto")
         }
         best = priors.pop("auto")
@@ -152,7 +154,7 @@ def test_the_prior_knows_rows_of_more_and_of_fewer_bits(gaussian: Model) -> None
             scales = half_scales(weight.abs().amax(dim=1), largest)
             rows[tensor.name] = Rows(to_symbols(weight, scales, largest), scales.half())
     actual = len(pack(gaussian, spec.quantisation, rows).data)
-    assert actual == pytest.approx(prior_model_bytes(spec), rel=0.02)
+    assert actual == pytest.approx(prior_bytes(spec), rel=0.02)
 
 
 def test_a_target_is_what_is_predicted_wherever_steps_can_meet_it() -> None:
@@ -163,24 +165,26 @@ def test_a_target_is_what_is_predicted_wherever_steps_can_meet_it() -> None:
     met = solved(code + 150_000)
     assert met.artifact_bytes_low < met.artifact_bytes < met.artifact_bytes_high == code + 150_000
     assert met.artifact_bytes_low == pytest.approx(0.998 * met.artifact_bytes_high, abs=1)
-    assert judge(met, code + 150_000)[0] == "fits"
+    assert judge(met, Caps(code + 150_000), laptop())[0] == "fits"
     roomy = solved(code + 10_000_000)
     assert roomy.artifact_bytes == predict(eight_bits).artifact_bytes
     assert roomy.artifact_bytes_high < code + 500_000
     tight = solved(code)
     assert code + 10_000 < tight.artifact_bytes_low < tight.artifact_bytes < tight.artifact_bytes_high
-    assert judge(tight, code)[0] == "cannot_fit"
+    assert judge(tight, Caps(code), laptop())[0] == "cannot_fit"
 
 
 def test_a_target_that_no_steps_can_meet_cannot_fit_whatever_the_cap() -> None:
     target = code_bytes() + 5_000
-    prediction = predict(laptop(quantisation={"half_below": 4096, "target_bytes": target}))
-    verdict, reason = judge(prediction, 16_000_000, target)
+    spec = laptop(quantisation={"half_below": 4096, "target_bytes": target})
+    prediction = predict(spec)
+    verdict, reason = judge(prediction, Caps(), spec)
     assert (verdict, reason is not None and f"over quantisation.target_bytes, {target:,}" in reason) == (
         "cannot_fit",
         True,
     )
-    assert judge(prediction, 16_000_000, target + 50_000) == ("fits", None)
+    larger = laptop(quantisation={"half_below": 4096, "target_bytes": target + 50_000})
+    assert judge(prediction, Caps(), larger) == ("fits", None)
 
 
 def test_no_target_is_predicted_below_what_zeros_take(gaussian: Model) -> None:
@@ -197,19 +201,19 @@ def test_no_target_is_predicted_below_what_zeros_take(gaussian: Model) -> None:
 def test_trials_that_met_a_target_calibrate_nothing() -> None:
     met = laptop(quantisation={"half_below": 4096, "target_bytes": code_bytes() + 150_000})
     spec = laptop()
-    assert predict(spec, [finished(number, met, 0.5) for number in range(5)]) == predict(spec)
+    assert sizes(predict(spec, [finished(number, met, 0.5) for number in range(5)])) == sizes(predict(spec))
 
 
 def test_the_prior_is_within_half_a_percent_of_six_million_packed_gaussian_weights() -> None:
     spec = parse_spec(load_recipe("depth-recurrence"))
-    assert packed_bytes(spec, gaussian=True) == pytest.approx(prior_model_bytes(spec), rel=0.005)
+    assert packed_bytes(spec, gaussian=True) == pytest.approx(prior_bytes(spec), rel=0.005)
 
 
 @settings(max_examples=5)
 @given(width=st.sampled_from([48, 96]), rank=st.sampled_from([0, 8]), bits=st.integers(4, 8))
 def test_no_prediction_is_above_what_evenly_used_symbols_take(width: int, rank: int, bits: int) -> None:
     spec = laptop(model__width=width, sharing__lora__rank=rank, quantisation__bits=bits)
-    most = Predictor(factor=9.0, low=9.0, high=9.0, code_bytes=0).predict(spec).artifact_bytes_high
+    most = Predictor().quantile(spec, 1 - 1e-9) - code_bytes()
     actual = packed_bytes(spec, gaussian=False)
     assert actual <= most
     assert most == pytest.approx(actual, rel=0.1)
@@ -225,7 +229,7 @@ def test_no_prediction_is_above_what_evenly_used_symbols_take(width: int, rank: 
 def test_the_prior_meets_the_published_sizes(shared: Path, recipe: str, artifact_bytes: int, error: float) -> None:
     systems = json.loads((shared / "reference" / "expected.json").read_text())
     published = _find(systems, "expected_artifact_bytes", artifact_bytes)["expected_model_bytes"]
-    assert prior_model_bytes(parse_spec(load_recipe(recipe))) == pytest.approx(published, rel=error)
+    assert prior_bytes(parse_spec(load_recipe(recipe))) == pytest.approx(published, rel=error)
 
 
 def _find(tree: object, key: str, value: int) -> dict[str, int]:
@@ -247,7 +251,7 @@ def test_a_prediction_counts_parameters_and_code_exactly() -> None:
     prediction = predict(spec)
     assert prediction.parameters == count_parameters(spec.model, spec.sharing)
     assert prediction.code_bytes == code_bytes()
-    assert prediction.artifact_bytes == pytest.approx(prior_model_bytes(spec) + code_bytes(), abs=1)
+    assert prediction.artifact_bytes == pytest.approx(prior_bytes(spec) + code_bytes(), abs=1)
     assert prediction.artifact_bytes_low < prediction.artifact_bytes < prediction.artifact_bytes_high
 
 
@@ -279,58 +283,65 @@ def test_symbol_shares_are_those_of_simulated_rows_clipped_and_pruned() -> None:
 
 
 def test_calibration_follows_the_finished_trials_and_narrows() -> None:
-    spec = laptop()
-    ratios = [0.93 + 0.004 * (number % 5) for number in range(40)]
-    history = [finished(number, spec, ratio) for number, ratio in enumerate(ratios)]
+    specs = [laptop(model__width=width) for width in (64, 128, 80, 112)]
+    history = [finished(number, specs[number % 4], 0.936 + 0.001 * (number % 5)) for number in range(40)]
     widths = []
-    for count in (0, 1, 3, 10, 40):
-        prediction = predict(spec, history[:count])
-        widths.append(prediction.artifact_bytes_high - prediction.artifact_bytes_low)
+    for count in (0, 1, 4, 12, 40):
+        low, _, high = sizes(predict(laptop(), history[:count]))
+        widths.append(high - low)
     assert widths == sorted(widths, reverse=True)
     assert len(set(widths)) == len(widths)
-    expected = 0.938 * prior_model_bytes(spec) + code_bytes()
-    assert predict(spec, history).artifact_bytes == pytest.approx(expected, rel=0.001)
+    expected = 0.938 * prior_bytes(laptop()) + code_bytes()
+    assert predict(laptop(), history).artifact_bytes == pytest.approx(expected, rel=0.001)
 
 
 def test_after_20_trials_the_interval_holds_nine_of_ten_within_2_percent_on_average() -> None:
-    noise, tries = random.Random(0), 500
+    noise, spec, tries = random.Random(0), laptop(), 100
     held, width = 0, 0.0
     for _ in range(tries):
         *ratios, following = (0.96 * exp(noise.gauss(0, 0.008)) for _ in range(21))
-        predictor = Predictor.calibrated(ratios)
-        held += predictor.low <= following <= predictor.high
-        width += predictor.high / predictor.factor - 1
-    assert 0.85 < held / tries < 0.97
+        found = predict(spec, [finished(number, spec, ratio) for number, ratio in enumerate(ratios)])
+        low, high = found.artifact_bytes_low - code_bytes(), found.artifact_bytes_high - code_bytes()
+        held += low <= following * prior_bytes(spec) <= high
+        width += (high - low) / 2 / (found.artifact_bytes - code_bytes())
+    assert 0.85 <= held / tries <= 0.97
     assert width / tries < 0.02
 
 
 def test_one_odd_artifact_moves_nothing() -> None:
     agreeing = [0.95, 0.952, 0.948, 0.951, 0.949, 0.95, 0.953, 0.947]
-    usual, odd = Predictor.calibrated(agreeing), Predictor.calibrated([*agreeing, 3.0])
-    assert odd.factor == pytest.approx(usual.factor, rel=0.002)
-    assert odd.high == pytest.approx(usual.high, rel=0.01)
+    history = [finished(number, laptop(), ratio) for number, ratio in enumerate(agreeing)]
+    usual, odd = predict(laptop(), history), predict(laptop(), [*history, finished(8, laptop(), 3.0)])
+    assert odd.artifact_bytes == pytest.approx(usual.artifact_bytes, rel=0.002)
+    assert odd.artifact_bytes_high == pytest.approx(usual.artifact_bytes_high, rel=0.01)
 
 
 @pytest.mark.parametrize("state", [state for state in TrialState if state is not TrialState.COMPLETE])
 def test_only_complete_trials_calibrate(state: TrialState) -> None:
     spec = laptop()
-    assert predict(spec, [finished(0, spec, 0.5, state)]) == predict(spec)
+    assert sizes(predict(spec, [finished(0, spec, 0.5, state)])) == sizes(predict(spec))
+
+
+BYTES = Prediction(parameters=1, code_bytes=70, artifact_bytes=1000, artifact_bytes_low=900, artifact_bytes_high=1100)
 
 
 def test_the_verdict_is_grey_exactly_where_the_interval_holds_the_cap() -> None:
-    prediction = Prediction(
-        parameters=1, code_bytes=70, artifact_bytes=1000, artifact_bytes_low=900, artifact_bytes_high=1100
-    )
-    assert [judge(prediction, cap)[0] for cap in (899, 900, 1000, 1099, 1100)] == [
+    assert [judge(BYTES, Caps(cap), laptop())[0] for cap in (899, 900, 1000, 1099, 1100)] == [
         "cannot_fit", "grey", "grey", "grey", "fits",
     ]  # fmt: skip
 
 
+def test_a_trial_is_refused_only_where_its_low_end_is_above_cap_and_tolerance() -> None:
+    assert [judge(BYTES, Caps(800, tolerance), laptop())[0] for tolerance in (99, 100)] == ["cannot_fit", "grey"]
+    _, reason = judge(BYTES, Caps(800, 50), laptop())
+    assert reason is not None and reason.endswith("over the cap of 800 bytes by more than the 50 tolerated")
+
+
 def test_a_verdict_that_is_not_certain_names_the_numbers() -> None:
     prediction = Prediction(1, 70_000, 17_000_000, 16_500_000, 17_500_000)
-    assert judge(prediction, 20_000_000) == ("fits", None)
+    assert judge(prediction, Caps(20_000_000), laptop()) == ("fits", None)
     for cap, low in ((16_000_000, 16_500_000), (17_000_000, 16_500_000)):
-        _, reason = judge(replace(prediction, artifact_bytes_low=low), cap)
+        _, reason = judge(replace(prediction, artifact_bytes_low=low), Caps(cap), laptop())
         assert reason is not None
         for number in ("17,000,000", "16,500,000", "17,500,000", "70,000", f"{cap:,}"):
             assert number in reason

@@ -66,7 +66,7 @@ def submitted(number: int, study: Study, params: dict[str, Any], val_bpb: float,
     paths = {name.replace("__", "."): value for name, value in changes.items()}
     spec = apply(study.definition.base, {**params, **paths})
     prediction = predict(spec)
-    new = NewTrial(spec, params, "submitted", prediction, judge(prediction, study.definition.cap_bytes)[0])
+    new = NewTrial(spec, params, "submitted", prediction, judge(prediction, study.definition, spec)[0])
     return as_trial(number, new, TrialState.COMPLETE, val_bpb)
 
 
