@@ -13,8 +13,8 @@ from api.submission import recent_trials
 from api.trials import Key, describe
 from orchestrator import feasibility, store
 from orchestrator.errors import Conflict
+from orchestrator.points import Domain
 from orchestrator.records import import_trial
-from orchestrator.space import params_of
 from orchestrator.study import NewTrial
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def import_result(
     spec = body.build(found.definition)
     prediction = feasibility.predict(spec, history)
     verdict, reason = feasibility.judge(prediction, found.definition, spec)
-    params = params_of(spec, found.definition.space)
+    params = Domain(found.definition.base, found.definition.space).partial(spec)
     new = NewTrial(spec, params, "imported", prediction, verdict, reason, key)
     try:
         with database.write() as session:

@@ -11,7 +11,7 @@ from orchestrator import feasibility, store
 from orchestrator.database import Database
 from orchestrator.errors import Conflict
 from orchestrator.lifecycle import TrialState
-from orchestrator.space import params_of
+from orchestrator.points import Domain
 from orchestrator.study import NewTrial, Study, Trial
 from worker.spec import TrialSpec
 
@@ -49,7 +49,7 @@ def submit(
         return Submitted(replay, replayed=True)
     prediction = feasibility.predict(spec, history)
     verdict, reason = feasibility.judge(prediction, study.definition, spec)
-    params = params_of(spec, study.definition.space)
+    params = Domain(study.definition.base, study.definition.space).partial(spec)
     new = NewTrial(spec, params, "submitted", prediction, verdict, reason, key)
     try:
         with database.write() as session:

@@ -175,37 +175,6 @@ def _probes(parameter: Parameter) -> tuple[Any, ...]:
     return (low, high) if parameter.whole or between > high else (low, high, between)
 
 
-def params_of(spec: TrialSpec, space: Space) -> dict[str, Any]:
-    """The parameters of an explicit spec in this space, leaving out paths whose value lies outside it."""
-    data = spec.model_dump(mode="json")
-    found: dict[str, Any] = {}
-    for path, parameter in space.items():
-        for candidate in _candidates(parameter, data, path):
-            if _says(data, path, candidate, spec):
-                found[path] = candidate
-                break
-    return found
-
-
-def _candidates(parameter: Parameter, data: Mapping[str, Any], path: str) -> tuple[Any, ...]:
-    if parameter.choice is not None:
-        return parameter.choice
-    value: Any = data
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    if not parameter.contains(value):
-        return ()
-    return (int(value),) if parameter.whole else (value,)
-
-
-def _says(data: Mapping[str, Any], path: str, value: Any, spec: TrialSpec) -> bool:
-    """Whether the value, as a person may write it (a tying pattern's bare name), is what the spec has at this path."""
-    try:
-        return apply(data, {path: value}) == spec
-    except InvalidSpec:
-        return False
-
-
 def _exact(number: float) -> Fraction:
     """The number as it is written, which is what a step of 0.1 means."""
     return Fraction(str(number))

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, example, given, reject, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from orchestrator.space import Parameter, apply, as_category, params_of
+from orchestrator.points import Domain
+from orchestrator.space import Parameter, apply, as_category
 from orchestrator.study import CAP_BYTES, NewStudy
 from worker.recipes import load_recipe
 from worker.spec import GangConfig, InvalidSpec, Problem, override, parse_spec, problems_of
@@ -28,7 +29,7 @@ def refusal(**fields: Any) -> list[Problem]:
 
 def test_a_study_needs_only_a_name_and_a_base() -> None:
     study = NewStudy(name="a.b-c_9", base=BASE)
-    assert (study.space, study.sampler, study.max_trials, study.cap_bytes) == ({}, "tpe", 100, CAP_BYTES)
+    assert (study.space, study.sampler, study.max_trials, study.cap_bytes) == ({}, "caddie", 100, CAP_BYTES)
     assert study.shapes == (GangConfig(),)
 
 
@@ -44,7 +45,7 @@ def test_a_study_proposes_for_the_shapes_of_gang_it_names() -> None:
         ({"name": "a" * 65}, "name", "pattern"),
         ({"colour": "red"}, "colour", "not a known key"),
         ({"max_trials": -1}, "max_trials", "greater than or equal to 0"),
-        ({"sampler": "luck"}, "sampler", "'tpe' or 'random'"),
+        ({"sampler": "luck"}, "sampler", "'caddie', 'tpe'"),
         ({"base": []}, "base", "dictionary"),
         ({"base": override(BASE, {"model.heads": 5})}, "base.model.heads", "must divide the width"),
         ({"base": override(BASE, {"model.head": 4})}, "base.model.head", "not a known key"),
@@ -233,7 +234,7 @@ def test_the_parameters_of_a_spec_are_those_it_was_made_with(params: dict[str, A
         spec = apply(BASE, params)
     except InvalidSpec:  # a tying that its number of unique blocks does not allow
         reject()
-    assert params_of(spec, SPACE) == params
+    assert Domain(BASE, SPACE).partial(spec) == params
     assert apply(spec.model_dump(mode="json"), params) == spec
 
 
@@ -243,13 +244,15 @@ def test_a_spec_outside_the_space_has_no_parameter_there() -> None:
     for path, value in outside.items():
         inside = {"sharing.lora.rank": 4, "sharing.tying": "cycle", "model.mlp_multiple": 3}
         del inside[path]
-        assert params_of(apply(BASE, {**inside, path: value}), space) == inside
+        assert Domain(BASE, space).partial(apply(BASE, {**inside, path: value})) == inside
 
 
 def test_a_choice_is_recognised_however_the_spec_writes_it() -> None:
     space = {"sharing.tying": Parameter(choice=("sequence", "cycle"))}
     for written in ("cycle", {"pattern": "cycle"}, TyingConfig().model_dump()):
-        assert params_of(parse_spec(override(BASE, {"sharing.tying": written})), space) == {"sharing.tying": "cycle"}
+        assert Domain(BASE, space).partial(parse_spec(override(BASE, {"sharing.tying": written}))) == {
+            "sharing.tying": "cycle"
+        }
 
 
 def test_putting_parameters_in_leaves_the_base_as_it_was() -> None:
