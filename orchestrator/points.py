@@ -3,15 +3,15 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
-from math import exp, inf, log, prod
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from math import inf, prod
+from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
-
-from orchestrator.space import Parameter, Space
-from worker.spec import GangConfig, TrialSpec, parse_spec
+from orchestrator.families import BLOCKS, FAMILY, LAYERS, TYING, Spelling, TyingChoices, TyingFamilies
+from orchestrator.reader import ABSENT, Reader
+from orchestrator.space import FamilyName, FillRange, Parameter, Space
+from worker.shape import FieldError
+from worker.sharing import SharingConfig
+from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, parse_spec
 
 Point = Mapping[str, Any]
 """A value for each dimension that is active, by its name."""
@@ -21,113 +21,345 @@ Fill = Callable[[Callable[[Any], TrialSpec | None], Sequence[Any]], Any]
 
 @dataclass(frozen=True)
 class Dimension:
-    """One number or choice of a point: `name` is a path of the spec."""
+    """One choice or number of a point, by the name of a path of the spec, of the choice of a family of tyings
+    (sharing.tying.family), of a family's parameter (sharing.tying.core.prelude) or of a free map's layer
+    (sharing.tying.free.3)."""
 
     name: str
     parameter: Parameter
 
 
 class Domain:
-    """The points that a base and a space make. Immutable; the space is one that `check_space` accepts."""
+    """The points that a base and a space make. Immutable.
+
+    A dimension is active where the condition of its path holds and the point's family of tying maps has it, or does not
+    set its path. Elsewhere it is absent, and the path keeps the base's value, or what the family sets. A path to fill
+    is no dimension.
+    """
 
     def __init__(self, base: Mapping[str, Any], space: Space) -> None:
-        self._base = base
-        self._spec = parse_spec(base)
+        """Raises InvalidSpec for conditions that depend on each other; of all else `check_space` has to be asked."""
+        self._base, self._spec = base, parse_spec(base)
+        self._data = self._spec.model_dump(mode="json")
         self._aside = {"seed": self._spec.seed, "limits": self._spec.limits}
-        self.dimensions = tuple(Dimension(path, parameter) for path, parameter in space.items())
-        counts = [parameter.count for parameter in space.values()]
-        self.count: int | float = inf if inf in counts else prod(counts)
-        self._readers = {path: _Reader(path, parameter) for path, parameter in space.items()}
+        self._sampled = {path: parameter for path, parameter in space.items() if parameter.is_sampled}
+        self._conditions = {path: each.condition for path, each in space.items() if each.condition is not None}
+        self.fill_path: str | None = next((path for path, each in space.items() if each.fill is not None), None)
+        self.fill: FillRange | None = None if self.fill_path is None else space[self.fill_path].fill
+        self._to_fill = () if self.fill is None else self.fill.range.values
+        self._readers = {path: Reader(path, each) for path, each in self._sampled.items()}
+        self._at_base = {path: reader.read(self._spec) for path, reader in self._readers.items()}
+        self.tying = self._tying_of(space)
+        self._owners: dict[str, FamilyName] = {}
+        self.dimensions = tuple(self._ordered(self._listed(space)))
+        self.count = self._count()
 
     def is_active(self, name: str, point: Point) -> bool:
         """Whether the dimension means anything, given the values of those before it."""
-        return name in self._readers
+        owner = self._owners.get(name)
+        if owner is not None:
+            if point.get(FAMILY) != owner:
+                return False
+            return owner != "free" or int(name.rpartition(".")[2]) < self._layers(point, None)
+        return self._applies(TYING if name == FAMILY else name, point)
 
     def spec(self, point: Point, gang: GangConfig, fill: Fill | None = None) -> TrialSpec:
-        """The base under the point's values, for a gang of this shape; a dimension that it leaves out keeps the base's
-        value. Raises InvalidSpec."""
-        return parse_spec({**_put(self._base, point), "gang": gang})
+        """The base under the point's values, for a gang of this shape. Raises InvalidSpec, and what `fill` raises.
+
+        A path of the space that the point leaves out keeps the base's value. Without `fill` a path to fill has the
+        smallest value that makes a valid spec.
+        """
+        values = self._active(point)
+        if self.fill_path is None or not self._applies(self.fill_path, values):
+            return self._built(values, gang, None)
+
+        def build(value: Any) -> TrialSpec | None:
+            try:
+                return self._built(values, gang, value)
+            except InvalidSpec:
+                return None
+
+        if fill is not None:
+            return self._built(values, gang, fill(build, self._to_fill))
+        found = next((spec for value in self._to_fill if (spec := build(value)) is not None), None)
+        return self._built(values, gang, self._to_fill[0]) if found is None else found
 
     def point(self, spec: TrialSpec) -> dict[str, Any] | None:
-        """The canonical point whose spec this is, seed, gang and limits aside; None where there is none."""
-        found = self.partial(spec)
-        if len(found) < len(self._readers):
-            return None
-        bare = spec.model_copy(update=self._aside)
-        built = self.spec(found, spec.gang)
-        return found if built == bare or built.canonical_hash == bare.canonical_hash else None
+        """The canonical point whose spec this is, whatever its seed, gang and limits, and the value of a path to fill
+        as long as it is one of those; None where there is none."""
+        plain = self._plain(spec)
+        for way in (*self._ways_of(spec), {}):
+            values = self._whole({**plain, **way})
+            if values is not None and self._makes(values, spec):
+                return values
+        return None
 
     def canonical(self, point: Point) -> dict[str, Any]:
-        """The one way to write the point: inactive dimensions dropped."""
-        return {each.name: point[each.name] for each in self.dimensions if each.name in point}
+        """The one way to write the point: inactive dimensions dropped, and tyings that say one map written as the first
+        of them that makes the same spec. Where tying or fill is illegal, the point as it is. Raises InvalidSpec where a
+        parameter of its family is missing and conditions need it."""
+        values = self._active(point)
+        if self.tying is None or self.fill_path in (LAYERS, BLOCKS):
+            return values
+        try:
+            spelling = self._spelling(values, None)
+            if spelling is None:
+                return values
+            tying_map = spelling.map
+        except (FieldError, InvalidSpec):
+            return values
+        from_fraction = spelling.tying.from_fraction if spelling.blocks < spelling.layers else 0.0
+        for way in self.tying.ways(tying_map, from_fraction):
+            if all(values.get(name) == value for name, value in way.items()):
+                return values
+            other = self._rewritten(values, way, spelling)
+            if other is not None:
+                return other
+        return values
 
     def partial(self, spec: TrialSpec) -> dict[str, Any]:
         """The values of a spec that lie in the space, whatever the rest of the spec is. For display."""
-        found = {path: reader.read(spec) for path, reader in self._readers.items()}
-        return {path: value for path, (value, inside) in found.items() if inside}
+        point = self.point(spec)
+        if point is not None:
+            return point
+        return self._active({**self._plain(spec), **next(iter(self._ways_of(spec)), {})})
 
     def random(self, rng: random.Random) -> dict[str, Any]:
-        """A point, each dimension drawn evenly."""
-        return self.canonical({each.name: draw(each.parameter, rng) for each in self.dimensions})
+        """A canonical point, each dimension drawn evenly."""
+        values: dict[str, Any] = {}
+        for each in self.dimensions:
+            if self.is_active(each.name, values):
+                values[each.name] = each.parameter.draw(rng)
+        return self.canonical(values)
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Every point, each once, where `count` is finite."""
-        names = [each.name for each in self.dimensions]
-        for values in product(*(every_value(each.parameter) for each in self.dimensions)):
-            yield dict(zip(names, values, strict=True))
+        """Every canonical point, each once, where `count` is finite."""
+        return (values for values in self._walk(0, {}) if self.canonical(values) == values)
+
+    def _walk(self, place: int, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if place == len(self.dimensions):
+            yield values
+            return
+        each = self.dimensions[place]
+        if not self.is_active(each.name, values):
+            yield from self._walk(place + 1, values)
+            return
+        options = each.parameter.values
+        if self._owners.get(each.name) == "free":  # a block's number is at most one above those before
+            highest = max((v for name, v in values.items() if self._owners.get(name) == "free"), default=0)
+            options = options[: highest + 2]
+        for value in options:
+            yield from self._walk(place + 1, {**values, each.name: value})
+
+    def _active(self, point: Point) -> dict[str, Any]:
+        """The point's values of active dimensions, in their order."""
+        values: dict[str, Any] = {}
+        for each in self.dimensions:
+            if each.name in point and self.is_active(each.name, values):
+                values[each.name] = point[each.name]
+        return values
+
+    def _whole(self, point: Point) -> dict[str, Any] | None:
+        """The same, or None where the point leaves one of them out."""
+        values: dict[str, Any] = {}
+        try:
+            for each in self.dimensions:
+                if self.is_active(each.name, values):
+                    values[each.name] = point[each.name]
+        except (KeyError, InvalidSpec):
+            return None
+        return values
+
+    def _applies(self, path: str, values: Point) -> bool:
+        """Whether a path of the space takes a value of its own."""
+        if path in (LAYERS, BLOCKS) and values.get(FAMILY) in self.setting(path):
+            return False
+        condition = self._conditions.get(path)
+        return condition is None or condition.holds(lambda name: self._read(name, values))
+
+    def _read(self, path: str, values: Point) -> Any:
+        """What a condition reads: the value that the spec will have, or of the families' own, None where absent."""
+        if path in values:
+            return values[path]
+        if path in (LAYERS, BLOCKS) and values.get(FAMILY) in self.setting(path):
+            spelling = self._spelling(values, None)
+            assert spelling is not None
+            return spelling.layers if path == LAYERS else spelling.blocks
+        return None if path in self._owners or path == FAMILY else value_at(self._data, path)
+
+    def setting(self, path: str) -> frozenset[FamilyName]:
+        """The families of tying maps that set this path, in which a parameter for it means nothing."""
+        return self.tying.setting(path) if isinstance(self.tying, TyingFamilies) else frozenset()
+
+    def _layers(self, values: Point, filled: Any) -> int:
+        return int(
+            values.get(LAYERS, filled if self.fill_path == LAYERS and filled else self._spec.sharing.virtual_layers)
+        )
+
+    def _spelling(self, values: Point, filled: Any) -> Spelling | None:
+        """What the point says of the tying; None where it leaves that to the base."""
+        if self.tying is None or (FAMILY not in values and TYING not in values):
+            return None
+        blocks = filled if self.fill_path == BLOCKS and filled else self._spec.sharing.unique_blocks
+        return self.tying.spell(values, self._layers(values, filled), int(values.get(BLOCKS, blocks)))
+
+    def _built(self, values: Point, gang: GangConfig, filled: Any) -> TrialSpec:
+        put = {path: value for path, value in values.items() if path in self._sampled}
+        if filled is not None and self.fill_path is not None:
+            put[self.fill_path] = filled
+        if FAMILY in values:
+            spelling = self._spelling(values, filled)
+            assert spelling is not None and isinstance(self.tying, TyingFamilies)
+            self.tying.require(values[FAMILY], spelling)
+            put |= {LAYERS: spelling.layers, BLOCKS: spelling.blocks, TYING: spelling.tying}
+        return parse_spec({**_put(self._base, put), "gang": gang})
+
+    def _plain(self, spec: TrialSpec) -> dict[str, Any]:
+        """The values of a spec at the paths that are dimensions, but for its tying."""
+        found = {path: reader.read(spec) for path, reader in self._readers.items() if path != TYING}
+        return {path: value for path, value in found.items() if value is not ABSENT}
+
+    def _ways_of(self, spec: TrialSpec) -> tuple[Mapping[str, Any], ...]:
+        if self.tying is None:
+            return ()
+        sharing = spec.sharing
+        late = sharing.tying.from_fraction if sharing.unique_blocks < sharing.virtual_layers else 0.0
+        return self.tying.ways(sharing.tying_map, late)
+
+    def _makes(self, values: Point, spec: TrialSpec) -> bool:
+        """Whether a point's values make this spec, but for what the study's space leaves open."""
+        filled = None
+        if self.fill_path is not None and self._applies(self.fill_path, values):
+            filled = value_at(spec, self.fill_path)
+            if filled not in self._to_fill:
+                return False
+        try:
+            built = self._built(values, spec.gang, filled)
+        except InvalidSpec:
+            return False
+        update = dict(self._aside)
+        if built.sharing.tying != spec.sharing.tying and _says_the_same(built.sharing, spec.sharing):
+            update["sharing"] = spec.sharing.model_copy(update={"tying": built.sharing.tying})
+        bare = spec.model_copy(update=update)
+        return built == bare or built.canonical_hash == bare.canonical_hash
+
+    def _rewritten(self, values: Point, way: Point, spelling: Spelling) -> dict[str, Any] | None:
+        """The same spec with its tying said in this way; None where the space does not have it."""
+        here = {path: values.get(path, self._at_base[path]) for path in self._sampled if path != TYING}
+        here |= {path: n for path, n in ((LAYERS, spelling.layers), (BLOCKS, spelling.blocks)) if path in here}
+        other = self._whole({**{path: value for path, value in here.items() if value is not ABSENT}, **way})
+        if other is None or any(name not in other for name in way):
+            return None
+        for path, value in here.items():
+            if path in (LAYERS, BLOCKS):
+                fits = path not in other or self._sampled[path].contains(value)
+            else:
+                fits = other.get(path, self._at_base[path]) == value
+            if not fits:
+                return None
+        said = self._spelling(other, None)
+        assert said is not None
+        return other if (said.layers, said.blocks) == (spelling.layers, spelling.blocks) else None
+
+    def _tying_of(self, space: Space) -> TyingFamilies | TyingChoices | None:
+        parameter = space.get(TYING)
+        if parameter is None:
+            return None
+        if parameter.choice is not None:
+            return TyingChoices(parameter.choice)
+        assert parameter.families is not None
+        sharing = self._spec.sharing
+        layers, blocks = (
+            _most(space.get(LAYERS), sharing.virtual_layers),
+            _most(space.get(BLOCKS), sharing.unique_blocks),
+        )
+        return TyingFamilies(parameter.families, layers, blocks)
+
+    def _listed(self, space: Space) -> dict[str, Dimension]:
+        """The dimensions by name, as the space lists them."""
+        found: dict[str, Dimension] = {}
+        for path, parameter in space.items():
+            if path == TYING and isinstance(self.tying, TyingFamilies):
+                for name, owner, own in self.tying.dimensions:
+                    found[name] = Dimension(name, own)
+                    if owner is not None:
+                        self._owners[name] = owner
+            elif parameter.is_sampled:
+                found[path] = Dimension(path, parameter)
+        return found
+
+    def _ordered(self, listed: Mapping[str, Dimension]) -> Iterator[Dimension]:
+        """Each after those that decide whether it is active, else as listed. Raises InvalidSpec for a cycle."""
+        waiting = {name: self._deciding(name) & listed.keys() for name in listed}
+        while waiting:
+            free = next((name for name, before in waiting.items() if not before & waiting.keys()), None)
+            if free is None:
+                raise InvalidSpec(tuple(self._cyclic(waiting)))
+            del waiting[free]
+            yield listed[free]
+
+    def _cyclic(self, waiting: Mapping[str, set[str]]) -> Iterator[Problem]:
+        """The conditions that decide on each other, among dimensions with those that each waits for."""
+        while idle := waiting.keys() - set().union(*waiting.values()):
+            waiting = {name: before for name, before in waiting.items() if name not in idle}
+        for path in (TYING if name == FAMILY else name for name in waiting):
+            if path in self._conditions:
+                message = "depends, through what it reads, on whether it holds itself"
+                yield Problem(f"space.{path}.when", self._conditions[path].text, message)
+
+    def _deciding(self, name: str) -> set[str]:
+        """The dimensions that decide whether this one is active."""
+        owner = self._owners.get(name)
+        if owner is not None:
+            return {FAMILY, LAYERS} if owner == "free" else {FAMILY}
+        found = {FAMILY} if self.setting(name) else set()
+        condition = self._conditions.get(TYING if name == FAMILY else name)
+        for path in condition.paths if condition is not None else ():
+            found |= self.sources(path)
+        return found
+
+    def sources(self, path: str) -> set[str]:
+        """What decides on the value that a condition reads at this path: dimensions, and a path to fill."""
+        setting, found = self.setting(path), {path}
+        if setting:
+            found |= {FAMILY, *(name for name, owner in self._owners.items() if owner in setting)}
+            found |= {LAYERS, BLOCKS} if setting & {"late_loop", "free"} else set()
+        return found
+
+    def _count(self) -> int | float:
+        """How many points there are, and more where conditions leave some out or tyings say the same."""
+        counts = {each.name: each.parameter.count for each in self.dimensions if each.name not in self._owners}
+        if not isinstance(self.tying, TyingFamilies):
+            return inf if inf in counts.values() else prod(counts.values())
+        others = prod((n for name, n in counts.items() if name not in (FAMILY, LAYERS, BLOCKS)), start=1)
+        depths = self._sampled[LAYERS].values if LAYERS in counts else (self._spec.sharing.virtual_layers,)
+        total: int | float = 0
+        for family in self.tying.parameters:
+            free_layers = 1 if family == "free" or family in self.setting(LAYERS) else counts.get(LAYERS, 1)
+            free_blocks = 1 if family in self.setting(BLOCKS) else counts.get(BLOCKS, 1)
+            total += self.tying.count(family, depths) * free_layers * free_blocks
+        if TYING in self._conditions:
+            total += counts.get(LAYERS, 1) * counts.get(BLOCKS, 1)
+        return total * others
 
 
-def every_value(parameter: Parameter) -> tuple[Any, ...]:
-    """Every value of a parameter that takes finitely many."""
-    return tuple(parameter.value_at(index) for index in range(int(parameter.count)))
+def _says_the_same(one: SharingConfig, other: SharingConfig) -> bool:
+    return one.canonical().tying == other.canonical().tying
 
 
-def draw(parameter: Parameter, rng: random.Random) -> Any:
-    """A value of the parameter, evenly; where it says so, its logarithm evenly."""
-    if parameter.choice is not None:
-        return rng.choice(parameter.choice)
-    assert parameter.low is not None and parameter.high is not None
-    if not parameter.log:
-        if parameter.count == inf:
-            return rng.uniform(parameter.low, parameter.high)
-        return parameter.value_at(rng.randrange(int(parameter.count)))
-    around = 0.5 if parameter.whole else 0.0
-    value = exp(rng.uniform(log(parameter.low - around), log(parameter.high + around)))
-    return min(max(round(value) if parameter.whole else value, parameter.low), parameter.high)
+def value_at(data: Any, path: str) -> Any:
+    """The value at a path of a spec or of its plain data; None where there is none."""
+    for name in path.split("."):
+        data = data.get(name) if isinstance(data, Mapping) else getattr(data, name, None)
+    return data
 
 
-class _Reader:
-    """Reads the value that one parameter has in a spec."""
-
-    def __init__(self, path: str, parameter: Parameter) -> None:
-        self._names = path.split(".")
-        self._parameter = parameter
-        self._parsed: tuple[Any, ...] = ()
-        if parameter.choice is not None:  # a person may write a value short, such as a tying pattern's bare name
-            adapter: TypeAdapter[Any] = TypeAdapter(_type_at(self._names))
-            self._parsed = tuple(adapter.validate_python(value) for value in parameter.choice)
-
-    def read(self, spec: TrialSpec) -> tuple[Any, bool]:
-        """The value as the parameter has it, and whether it is one of the parameter's."""
-        value: Any = spec
-        for name in self._names:
-            value = getattr(value, name, None)
-        if self._parameter.choice is not None:
-            place = next((i for i, parsed in enumerate(self._parsed) if parsed == value), None)
-            return (None, False) if place is None else (self._parameter.choice[place], True)
-        if not self._parameter.contains(value):
-            return None, False
-        return (int(value) if self._parameter.whole else value), True
-
-
-def _type_at(names: Sequence[str]) -> Any:
-    """The type of a spec's field by its path. Raises KeyError."""
-    kind: Any = TrialSpec
-    for name in names:
-        options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        (model,) = [each for each in options if isinstance(each, type) and issubclass(each, BaseModel)]
-        kind = model.model_fields[name].annotation
-    return kind
+def _most(parameter: Parameter | None, at_base: int) -> int:
+    """The most that virtual layers or blocks may be."""
+    if parameter is None:
+        return at_base
+    values = parameter.fill.range.values if parameter.fill is not None else parameter.values
+    return int(max([*values, at_base]))
 
 
 def _put(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

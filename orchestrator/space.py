@@ -4,25 +4,55 @@ import json
 from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
-from math import inf
-from typing import Any
+from math import exp, inf, log
+from random import Random
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from orchestrator.condition import Condition, parse_condition
 from worker.shape import FieldError, Frozen
-from worker.spec import InvalidSpec, Problem, TrialSpec, override, parse_spec
+from worker.spec import TrialSpec, override, parse_spec
 
+FamilyName = Literal["cycle", "sequence", "palindrome", "split", "core", "late_loop", "tail", "free"]
 Scalar = bool | int | float | str | None
 LARGEST = 10**12  # above, samplers that work in floats no longer tell the logarithms of neighbours apart
 NARROWEST, TINIEST = 1e-12, 1e-100  # continuous ranges: relative to the larger end, and in all
+MOST_TO_FILL = 4096
 DIGITS = 15  # a decimal of so many is read and written as a float without loss
 
 
+class FillRange(Frozen):
+    """The values, in steps, of which the largest is taken whose artifact is predicted to fit with this probability."""
+
+    probability: float = Field(default=0.9, gt=0, lt=1)
+    low: int | float
+    high: int | float
+    step: int | float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "FillRange":
+        try:
+            count = self.range.count
+        except ValidationError as error:
+            (detail,) = (each.get("ctx", {}).get("error") for each in error.errors()[:1])
+            raise detail if isinstance(detail, FieldError) else ValueError(str(error)) from None
+        if count > MOST_TO_FILL:
+            raise FieldError("step", self.step, f"must leave at most {MOST_TO_FILL} values")
+        return self
+
+    @property
+    def range(self) -> "Parameter":
+        return Parameter(low=self.low, high=self.high, step=self.step)
+
+
 class Parameter(Frozen):
-    """The values of one path: `choice` of any JSON values, or numbers from `low` to `high`, both included.
+    """The values of one path: `choice` of any JSON values; or numbers from `low` to `high`, both included; or of
+    sharing.tying `families` of maps, each with its parameters; or `fill`, solved for and never sampled.
 
     Whole numbers are sampled where low, high and step are whole. `log` samples the logarithm evenly. Values in steps
-    are exact decimals, low + n · step, the last of them at most high.
+    are exact decimals, low + n · step, the last of them at most high. Where the condition `when` does not hold the path
+    keeps the base's value. What is left out of a family has a range that follows from the base.
     """
 
     choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
@@ -30,14 +60,44 @@ class Parameter(Frozen):
     high: int | float | None = None
     step: int | float | None = Field(default=None, gt=0)
     log: bool = False
+    families: dict[FamilyName, "dict[str, Parameter]"] | None = Field(default=None, min_length=1)
+    fill: FillRange | None = None
+    when: str | None = None
+
+    @field_validator("families", mode="before")
+    @classmethod
+    def _listed(cls, families: Any) -> Any:
+        if isinstance(families, list | tuple):
+            if len(set(map(str, families))) != len(families):
+                raise ValueError("must name each family once")
+            return {name: {} for name in families}
+        if isinstance(families, Mapping):
+            return {name: {} if parameters is None else parameters for name, parameters in families.items()}
+        return families
+
+    @field_validator("when")
+    @classmethod
+    def _readable(cls, when: str | None) -> str | None:
+        if when is not None:
+            parse_condition(when)
+        return when
 
     @model_validator(mode="after")
     def _check(self) -> "Parameter":
-        if self.choice is not None:
-            if (self.low, self.high, self.step, self.log) != (None, None, None, False):
-                raise FieldError("choice", list(self.choice), "takes no low, high, step or log beside it")
-            if len({as_category(value) for value in self.choice}) != len(self.choice):
-                raise FieldError("choice", list(self.choice), "must name each value once")
+        numbers = {"low": self.low, "high": self.high, "step": self.step, "log": self.log or None}
+        for name in ("choice", "families", "fill"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if any(given is not None for given in numbers.values()):
+                raise FieldError(name, _written(value), "takes no low, high, step or log beside it")
+            if [self.choice, self.families, self.fill].count(None) < 2:
+                raise FieldError(name, _written(value), "give one of choice, families and fill")
+        if self.families is not None:
+            self._check_families(self.families)
+        if self.choice is not None and len({as_category(value) for value in self.choice}) != len(self.choice):
+            raise FieldError("choice", list(self.choice), "must name each value once")
+        if not self.is_sampled or self.choice is not None:
             return self
         if self.low is None or self.high is None:
             raise FieldError("low", self.low, "give either choice, or both low and high")
@@ -47,6 +107,13 @@ class Parameter(Frozen):
             raise FieldError("log", True, "needs low above 0 and no step")
         self._check_size(self.low, self.high)
         return self
+
+    def _check_families(self, families: Mapping[FamilyName, Mapping[str, "Parameter"]]) -> None:
+        for name, parameters in families.items():
+            for part, parameter in parameters.items():
+                if not parameter.is_sampled or parameter.when is not None:
+                    path = f"families.{name}.{part}"
+                    raise FieldError(path, _written(parameter), "takes a choice, or low and high, and no condition")
 
     def _check_size(self, low: float, high: float) -> None:
         """Raises FieldError where the numbers are too large, too close or too fine to be told apart as floats."""
@@ -64,6 +131,15 @@ class Parameter(Frozen):
             least = max(NARROWEST * max(abs(low), abs(high)), TINIEST)
             if 0 < high - low < least:
                 raise FieldError("high", high, f"must be low, {low}, or above it by at least {least:.0e}")
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether it is a choice or a range: one dimension of a point."""
+        return self.families is None and self.fill is None
+
+    @property
+    def condition(self) -> Condition | None:
+        return None if self.when is None else parse_condition(self.when)
 
     @property
     def whole(self) -> bool:
@@ -90,6 +166,25 @@ class Parameter(Frozen):
         value = _exact(self.low) + index * _exact(self.step or 1)
         return int(value) if self.whole else float(value)
 
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """All of them, where they are finitely many."""
+        return tuple(self.value_at(index) for index in range(int(self.count)))
+
+    def draw(self, rng: Random) -> Any:
+        """A value at random, evenly; where `log` says so, its logarithm evenly."""
+        if self.choice is not None:
+            return rng.choice(self.choice)
+        assert self.low is not None
+        assert self.high is not None
+        if not self.log:
+            return (
+                rng.uniform(self.low, self.high) if self.count == inf else self.value_at(rng.randrange(int(self.count)))
+            )
+        around = 0.5 if self.whole else 0.0
+        value = exp(rng.uniform(log(self.low - around), log(self.high + around)))
+        return min(max(round(value) if self.whole else value, self.low), self.high)
+
     def contains(self, value: Any) -> bool:
         """Whether the value is one that this parameter can take."""
         if self.choice is not None:
@@ -111,12 +206,6 @@ class Parameter(Frozen):
 
 
 Space = Mapping[str, Parameter]
-_FIXED = {
-    "gang": "the study's gangs say which shapes to propose for",
-    "seed": "it is not part of the configuration",
-    "limits": "they are not part of the configuration",
-    "schema_version": "there is one",
-}
 
 
 def as_category(value: Any) -> Scalar:
@@ -131,48 +220,9 @@ def apply(base: Mapping[str, Any], params: Mapping[str, Any]) -> TrialSpec:
     return parse_spec(override(base, params))
 
 
-def check_space(base: Mapping[str, Any], space: Space) -> None:
-    """Raises InvalidSpec naming, as space.<path>, each path that cannot vary and each value no spec could take."""
-    problems: list[Problem] = []
-    for path, parameter in space.items():
-        problems += _path_problems(path, space) or _value_problems(base, path, parameter)
-    if problems:
-        raise InvalidSpec(tuple(problems))
-
-
-def _path_problems(path: str, space: Space) -> list[Problem]:
-    if path.split(".")[0] in _FIXED:
-        return [Problem(f"space.{path}", path, f"cannot vary: {_FIXED[path.split('.')[0]]}")]
-    return [
-        Problem(f"space.{path}", path, f"lies inside {other}, which varies too: give one of the two")
-        for other in space
-        if path.startswith(f"{other}.")
-    ]
-
-
-def _value_problems(base: Mapping[str, Any], path: str, parameter: Parameter) -> list[Problem]:
-    """What is wrong with values at their own path; what is wrong between paths depends on the other parameters."""
-    problems: list[Problem] = []
-    for value in _probes(parameter):
-        try:
-            apply(base, {path: value})
-        except InvalidSpec as error:
-            own = [problem for problem in error.problems if problem.kind != "rule"]
-            if own and own[0].kind == "unknown":
-                return [Problem(f"space.{path}", path, "is not a path of a trial's spec", "unknown")]
-            problems += [Problem(f"space.{path}", value, problem.message, "value") for problem in own]
-    return problems
-
-
-def _probes(parameter: Parameter) -> tuple[Any, ...]:
-    """Values that stand for all: every choice, or both ends and, of numbers that are not whole, one between them."""
-    if parameter.choice is not None:
-        return parameter.choice
-    low, high = parameter.low, parameter.high
-    assert low is not None
-    assert high is not None
-    between = low + (parameter.step or (high - low) * 0.381966)
-    return (low, high) if parameter.whole or between > high else (low, high, between)
+def _written(value: Any) -> Any:
+    """A value of ours as the plain data it was read from."""
+    return value.model_dump(exclude_none=True) if isinstance(value, Frozen) else value
 
 
 def _exact(number: float) -> Fraction:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from orchestrator.check import check_space
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
-from orchestrator.space import Parameter, check_space
+from orchestrator.space import Parameter
 from worker.report import Hardware, Measurement, TrialResult
 from worker.shape import Frozen
 from worker.spec import BudgetConfig, GangConfig, InvalidSpec, TrialSpec, parse_spec
