@@ -1,18 +1,24 @@
 """What is wrong with a space, by path, before its study exists."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice, pairwise, product
 from math import floor
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.condition import Clause, Condition
 from orchestrator.families import BLOCKS, DEEPEST, FAMILIES, FAMILY, LAYERS, TYING, Spelling, TyingFamilies, spell
 from orchestrator.points import Domain, value_at
 from orchestrator.reader import type_at
 from orchestrator.space import FamilyName, Parameter, Space, apply
-from worker.spec import InvalidSpec, Problem, TrialSpec, parse_spec
+from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, parse_spec
 
+Model = TypeVar("Model", bound=BaseModel)
+Key = TypeVar("Key")
 _FIXED = {
     "gang": "the study's gangs say which shapes to propose for",
     "seed": "it is not part of the configuration",
@@ -22,12 +28,46 @@ _FIXED = {
 MOST_TRIED, MOST_PARSED = 20_000, 256  # combinations of a family's parameters, until one is found that is legal
 
 
-def check_space(base: Mapping[str, Any], space: Space) -> None:
-    """Raises InvalidSpec naming, as space.<path>, all that is wrong: paths that cannot vary, values that no spec could
-    take, families that are never legal with the base, conditions that cannot be read, met or put in an order."""
-    problems = list(space_problems(base, space))
+def check_study(base: Mapping[str, Any], gangs: Sequence[GangConfig], space: Space) -> None:
+    """Raises InvalidSpec naming all that is wrong with a study's base, its gangs on that base, and its space.
+
+    That is paths that cannot vary, values that no spec could take, families of tying maps that are never legal, and
+    conditions that cannot be read, met or put in an order.
+    """
+    problems = tuple(_study_problems(base, dict(enumerate(gangs)), space))
     if problems:
-        raise InvalidSpec(tuple(problems))
+        raise InvalidSpec(problems)
+
+
+def rest_problems(data: Any) -> Iterator[Problem]:
+    """What else is wrong with a study's plain data of which some part could not be read: all is said at once."""
+    base, gangs, space = (data.get(name) if isinstance(data, Mapping) else None for name in ("base", "gangs", "space"))
+    if isinstance(base, Mapping):
+        shapes = _readable(GangConfig, dict(enumerate(gangs)) if isinstance(gangs, list | tuple) else {})
+        yield from _study_problems(base, shapes, _readable(Parameter, space if isinstance(space, Mapping) else {}))
+
+
+def _readable(model: type[Model], parts: Mapping[Key, Any]) -> dict[Key, Model]:
+    found: dict[Key, Model] = {}
+    for key, part in parts.items():
+        with suppress(ValidationError):
+            found[key] = model.model_validate(part)
+    return found
+
+
+def _study_problems(base: Mapping[str, Any], gangs: Mapping[int, GangConfig], space: Space) -> Iterator[Problem]:
+    try:
+        parse_spec(base)
+    except InvalidSpec as error:
+        yield from (problem.within("base") for problem in error.problems)
+        return
+    for index, gang in gangs.items():
+        try:
+            parse_spec({**base, "gang": gang})
+        except InvalidSpec as error:
+            for problem in error.problems:
+                yield replace(problem, field=problem.field.removeprefix("gang.")).within(f"gangs.{index}")
+    yield from space_problems(base, space)
 
 
 def space_problems(base: Mapping[str, Any], space: Space) -> Iterator[Problem]:
@@ -51,6 +91,9 @@ def space_problems(base: Mapping[str, Any], space: Space) -> Iterator[Problem]:
         for path, parameter in space.items():
             if parameter.condition is not None:
                 yield from _never_met(path, parameter.condition, spec, sound, domain)
+    for path in (LAYERS, BLOCKS):
+        if path in sound and _is_always_set(path, domain, sound):
+            yield Problem(f"space.{path}", path, f"means nothing: every family of {TYING} sets it")
     tying = domain.tying
     if isinstance(tying, TyingFamilies):
         for family in tying.parameters:
@@ -191,16 +234,22 @@ def _seen(path: str, clauses: Sequence[Clause], data: Mapping[str, Any], space: 
     """Values that a condition may read at a path: of numbers, some on either side of each that it compares with."""
     numbers = [number for clause in clauses for number in clause.numbers]
     dimensions = {each.name: each.parameter for each in domain.dimensions}
-    parameter, setting = dimensions.get(path), domain.setting(path)
+    parameter = None if _is_always_set(path, domain, space) else dimensions.get(path)
     if parameter is not None:
         yield from _around(parameter, numbers)
     if path.startswith(f"{TYING}.") and TYING in space:
         yield None
-    elif parameter is None or setting or (path in space and space[path].when is not None):
+    elif not _is_always_set(path, domain, space) and (parameter is None or space[path].when is not None):
         yield value_at(data, path)
     if isinstance(domain.tying, TyingFamilies):
         for reached in domain.tying.reach(path):
             yield from _around(reached, numbers)
+
+
+def _is_always_set(path: str, domain: Domain, space: Space) -> bool:
+    """Whether every family of tying maps sets this path, so that nothing else does."""
+    setting = domain.setting(path)
+    return bool(setting) and space[TYING].when is None and setting == set(space[TYING].families or ())
 
 
 def _around(parameter: Parameter, numbers: Sequence[float]) -> Iterator[Any]:

@@ -1,18 +1,18 @@
 """The values that pass between store, proposer, loop and api. Frozen; no database row leaves the store."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
-from orchestrator.check import check_space
+from orchestrator.check import check_study, rest_problems
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.space import Parameter
 from worker.report import Hardware, Measurement, TrialResult
 from worker.shape import Frozen
-from worker.spec import BudgetConfig, GangConfig, InvalidSpec, TrialSpec, parse_spec
+from worker.spec import BudgetConfig, GangConfig, InvalidSpec, TrialSpec, parse_spec, problems_of
 
 CAP_BYTES = 16_000_000
 CAP_SECONDS = 600.0
@@ -124,20 +124,15 @@ class NewStudy(Frozen):
             raise ValueError("must be val_bpb alone, or val_bpb and artifact_bytes")
         return objectives
 
-    @model_validator(mode="after")
-    def _check(self) -> "NewStudy":
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, data: Any, handler: ModelWrapValidatorHandler["NewStudy"]) -> "NewStudy":
         try:
-            parse_spec(self.base)
-        except InvalidSpec as error:
-            raise InvalidSpec(tuple(problem.within("base") for problem in error.problems)) from None
-        for index, gang in enumerate(self.gangs):
-            try:
-                parse_spec({**self.base, "gang": gang.model_dump()})
-            except InvalidSpec as error:
-                problems = (replace(problem, field=problem.field.removeprefix("gang.")) for problem in error.problems)
-                raise InvalidSpec(tuple(problem.within(f"gangs.{index}") for problem in problems)) from None
-        check_space(self.base, self.space)
-        return self
+            study = handler(data)
+        except ValidationError as error:
+            raise InvalidSpec((*problems_of(error), *rest_problems(data))) from None
+        check_study(study.base, study.gangs, study.space)
+        return study
 
     @property
     def shapes(self) -> tuple[GangConfig, ...]:
