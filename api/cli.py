@@ -228,7 +228,8 @@ def leaderboard(study: StudyName, as_json: AsJson = False) -> None:
     if as_json:
         print(board.model_dump_json(indent=2))
     else:
-        Console().print(leaderboard_table(board.rows, f"Leaderboard of {study}"), *leaderboard_notes(board))
+        Console().print(leaderboard_table(board.rows, f"Leaderboard of {study}"))
+        print(*leaderboard_notes(board), sep="\n")
 
 
 @app.command()

@@ -44,10 +44,10 @@ def leaderboard_notes(board: LeaderboardOut) -> list[str]:
     """What a reader has to know of the leaderboard's numbers."""
     if board.seed_sd is None:
         return []
-    notes = [f"± is half a 95% interval; ~ where it comes from the SD of all seeds, {board.seed_sd:.5f}."]
+    notes = [f"± is half a 95% interval, with ~ where one seed has to borrow the SD of all, {board.seed_sd:.5f}."]
     fair = [f"trial {row.number} {row.unscreened_bpb:.4f}" for row in board.rows[:3] if row.unscreened_bpb is not None]
     if fair:
-        notes.append(f"Trials were chosen by their first seed, which flatters the best. Without it: {', '.join(fair)}.")
+        notes.append(f"The first seed chose the trials, and flatters the best. Without it: {', '.join(fair)}.")
     return notes
 
 

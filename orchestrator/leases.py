@@ -89,8 +89,7 @@ def claim(
     if times:
         spec = _eased(spec, times)
         message += f", with micro-batches of {spec.data.micro_batch_sequences} sequences"
-    kind = "run.running" if again else "trial.running"
-    add_event(session, trial.study_id, trial.number, kind, message, now)
+    add_event(session, trial.study_id, trial.number, "run.running" if again else "trial.running", message, now)
     return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now)
 
 

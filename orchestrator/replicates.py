@@ -40,8 +40,7 @@ def earned(standings: Sequence[Standing], terms: ReplicationConfig, idle: bool) 
     spread = (measured or Spread(0.0, 0)).with_prior()
     best = incumbent.sample
     assert best is not None
-    chances = [(rival, _chance(rival, best, spread)) for rival in others]
-    rivals = [(rival, chance) for rival, chance in chances if chance > terms.chance]
+    rivals = _rivals(others, best, spread, terms.chance)
     due = [(rival, f"its chance to beat trial {incumbent.number} is {chance:.0%}") for rival, chance in rivals]
     if any(len(rival.bpb) >= best.count for rival, _ in rivals):
         due.append((incumbent, f"it leads, and has {len(rivals)} to beat"))
@@ -53,7 +52,16 @@ def earned(standings: Sequence[Standing], terms: ReplicationConfig, idle: bool) 
     return [Replicate(standing.trial_id, seed, why) for standing, seed, why in wanted if seed is not None]
 
 
-def _chance(rival: Standing, best: Sample, spread: Spread) -> float:
-    sample = rival.sample
-    assert sample is not None
-    return chance_below(sample, best, spread)
+def _rivals(others: Sequence[Standing], best: Sample, spread: Spread, threshold: float) -> list[tuple[Standing, float]]:
+    """Those whose chance is above the threshold, and the chance. `others` are in the order of their means."""
+    rivals = []
+    for other in others:
+        sample = other.sample
+        assert sample is not None
+        # One seed leaves the most room for luck: who is out with one is out, and so is everyone after.
+        if chance_below(Sample(sample.mean, 0.0, 1), best, spread) <= threshold:
+            break
+        chance = chance_below(sample, best, spread)
+        if chance > threshold:
+            rivals.append((other, chance))
+    return rivals

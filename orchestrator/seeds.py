@@ -19,7 +19,7 @@ PRIORITY = {"submitted": 10, "earned": 5}
 
 
 def list_standings(session: Session, study_id: int) -> list[Standing]:
-    """The study's complete trials by number, each with its seeds. 10,000 take a twentieth of a second."""
+    """The study's complete trials by number, each with its seeds."""
     complete = (TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.COMPLETE)
     several = (
         select(RUNS.c.trial_id).join(TRIALS, TRIALS.c.id == RUNS.c.trial_id).where(*complete, RUNS.c.rung == 0)
@@ -27,7 +27,9 @@ def list_standings(session: Session, study_id: int) -> list[Standing]:
     )  # fmt: skip
     runs: dict[int, list[tuple[int, str, dict[str, float] | None]]] = {}
     query = select(RUNS.c.trial_id, RUNS.c.seed, RUNS.c.state, RUNS.c.scores).order_by(RUNS.c.id)
-    for trial_id, seed, state, scores in session.execute(query.where(RUNS.c.trial_id.in_(several), RUNS.c.rung == 0)):
+    for trial_id, seed, state, scores in session.execute(
+        query.where(RUNS.c.trial_id.in_(several), RUNS.c.rung == 0)
+    ).all():
         runs.setdefault(trial_id, []).append((seed, state, scores if state == RunState.SUCCEEDED else None))
     # Nearly all have one run, whose score the trial has too: there is no JSON to read.
     trials = (
@@ -36,7 +38,7 @@ def list_standings(session: Session, study_id: int) -> list[Standing]:
         .order_by(TRIALS.c.number, RUNS.c.id)
     )  # fmt: skip
     standings: dict[int, Standing] = {}
-    for trial_id, number, val_bpb, feasible, seed in session.execute(trials):
+    for trial_id, number, val_bpb, feasible, seed in session.execute(trials).all():
         if trial_id in standings:
             continue
         of = runs.get(trial_id)

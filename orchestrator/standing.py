@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 from orchestrator.statistics import Interval, Sample, Spread, interval_of
@@ -26,7 +27,7 @@ class Standing:
     waits: bool
     """Whether one of its runs is open."""
 
-    @property
+    @cached_property
     def sample(self) -> Sample | None:
         """None where no run keeps every cap."""
         return Sample.of(list(self.bpb.values())) if self.bpb else None

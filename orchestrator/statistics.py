@@ -26,8 +26,9 @@ class Sample:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Sample":
-        mean = fmean(values) if values else 0.0
-        return cls(mean, sqrt(variance(values)) if len(values) > 1 else 0.0, len(values))
+        if len(values) < 2:
+            return cls(sum(values), 0.0, len(values))
+        return cls(fmean(values), sqrt(variance(values)), len(values))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, Table, func, insert, or_, select, text, update
+from sqlalchemy import ColumnElement, CursorResult, Table, exists, func, insert, or_, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from orchestrator.errors import Conflict, IllegalMove, NotFound
 from orchestrator.lifecycle import (
@@ -343,12 +343,15 @@ def list_measurements(session: Session, trial_id: int, after: Mapping[int, int] 
 
 
 def list_curves(session: Session, study_id: int, name: str, numbers: Collection[int]) -> dict[int, dict[int, float]]:
-    """One metric by step, for each trial of these numbers that measured it: of its latest attempt that did."""
+    """One metric by step, for each trial of these numbers that measured it: of its latest attempt that did, further
+    seeds aside."""
+    first = aliased(RunRow)
+    further = exists().where(first.trial_id == RunRow.trial_id, first.rung == RunRow.rung, first.id < RunRow.id)
     query = (
         select(TrialRow.number, MeasurementRow.attempt_id, MeasurementRow.step, MeasurementRow.value)
         .join(AttemptRow, AttemptRow.id == MeasurementRow.attempt_id).join(RunRow, RunRow.id == AttemptRow.run_id)
         .join(TrialRow, TrialRow.id == RunRow.trial_id)
-        .where(TrialRow.study_id == study_id, TrialRow.number.in_(numbers), MeasurementRow.name == name)
+        .where(TrialRow.study_id == study_id, TrialRow.number.in_(numbers), MeasurementRow.name == name, ~further)
         .order_by(MeasurementRow.attempt_id, MeasurementRow.number)
     )  # fmt: skip
     curves: dict[int, tuple[int, dict[int, float]]] = {}

@@ -122,7 +122,8 @@ def _seeds_missing(finished: int, look: int, planned: int, champion: Champion) -
     if look == 0:
         missing.append(f"it has {finished} of the {planned} seeds, beyond its own, that the test is made on")
     if champion.sample.count < FEWEST_SEEDS:
-        missing.append(f"{champion.name} has {champion.sample.count} of the {FEWEST_SEEDS} seeds to hold it against")
+        had = f"{champion.name}: {champion.sample.count} of the {FEWEST_SEEDS} seeds"
+        missing.append(f"{had}, at least, that it is held against")
     return missing
 
 
