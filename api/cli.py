@@ -18,7 +18,16 @@ from sqlalchemy.exc import DBAPIError
 from api.client import ApiError, Caddie, Unreachable
 from api.program import environment_of, program
 from api.schemas import PreviewOut
-from api.terminal import leaderboard_table, ledger_tables, preview_lines, studies_table, trial_lines, watch_study
+from api.terminal import (
+    leaderboard_notes,
+    leaderboard_table,
+    ledger_tables,
+    preview_lines,
+    studies_table,
+    trial_lines,
+    verdict_lines,
+    watch_study,
+)
 from orchestrator.caps import Caps
 from orchestrator.feasibility import judge, predict
 from orchestrator.settings import KNOWN, Settings
@@ -164,7 +173,9 @@ def submit(
     key: Annotated[
         str | None, typer.Option("--key", help="Idempotency key: a retry with it returns the same trial.")
     ] = None,
-    allow_duplicate: Annotated[bool, typer.Option(help="Submit even if the study has this spec already.")] = False,
+    allow_duplicate: Annotated[
+        bool, typer.Option(help="Where the study has this spec: run its trial at this seed, or at the next, too.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the trial; exit 1 unless it completes.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -176,11 +187,11 @@ def submit(
     else:
         body["spec"] = override(_spec_data(spec, size), body.pop("overrides"))
     with _client() as caddie:
-        trial = caddie.submit(study, body, idempotency_key=key)
-        if wait:
-            trial = caddie.wait(study, trial.number)
+        submitted = caddie.submit(study, body, idempotency_key=key)
+        run_id = submitted.run_id
+        trial = caddie.wait(study, submitted.number, run_id) if wait else submitted
         print(trial.model_dump_json(indent=2) if as_json else "\n".join(trial_lines(trial)))
-    if wait and trial.state != "complete":
+    if wait and not any(run.id == run_id and run.state == "succeeded" for run in trial.runs):
         raise typer.Exit(1)
 
 
@@ -210,13 +221,32 @@ def watch(study: StudyName) -> None:
 
 @app.command()
 def leaderboard(study: StudyName, as_json: AsJson = False) -> None:
-    """The study's complete trials, best first."""
+    """The study's complete trials by the mean of their seeds, best first."""
     with _client() as caddie:
         board = caddie.leaderboard(study)
     if as_json:
         print(board.model_dump_json(indent=2))
     else:
         Console().print(leaderboard_table(board.rows, f"Leaderboard of {study}"))
+        print(*leaderboard_notes(board), sep="\n")
+
+
+@app.command()
+def verdict(
+    study: StudyName,
+    number: int,
+    against: Annotated[int | None, typer.Option(help="Another trial; else the best other one.")] = None,
+    losses: Annotated[
+        str, typer.Option(metavar="2.1,2.2,...", help="Or a record's losses from elsewhere, in nats per token.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Whether a trial sets a record by the challenge's rule, and what is missing; exit 1 while it does not."""
+    with _client() as caddie:
+        found = caddie.verdict(study, number, against=against, losses=_numbers("--losses", losses))
+    print(found.model_dump_json(indent=2) if as_json else "\n".join(verdict_lines(found)))
+    if not found.record:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -344,6 +374,13 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
         except yaml.YAMLError:
             raise InvalidSpec((Problem(path, text, "is not a YAML value"),)) from None
     return changes
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise InvalidSpec((Problem(option, text, "must be numbers with commas between"),)) from None
 
 
 def _fail(message: str, code: int) -> None:

@@ -3,9 +3,9 @@
 import hashlib
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 from pydantic import BaseModel
@@ -16,15 +16,16 @@ from api.schemas import (
     ActivityOut,
     EventOut,
     Health,
-    LeaderboardOut,
     MeasurementOut,
     Page,
     PreviewOut,
     RecipeOut,
     StudyOut,
+    SubmittedOut,
     TrialOut,
     TrialSummary,
 )
+from api.standings import LeaderboardOut, VerdictOut
 
 ATTEMPTS = 4
 FIRST_WAIT_SECONDS = 0.2
@@ -99,11 +100,11 @@ class Caddie:
         """What the study's gangs do now."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/activity", Page[ActivityOut]).items
 
-    def submit(self, study: str, body: Mapping[str, Any], *, idempotency_key: str | None = None) -> TrialOut:
+    def submit(self, study: str, body: Mapping[str, Any], *, idempotency_key: str | None = None) -> SubmittedOut:
         """Submit a trial; the body is a TrialIn. Without a key it gets one of its own, so that it is safe to repeat."""
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         path = f"/v1/studies/{_quoted(study)}/trials"
-        return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
+        return self._read("POST", path, SubmittedOut, body=body, headers=headers, attempts=ATTEMPTS)
 
     def import_result(
         self, study: str, spec: Mapping[str, Any], result: Mapping[str, Any], *, idempotency_key: str | None = None
@@ -111,7 +112,7 @@ class Caddie:
         """Add a trial that was trained elsewhere, with its result; safe to repeat, as submit is."""
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
-        return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
+        return self._read("POST", path, SubmittedOut, body=body, headers=headers, attempts=ATTEMPTS)
 
     def trials(self, study: str) -> list[TrialSummary]:
         """Every trial of the study, by number."""
@@ -127,11 +128,20 @@ class Caddie:
         path = f"/v1/studies/{_quoted(study)}/trials/{number}/measurements"
         return self._read("GET", path, Page[MeasurementOut]).items
 
-    def wait(self, study: str, number: int) -> TrialOut:
-        """The trial, once it has ended."""
-        while (trial := self.trial(study, number)).state in OPEN:
+    def wait(self, study: str, number: int, run_id: int | None = None) -> TrialOut:
+        """The trial, once it and this run of it have ended."""
+        while True:
+            trial = self.trial(study, number)
+            if trial.state not in OPEN and not any(run.id == run_id and run.state in OPEN for run in trial.runs):
+                return trial
             time.sleep(WAIT_POLL_SECONDS)
-        return trial
+
+    def verdict(
+        self, study: str, number: int, *, against: int | None = None, losses: Sequence[float] = ()
+    ) -> VerdictOut:
+        """Whether the trial sets a record against another one, by default the best, or against losses in nats."""
+        query = urlencode({"against": [] if against is None else against, "losses": list(losses)}, doseq=True)
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/trials/{number}/verdict?{query}", VerdictOut)
 
     def artifact(self, study: str, number: int) -> bytes:
         """The stored model. Raises ApiError where there is none, and Unreachable where it arrived damaged."""

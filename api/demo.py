@@ -18,7 +18,7 @@ from rich.console import Console
 
 from api.client import Caddie, Unreachable
 from api.program import environment_of, program
-from api.schemas import LeaderboardRow
+from api.standings import LeaderboardRow
 from api.terminal import leaderboard_table, watch_study
 from orchestrator.settings import KNOWN, Settings
 

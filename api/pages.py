@@ -204,7 +204,7 @@ def _trial_facts(session: Session, name: str, number: int, context: Context) -> 
         "bytes_by_class": (by_class := _bytes_by_class(trial)),
         "bar": Markup(bytes_bar(by_class, study.definition.cap_bytes)),
         "parameters_by_class": parameters_by_class(spec),
-        "artifact": artifact_of(store.list_attempts(session, trial.id)),
+        "artifact": artifact_of(trial, store.list_attempts(session, trial.id)),
         "spec_json": spec.model_dump_json(indent=2),
         "differs": _differences(study.definition.base, spec.model_dump(mode="json", exclude_none=True)),
     }

@@ -11,6 +11,7 @@ from api.reports import CostOut
 from orchestrator.activity import Activity
 from orchestrator.ledger import Cost, cost_of
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
+from orchestrator.standing import Standing
 from orchestrator.study import (
     Attempt,
     Event,
@@ -19,6 +20,7 @@ from orchestrator.study import (
     Prediction,
     Progress,
     Run,
+    Scores,
     Study,
     Suggestion,
     Trial,
@@ -56,17 +58,18 @@ class StudyOut(BaseModel):
     counts: dict[TrialState, int]
     best_trial: int | None
     best_bpb: float | None
+    """The mean of its seeds."""
     created_at: datetime
     changed_at: datetime
 
     @classmethod
-    def of(cls, study: Study, counts: Mapping[TrialState, int], best: Trial | None) -> "StudyOut":
+    def of(cls, study: Study, counts: Mapping[TrialState, int], best: Standing | None) -> "StudyOut":
         new = study.definition
         return cls(
             id=study.id, name=study.name, state=study.state, reason=study.reason, definition=new,
             max_trials=new.max_trials if new.space else 0, proposed=study.proposed,
             submitted=sum(counts.values()) - study.proposed, refused=study.refused, counts=dict(counts),
-            best_trial=best.number if best else None, best_bpb=best.result.val_bpb if best and best.result else None,
+            best_trial=best.number if best else None, best_bpb=best.sample.mean if best and best.sample else None,
             created_at=study.created_at, changed_at=study.changed_at,
         )  # fmt: skip
 
@@ -101,39 +104,6 @@ class TrialSummary(BaseModel):
     @classmethod
     def of(cls, trial: Trial, phase: str = "") -> "TrialSummary":
         return cls(**_summary(trial, phase))
-
-
-class LeaderboardRow(BaseModel):
-    """A complete trial. One whose artifact is over the cap has no rank, and comes after all that fit."""
-
-    rank: int | None
-    number: int
-    val_bpb: float
-    val_bpb_prequant: float
-    artifact_bytes: int
-    parameters: int
-    tying_map: TyingMap
-    lora_rank: int
-    ranks: int
-    train_seconds: float
-
-    @classmethod
-    def of(cls, trial: Trial, rank: int | None) -> "LeaderboardRow":
-        result, sharing = trial.result, trial.spec.sharing
-        assert result is not None, "a complete trial has a result"
-        return cls(
-            rank=rank, number=trial.number, val_bpb=result.val_bpb, val_bpb_prequant=result.val_bpb_prequant,
-            artifact_bytes=result.artifact_bytes, parameters=result.parameters, tying_map=sharing.tying_map,
-            lora_rank=sharing.lora.rank, ranks=trial.spec.gang.ranks, train_seconds=result.train_seconds,
-        )  # fmt: skip
-
-
-class LeaderboardOut(BaseModel):
-    """Complete trials by BPB, best first."""
-
-    study: str
-    cap_bytes: int
-    rows: list[LeaderboardRow]
 
 
 class ArtifactOut(BaseModel):
@@ -183,8 +153,12 @@ class RunOut(BaseModel):
 
     id: int
     seed: int
+    rung: int
+    """0 is the spec's own budget; -1 the dearest of the cheaper rungs, and so on down."""
     state: RunState
     gang: GangConfig
+    scores: Scores | None
+    """None before it has a result."""
     attempts: list[AttemptOut]
 
     @classmethod
@@ -194,7 +168,9 @@ class RunOut(BaseModel):
             for attempt in attempts
             if attempt.run_id == run.id
         ]
-        return cls(id=run.id, seed=run.seed, state=run.state, gang=run.gang, attempts=own)
+        return cls(
+            id=run.id, seed=run.seed, rung=run.rung, state=run.state, gang=run.gang, scores=run.scores, attempts=own
+        )
 
 
 class PredictionOut(BaseModel):
@@ -247,6 +223,13 @@ class TrialOut(TrialSummary):
             prediction=PredictionOut.of(trial.prediction), result=trial.result,
             runs=[RunOut.of(run, attempts, gpu_hour_dollars) for run in runs],
         )  # fmt: skip
+
+
+class SubmittedOut(TrialOut):
+    """The trial, and which of its runs was asked for: where the study had the configuration, one at a further seed."""
+
+    run_id: int | None
+    """None where the trial is infeasible."""
 
 
 class MeasurementOut(BaseModel):

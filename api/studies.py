@@ -11,13 +11,15 @@ from api.bodies import StudyIn
 from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName
 from api.problems import responses
 from api.reports import ArmOut, ArmsOut, LedgerOut
-from api.schemas import ActivityOut, LeaderboardOut, LeaderboardRow, Page, StudyOut
-from orchestrator import store
+from api.schemas import ActivityOut, Page, StudyOut
+from api.standings import LeaderboardOut, rows_of
+from orchestrator import seeds, store
 from orchestrator.activity import list_activity
 from orchestrator.arms import arms
 from orchestrator.database import Database
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
+from orchestrator.standing import ranked, spread_of
 from orchestrator.study import Study
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ def stop_study(study: StudyName, database: DatabaseOf, now: Now) -> StudyOut:
 
 @router.get("/studies/{study}/leaderboard", responses=responses(404))
 def get_leaderboard(study: StudyName, database: DatabaseOf, limit: Limit = 100) -> LeaderboardOut:
-    """Complete trials by BPB, best first. Those over the byte cap come last, without a rank."""
+    """Complete trials by the mean BPB of their seeds, best first. Those over a cap come last, without a rank."""
     with database.read() as session:
         return leaderboard(session, store.get_study(session, study), limit)
 
@@ -104,16 +106,20 @@ def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
 
 def describe(session: Session, study: Study) -> StudyOut:
     """The study with its counts and its best trial."""
-    first = next(iter(store.leaderboard(session, study.id, limit=1)), None)
-    return StudyOut.of(study, store.count_trials(session, study.id), first if first and first.feasible else None)
+    first = next(iter(ranked(seeds.list_standings(session, study.id))), None)
+    return StudyOut.of(study, store.count_trials(session, study.id), first if first and first.bpb else None)
 
 
 def leaderboard(session: Session, study: Study, limit: int) -> LeaderboardOut:
     """The study's leaderboard. Ranks count only trials that keep every cap."""
-    trials = store.leaderboard(session, study.id, limit)
-    # Trials that keep the caps come first, so that a place in the list is a rank.
-    rows = [LeaderboardRow.of(trial, place if trial.feasible else None) for place, trial in enumerate(trials, 1)]
-    return LeaderboardOut(study=study.name, cap_bytes=study.definition.cap_bytes, rows=rows)
+    standings = ranked(seeds.list_standings(session, study.id))
+    spread = spread_of(standings)
+    best = standings[:limit]
+    trials = store.list_trials(session, study.id, numbers=[standing.number for standing in best])
+    return LeaderboardOut(
+        study=study.name, cap_bytes=study.definition.cap_bytes, seed_sd=spread.sd if spread else None,
+        rows=rows_of(trials, best, spread),
+    )  # fmt: skip
 
 
 def _move(database: Database, name: str, to: StudyState, now: datetime) -> StudyOut:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from api.client import Caddie
 from api.reports import CostOut, LedgerOut
-from api.schemas import ActivityOut, LeaderboardRow, PredictionOut, PreviewOut, StudyOut, TrialOut, TrialSummary
+from api.schemas import ActivityOut, PredictionOut, PreviewOut, StudyOut, TrialOut, TrialSummary
+from api.standings import LeaderboardOut, LeaderboardRow, VerdictOut
 from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -26,16 +27,51 @@ def tying_text(tying_map: Sequence[int]) -> str:
 
 
 def leaderboard_table(rows: Sequence[LeaderboardRow], title: str) -> Table:
-    """The leaderboard as a table that fits 80 columns; `raw` is BPB before quantisation."""
-    table = _table(title, "rank", "trial", "BPB", "raw", "bytes", "params", "tying map", "LoRA", "ranks", "sec")
+    """The leaderboard as a table that fits 80 columns: mean BPB, half its 95% interval, and of how many seeds."""
+    table = _table(title, "rank", "trial", "BPB", "±", "n", "bytes", "params", "tying map", "LoRA", "ranks", "sec")
     for row in rows:
         rank = "over" if row.rank is None else str(row.rank)
+        bpb = row.val_bpb if row.mean_bpb is None else row.mean_bpb
         table.add_row(
-            rank, str(row.number), f"{row.val_bpb:.4f}", f"{row.val_bpb_prequant:.4f}", f"{row.artifact_bytes:,}",
+            rank, str(row.number), f"{bpb:.4f}", _half(row), str(row.seeds), f"{row.artifact_bytes:,}",
             f"{row.parameters:,}", tying_text(row.tying_map), str(row.lora_rank), str(row.ranks),
             f"{row.train_seconds:.1f}",
         )  # fmt: skip
     return table
+
+
+def leaderboard_notes(board: LeaderboardOut) -> list[str]:
+    """What a reader has to know of the leaderboard's numbers."""
+    if board.seed_sd is None:
+        return []
+    notes = [f"± is half a 95% interval, with ~ where one seed has to borrow the SD of all, {board.seed_sd:.5f}."]
+    fair = [f"trial {row.number} {row.unscreened_bpb:.4f}" for row in board.rows[:3] if row.unscreened_bpb is not None]
+    if fair:
+        notes.append(f"The first seed chose the trials, and flatters the best. Without it: {', '.join(fair)}.")
+    return notes
+
+
+def _half(row: LeaderboardRow) -> str:
+    if row.low_bpb is None or row.high_bpb is None:
+        return "–"
+    return f"{'~' if row.pooled else ''}{(row.high_bpb - row.low_bpb) / 2:.4f}"
+
+
+def verdict_lines(verdict: VerdictOut) -> list[str]:
+    """A record verdict as a person reads it."""
+    said = "sets a record" if verdict.record else "sets no record"
+    lines = [f"trial {verdict.trial} of {verdict.study} {said} against {verdict.against}"]
+    if verdict.mean_nats is not None and verdict.against_mean_nats is not None:
+        ours, theirs = len(verdict.seeds), verdict.against_seeds
+        lines.append(f"  {verdict.mean_nats:.5f} nats over {ours} seeds, {verdict.against_mean_nats:.5f} over {theirs}")
+    if verdict.ahead_nats is not None and verdict.ahead_bpb is not None:
+        lines.append(f"  ahead by {verdict.ahead_nats:.5f} nats ({verdict.ahead_bpb:.5f} BPB)")
+        lines.append(f"  p = {verdict.p:.3g} that it is less than {verdict.margin_nats} ahead, by luck")
+    lines.append(f"  alpha {verdict.alpha:.3g}: declared trial {verdict.declared} of the study, look {verdict.look}")
+    lines += [f"  missing: {reason}" for reason in verdict.missing]
+    if verdict.settle_seeds is not None:
+        lines.append(f"  {verdict.settle_seeds} seeds beyond its own would settle it")
+    return lines
 
 
 def ledger_tables(ledger: LedgerOut) -> list[Table]:

@@ -12,14 +12,14 @@ from api.bodies import TrialIn
 from api.context import After, Context, ContextOf, DatabaseOf, Limit, Now, StudyName, TrialNumber
 from api.problems import responses
 from api.reports import LedgerOut
-from api.schemas import MeasurementOut, Page, TrialOut, TrialSummary
+from api.schemas import MeasurementOut, Page, SubmittedOut, TrialOut, TrialSummary
 from api.submission import submit
 from orchestrator import store
 from orchestrator.activity import list_activity
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.errors import NotFound
 from orchestrator.ledger import ledger
-from orchestrator.lifecycle import Outcome, TrialState
+from orchestrator.lifecycle import TrialState
 from orchestrator.study import Artifact, Attempt, Trial
 
 log = logging.getLogger(__name__)
@@ -35,12 +35,15 @@ Key = Annotated[
 
 
 @router.post(
-    "", status_code=201, responses={**responses(400, 409, 415), 200: {"model": TrialOut, "description": "Replayed"}}
+    "", status_code=201, responses={**responses(400, 409, 415), 200: {"model": SubmittedOut, "description": "Replayed"}}
 )
 def submit_trial(
     study: StudyName, body: TrialIn, context: ContextOf, now: Now, response: Response, key: Key = None
-) -> TrialOut:
-    """Submit a trial. One that cannot fit the byte cap is kept as infeasible, with the reason, and never runs."""
+) -> SubmittedOut:
+    """Submit a trial. One that cannot fit the byte cap is kept as infeasible, with the reason, and never runs.
+
+    With `allow_duplicate`, a configuration of which the study has a complete trial is that trial's next replicate.
+    """
     database = context.database
     with database.read() as session:
         found = store.get_study(session, study)
@@ -51,7 +54,8 @@ def submit_trial(
         response.status_code = 200
         response.headers["Idempotent-Replay"] = "true"
     with database.read() as session:
-        return describe(session, study, submitted.trial, context)
+        trial = describe(session, study, submitted.trial, context)
+    return SubmittedOut(**dict(trial), run_id=submitted.run_id)
 
 
 @router.get("")
@@ -112,7 +116,7 @@ def get_artifact(study: StudyName, number: TrialNumber, context: ContextOf) -> F
     """The stored model's bytes, whole or by range, with their digest (RFC 9530)."""
     with context.database.read() as session:
         trial = store.get_trial(session, store.get_study(session, study).id, number)
-        artifact = artifact_of(store.list_attempts(session, trial.id))
+        artifact = artifact_of(trial, store.list_attempts(session, trial.id))
     if artifact is None or context.artifacts is None:
         raise NotFound("artifact of trial", number)
     path = context.artifacts.path(artifact)
@@ -125,11 +129,11 @@ def get_artifact(study: StudyName, number: TrialNumber, context: ContextOf) -> F
     )  # fmt: skip
 
 
-def artifact_of(attempts: tuple[Attempt, ...]) -> Artifact | None:
-    """The artifact that counts: of the attempt that succeeded, else of the last that left one and was not void."""
-    stored = [attempt for attempt in attempts if attempt.artifact is not None and attempt.outcome is not Outcome.VOID]
-    succeeded = [attempt for attempt in stored if attempt.outcome is Outcome.SUCCEEDED]
-    return (succeeded or stored)[-1].artifact if stored else None
+def artifact_of(trial: Trial, attempts: tuple[Attempt, ...]) -> Artifact | None:
+    """The artifact of the trial's result: the last, of those that were stored, with its digest."""
+    digest = trial.result.artifact_sha256 if trial.result is not None else None
+    stored = (attempt.artifact for attempt in reversed(attempts) if attempt.artifact is not None)
+    return next((artifact for artifact in stored if artifact.sha256 == digest), None)
 
 
 def describe(session: Session, study: str, trial: Trial, context: Context) -> TrialOut:

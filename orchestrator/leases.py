@@ -84,11 +84,12 @@ def claim(
     spec = TrialSpec.model_validate(
         {**trial.spec, "seed": taken.seed, "budget": taken.budget, "gang": gang.model_dump()}
     )
-    message = f"Trial {trial.number} started, attempt {made + 1}"
+    again = trial.state == TrialState.COMPLETE  # a further seed of it
+    message = f"Trial {trial.number}{f' at seed {taken.seed}' if again else ''} started, attempt {made + 1}"
     if times:
         spec = _eased(spec, times)
         message += f", with micro-batches of {spec.data.micro_batch_sequences} sequences"
-    add_event(session, trial.study_id, trial.number, "trial.running", message, now)
+    add_event(session, trial.study_id, trial.number, "run.running" if again else "trial.running", message, now)
     return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now)
 
 
@@ -276,8 +277,8 @@ def _written(session: Session, lease: Lease, values: Mapping[str, Any], *which: 
 
 def _settle(session: Session, attempt_id: int, ended: AttemptResult, now: datetime) -> None:
     """Move the run and the trial of an attempt that has just ended."""
-    run_id, trial_id, number, study = session.execute(
-        select(RunRow.id, TrialRow.id, TrialRow.number, StudyRow)
+    run_id, seed, trial_id, number, study = session.execute(
+        select(RunRow.id, RunRow.seed, TrialRow.id, TrialRow.number, StudyRow)
         .join(AttemptRow, AttemptRow.run_id == RunRow.id).join(TrialRow, TrialRow.id == RunRow.trial_id)
         .join(StudyRow, StudyRow.id == TrialRow.study_id).where(AttemptRow.id == attempt_id)
     ).one()  # fmt: skip
@@ -302,8 +303,10 @@ def _settle(session: Session, attempt_id: int, ended: AttemptResult, now: dateti
     running = (TRIALS.c.id == trial_id, TRIALS.c.state == TrialState.RUNNING)
     moved = session.scalar(update(TRIALS).where(*running).values(values).returning(TRIALS.c.id))
     if moved is None:  # another of its runs has decided it
+        message = _sentence(f"Trial {number} at seed {seed}", run_state, ended)
+        add_event(session, study.id, number, f"run.{run_state}", message, now)
         return
-    add_event(session, study.id, number, f"trial.{trial_state}", _sentence(number, trial_state, ended), now)
+    add_event(session, study.id, number, f"trial.{trial_state}", _sentence(f"Trial {number}", trial_state, ended), now)
 
 
 def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[RunState, TrialState]:
@@ -323,7 +326,7 @@ def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[R
     return RunState.QUEUED, TrialState.QUEUED
 
 
-def _sentence(number: int, state: TrialState, ended: AttemptResult) -> str:
+def _sentence(what: str, state: TrialState | RunState, ended: AttemptResult) -> str:
     if ended.result is not None:
-        return f"Trial {number} is {state}: {ended.result.val_bpb:.4f} BPB in {ended.result.artifact_bytes:,} bytes"
-    return f"Trial {number} is {state}: attempt {ended.outcome}" + (f", {ended.reason}" if ended.reason else "")
+        return f"{what} is {state}: {ended.result.val_bpb:.4f} BPB in {ended.result.artifact_bytes:,} bytes"
+    return f"{what} is {state}: attempt {ended.outcome}" + (f", {ended.reason}" if ended.reason else "")

@@ -112,7 +112,8 @@ class Loop:
             self._share(shapes, updates, now)
         for study in studies:
             self.queue.tell_of_no_room(study, [gang for (study_id, gang) in waiting if study_id == study.id], now)
-            self.supply.complete(study, gave_up.get(study.id), now)
+            if not self.supply.replicate(study, gave_up.get(study.id), now):
+                self.supply.complete(study, gave_up.get(study.id), now)
 
     def leave(self, now: datetime) -> None:
         """Go without the attempts whose gangs live on; their leases stay open for the next orchestrator of our name."""

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, Table, func, insert, or_, select, text, update
+from sqlalchemy import ColumnElement, CursorResult, Table, exists, func, insert, or_, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from orchestrator.errors import Conflict, IllegalMove, NotFound
 from orchestrator.lifecycle import (
@@ -144,12 +144,21 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
         )
     )  # fmt: skip
     if new.origin == "submitted":
-        _reopen(session, study_id, now)
+        reopen(session, study_id, now)
     add_event(session, study_id, number, "trial.queued", f"Trial {number} was {new.origin}", now)
     return trial_of(row, new.spec)
 
 
-def _reopen(session: Session, study_id: int, now: datetime) -> None:
+def hold_study(session: Session, study_id: int) -> StudyState:
+    """Let nobody else add to the study until the commit; its state. Comes first in its transaction. Raises NotFound."""
+    held = update(STUDIES).where(STUDIES.c.id == study_id).values(refused=STUDIES.c.refused).returning(STUDIES.c.state)
+    state = session.scalar(held)
+    if state is None:
+        raise NotFound("study", study_id)
+    return StudyState(state)
+
+
+def reopen(session: Session, study_id: int, now: datetime) -> None:
     """Let a complete study run on."""
     name = session.scalar(
         update(StudyRow).where(StudyRow.id == study_id, StudyRow.state == StudyState.COMPLETE)
@@ -223,14 +232,21 @@ def get_trial(session: Session, study_id: int, number: int) -> Trial:
 
 
 def find_trial(
-    session: Session, study_id: int, *, spec_hash: str | None = None, idempotency_key: str | None = None
+    session: Session,
+    study_id: int,
+    *,
+    spec_hash: str | None = None,
+    idempotency_key: str | None = None,
+    state: TrialState | None = None,
 ) -> Trial | None:
-    """The first trial with this canonical spec hash or this idempotency key, if there is one."""
+    """The first trial with this canonical spec hash or this idempotency key, and in this state, if there is one."""
     query = select(TrialRow).where(TrialRow.study_id == study_id).order_by(TrialRow.number).limit(1)
     if spec_hash is not None:
         query = query.where(TrialRow.spec_hash == spec_hash)
     if idempotency_key is not None:
         query = query.where(TrialRow.idempotency_key == idempotency_key)
+    if state is not None:
+        query = query.where(TrialRow.state == state)
     row = session.scalar(query)
     return None if row is None else trial_of(row)
 
@@ -268,15 +284,6 @@ def list_trials(
     known = specs or {}
     rows = session.scalars(query.order_by(TrialRow.number).limit(limit))
     return tuple(trial_of(row, known.get(row.number)) for row in rows)
-
-
-def leaderboard(session: Session, study_id: int, limit: int | None = None) -> tuple[Trial, ...]:
-    """Complete trials by BPB, best first; those over a cap of the study come last, never above one that keeps all."""
-    query = (
-        select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.state == TrialState.COMPLETE)
-        .order_by(TrialRow.feasible.desc(), TrialRow.val_bpb, TrialRow.number).limit(limit)
-    )  # fmt: skip
-    return tuple(trial_of(row) for row in session.scalars(query))
 
 
 def count_trials(session: Session, study_id: int) -> dict[TrialState, int]:
@@ -336,12 +343,15 @@ def list_measurements(session: Session, trial_id: int, after: Mapping[int, int] 
 
 
 def list_curves(session: Session, study_id: int, name: str, numbers: Collection[int]) -> dict[int, dict[int, float]]:
-    """One metric by step, for each trial of these numbers that measured it: of its latest attempt that did."""
+    """One metric by step, for each trial of these numbers that measured it: of its latest attempt that did, further
+    seeds aside."""
+    first = aliased(RunRow)
+    further = exists().where(first.trial_id == RunRow.trial_id, first.rung == RunRow.rung, first.id < RunRow.id)
     query = (
         select(TrialRow.number, MeasurementRow.attempt_id, MeasurementRow.step, MeasurementRow.value)
         .join(AttemptRow, AttemptRow.id == MeasurementRow.attempt_id).join(RunRow, RunRow.id == AttemptRow.run_id)
         .join(TrialRow, TrialRow.id == RunRow.trial_id)
-        .where(TrialRow.study_id == study_id, TrialRow.number.in_(numbers), MeasurementRow.name == name)
+        .where(TrialRow.study_id == study_id, TrialRow.number.in_(numbers), MeasurementRow.name == name, ~further)
         .order_by(MeasurementRow.attempt_id, MeasurementRow.number)
     )  # fmt: skip
     curves: dict[int, tuple[int, dict[int, float]]] = {}

@@ -5,12 +5,13 @@ from datetime import datetime
 
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from orchestrator import store
+from orchestrator import seeds, store
 from orchestrator.database import Database
 from orchestrator.errors import IllegalMove
 from orchestrator.history import History
 from orchestrator.lifecycle import StudyState
 from orchestrator.proposer import Proposer
+from orchestrator.replicates import earned
 from orchestrator.study import Study
 from worker.spec import GangConfig
 
@@ -23,6 +24,8 @@ class Supply:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.searches: dict[int, tuple[Proposer, History]] = {}
+        self._decided: dict[int, tuple[tuple[int, int], bool]] = {}
+        """What each study's runs had come to, and whether all were done, when its further seeds were last decided."""
 
     def propose(self, study: Study, gang: GangConfig, now: datetime) -> tuple[bool, str | None]:
         """Add one proposal to the queue, if the study wants more; whether it was added, and the reason where there is
@@ -53,6 +56,25 @@ class Supply:
             log.info("a proposal of study %s was made elsewhere too; dropped", study.name)
             return False, None
         return added is not None, proposed.reason
+
+    def replicate(self, study: Study, gave_up: str | None, now: datetime) -> bool:
+        """Queue the seeds that the study's trials have earned since the last look; whether there were any."""
+        terms = study.definition.replication
+        if terms is None:
+            return False
+        with self.database.read() as session:
+            mark = seeds.progress_mark(session, study.id)
+            idle = mark[1] == 0 and (study.proposed >= study.definition.max_trials or gave_up is not None)
+            if self._decided.get(study.id) == (mark, idle):
+                return False
+            standings = seeds.list_standings(session, study.id)
+        added = False
+        for due in earned(standings, terms, idle):
+            with self.database.write() as session:
+                run = seeds.add_seed(session, study.id, due.trial_id, due.seed, now, origin="earned", why=due.why)
+            added = added or run is not None
+        self._decided[study.id] = mark, idle
+        return added
 
     def complete(self, study: Study, gave_up: str | None, now: datetime) -> None:
         """Complete a study whose proposals are made (or exhausted) and whose trials are all finished. `study` may be as

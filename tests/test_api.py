@@ -104,7 +104,7 @@ def finish(
             claim = leases.claim(session, GangConfig(), "host", now, TTL)
             assert claim is not None
         model = f"model of trial {claim.trial_number}".encode()
-        result = trial_result(model_bytes=len(model), **fields)
+        result = trial_result(model_bytes=len(model), artifact_sha256=hashlib.sha256(model).hexdigest(), **fields)
         with database.write() as session:
             ended = AttemptResult(Outcome.SUCCEEDED, result=result, artifact=artifacts.put(model))
             leases.finish(session, claim.lease, ended, now)
@@ -306,7 +306,8 @@ def test_a_trial_is_submitted_in_each_of_the_ways(http: httpx.Client, study: str
         assert answer.status_code == 201, answer.text
         assert answer.headers["location"] == f"{study}/trials/{number}"
         trials.append(answer.json())
-        assert http.get(answer.headers["location"]).json() == answer.json()
+        found = http.get(answer.headers["location"]).json()
+        assert {**found, "run_id": found["runs"][0]["id"]} == answer.json()
     assert [trial["number"] for trial in trials] == list(range(5))
     assert {trial["state"] for trial in trials} == {"queued"}
     assert trials[0]["params"] == {"sharing.lora.rank": 2, "sharing.unique_blocks": 3, "sharing.tying": "sequence"}

@@ -354,6 +354,24 @@ def test_the_leaderboard_is_best_first(
     assert shown.index("2.2500") < shown.index("2.5000")
 
 
+def test_seeds_are_shown_with_their_interval_and_judged_by_the_challenges_rule(
+    caddie: Run, sweep: None, claim: Callable[[], Claim], finish: Callable[..., None]
+) -> None:
+    for seed, nats in ((1337, 4.0), (42, 4.01), (314, 4.02), (999, 4.0), (2025, 4.01), (7, 4.015)):
+        shown = caddie("submit", "sweep", "--allow-duplicate", "--set", f"seed={seed}").out
+        assert shown.startswith("trial 0 of sweep: ")
+        finish(claim(), val_loss=nats, val_bpb=nats / 2)
+    board = caddie("leaderboard", "sweep").out
+    assert "2.0046 0.0042 6" in board and "Without it: trial 0 2.0055." in board
+    said = caddie("verdict", "sweep", "0", "--losses", "4.1,4.11,4.12")
+    assert said.code == 0
+    assert said.out.startswith("trial 0 of sweep sets a record against the losses given\n")
+    less = caddie("verdict", "sweep", "0", "--losses", "4.01,4.015")
+    assert less.code == 1 and "missing: it is 0.0015 nats ahead" in less.out
+    assert json.loads(caddie("verdict", "sweep", "0", "--losses", "4.01,4.015", "--json").out)["record"] is False
+    assert "numbers with commas" in caddie("verdict", "sweep", "0", "--losses", "4.1;4.2").refusal(2)
+
+
 def test_the_ledger_shows_what_a_study_has_cost(caddie: Run, sweep: None, sqlite: Database, now: datetime) -> None:
     caddie("submit", "sweep", "--set", "gang.device=gpu")
     with sqlite.write() as session:

@@ -140,6 +140,7 @@ class Sweep:
         self.measure(claim, 1, 30)
         result = result_of(claim.spec, self.chance).model_copy(update=fields)
         artifact = self.artifacts.put(self.chance.randbytes(result.model_bytes))
+        result = result.model_copy(update={"artifact_sha256": artifact.sha256})
         self.end(claim, AttemptResult(Outcome.SUCCEEDED, result=result, artifact=artifact))
 
     def end(self, claim: Claim, ended: AttemptResult) -> None:

@@ -25,7 +25,6 @@ from orchestrator.store import (
     find_trial,
     get_study,
     get_trial,
-    leaderboard,
     list_attempts,
     list_measurements,
     list_runs,
@@ -266,23 +265,6 @@ def test_a_finished_trial_cannot_be_cancelled(
 
 
 # Results
-
-
-def test_the_leaderboard_goes_by_bpb_and_never_ranks_an_artifact_over_the_cap_above_one_that_fits(
-    database: Database, new_study: NewStudies, new_trial: NewTrials, trial_result: Results, now: datetime
-) -> None:
-    scores = [(2.2, 900), (1.9, 1_001), (2.1, 1_000), (2.1, 10), (1.8, 3_000_000_000)]
-    with database.write() as session:
-        study = create_study(session, new_study("capped", cap_bytes=1_000), now)
-        for bpb, size in scores:
-            complete(session, study, new_trial(), trial_result(val_bpb=bpb, artifact_bytes=size), now)
-        add_trial(session, study.id, new_trial(), now)
-        complete(session, study, new_trial(origin="submitted"), trial_result(val_bpb=0.1), now, Outcome.STOPPED)
-        ranked = leaderboard(session, study.id)
-        best = leaderboard(session, study.id, limit=2)
-    assert [trial.number for trial in ranked] == [2, 3, 0, 4, 1]
-    assert best == ranked[:2]
-    assert all(trial.result is not None for trial in ranked)
 
 
 def test_what_a_gang_says_is_kept_whatever_bytes_are_in_it(

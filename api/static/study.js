@@ -13,11 +13,14 @@ async function load() {
   draw();
 }
 
+/** The mean of a trial's seeds, or what a trial without a rank scored. */
+const bpb = (row) => row.mean_bpb ?? row.val_bpb;
+
 /** Of the trials that fit, those that no smaller one beats, by bytes. */
 function front() {
   const best = [];
-  for (const row of rows.filter((row) => row.rank !== null).sort((a, b) => a.artifact_bytes - b.artifact_bytes || a.val_bpb - b.val_bpb)) {
-    if (!best.length || row.val_bpb < best.at(-1).val_bpb) best.push(row);
+  for (const row of rows.filter((row) => row.rank !== null).sort((a, b) => a.artifact_bytes - b.artifact_bytes || bpb(a) - bpb(b))) {
+    if (!best.length || bpb(row) < bpb(best.at(-1))) best.push(row);
   }
   return best;
 }
@@ -25,7 +28,7 @@ function front() {
 function points(chosen, marker, label) {
   return {
     type: "scatter", mode: "markers", name: label,
-    x: chosen.map((row) => row.artifact_bytes), y: chosen.map((row) => row.val_bpb),
+    x: chosen.map((row) => row.artifact_bytes), y: chosen.map(bpb),
     customdata: chosen.map((row) => [row.number, row.tying_map.join(" "), row.lora_rank, row.val_bpb_prequant]),
     hovertemplate: "<b>trial %{customdata[0]}</b><br>%{y:.4f} BPB (%{customdata[3]:.4f} before)<br>%{x:,} bytes<br>tying %{customdata[1]}<br>LoRA %{customdata[2]}<extra></extra>",
     marker: { size: 10, line: { width: 1.5, color: colour("card") }, ...marker },
@@ -44,7 +47,7 @@ function draw() {
     ? { type: "log", range: [Math.log10(Math.min(...sizes) * 0.85), Math.log10(Math.max(cap, ...sizes) * 1.12)], ...decades(Math.min(...sizes), Math.max(cap, ...sizes)) }
     : { range: spread([...sizes, cap], 0.06), tickformat: "~s" };
   const traces = [
-    { type: "scatter", mode: "lines", x: edge.map((row) => row.artifact_bytes), y: edge.map((row) => row.val_bpb), line: { shape: "hv", color: colour("accent"), width: 1.5 }, opacity: 0.55, hoverinfo: "skip" },
+    { type: "scatter", mode: "lines", x: edge.map((row) => row.artifact_bytes), y: edge.map(bpb), line: { shape: "hv", color: colour("accent"), width: 1.5 }, opacity: 0.55, hoverinfo: "skip" },
     points(over, { color: colour("warn"), symbol: "x" }, "over the cap"),
     points(fits.slice(1), { color: colour("soft"), opacity: 0.9 }, "fits"),
     points(fits.slice(0, 1), { color: colour("accent"), size: 14 }, "best"),

@@ -1,0 +1,134 @@
+"""The seeds of complete trials in SQL: what they scored, and more of them asked for."""
+
+from datetime import datetime
+from typing import Literal
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from orchestrator.errors import IllegalMove
+from orchestrator.lifecycle import OPEN_RUNS, RunState, StudyState, TrialState
+from orchestrator.rows import run_of
+from orchestrator.standing import Standing
+from orchestrator.store import add_event, count_open_runs, hold_study, insert_missing, reopen
+from orchestrator.study import Run
+from orchestrator.tables import RUNS, TRIALS, RunRow, TrialRow
+
+PRIORITY = {"submitted": 10, "earned": 5}
+"""A seed that a person asks for waits with other submissions; one that was earned comes before proposals."""
+
+
+def list_standings(session: Session, study_id: int) -> list[Standing]:
+    """The study's complete trials by number, each with its seeds."""
+    complete = (TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.COMPLETE)
+    several = (
+        select(RUNS.c.trial_id).join(TRIALS, TRIALS.c.id == RUNS.c.trial_id).where(*complete, RUNS.c.rung == 0)
+        .group_by(RUNS.c.trial_id).having(func.count() > 1)
+    )  # fmt: skip
+    runs: dict[int, list[tuple[int, str, dict[str, float] | None]]] = {}
+    query = select(RUNS.c.trial_id, RUNS.c.seed, RUNS.c.state, RUNS.c.scores).order_by(RUNS.c.id)
+    for trial_id, seed, state, scores in session.execute(
+        query.where(RUNS.c.trial_id.in_(several), RUNS.c.rung == 0)
+    ).all():
+        runs.setdefault(trial_id, []).append((seed, state, scores if state == RunState.SUCCEEDED else None))
+    # Nearly all have one run, whose score the trial has too: there is no JSON to read.
+    trials = (
+        select(TRIALS.c.id, TRIALS.c.number, TRIALS.c.val_bpb, TRIALS.c.feasible, RUNS.c.seed)
+        .join(RUNS, RUNS.c.trial_id == TRIALS.c.id).where(*complete, RUNS.c.rung == 0)
+        .order_by(TRIALS.c.number, RUNS.c.id)
+    )  # fmt: skip
+    standings: dict[int, Standing] = {}
+    for trial_id, number, val_bpb, feasible, seed in session.execute(trials).all():
+        if trial_id in standings:
+            continue
+        of = runs.get(trial_id)
+        if of is None:
+            bpb = {seed: val_bpb} if feasible else {}
+            standings[trial_id] = Standing(
+                trial_id, number, seed, val_bpb, bpb, int(not feasible), frozenset((seed,)), waits=False
+            )
+            continue
+        scored = [(seed, scores) for seed, _, scores in of if scores is not None]
+        standings[trial_id] = Standing(
+            trial_id, number, seed, val_bpb,
+            bpb={seed: scores["val_bpb"] for seed, scores in scored if scores["feasible"]},
+            over=sum(not scores["feasible"] for _, scores in scored), taken=frozenset(seed for seed, _, _ in of),
+            waits=any(state in OPEN_RUNS for _, state, _ in of),
+        )  # fmt: skip
+    return list(standings.values())
+
+
+def add_seed(
+    session: Session,
+    study_id: int,
+    trial_id: int,
+    seed: int,
+    now: datetime,
+    *,
+    origin: Literal["submitted", "earned"],
+    why: str,
+    key: str | None = None,
+) -> Run | None:
+    """Queue a complete trial's run at this seed and its own budget; None, changing nothing, where it has one there.
+
+    None, too, where it was earned and the study no longer runs. Submitting reopens a complete study, and raises
+    IllegalMove for a stopped one.
+    """
+    state = hold_study(session, study_id)
+    if origin == "earned" and state is not StudyState.RUNNING:
+        return None
+    if state is StudyState.STOPPED:
+        raise IllegalMove(f"study {study_id}", state, "take seeds", ("running", "paused", "complete"))
+    trial = session.get_one(TrialRow, trial_id)
+    assert trial.state == TrialState.COMPLETE, "other trials have no further seeds"
+    spec = trial.spec
+    values = {
+        "trial_id": trial_id, "seed": seed, "rung": 0, "budget": spec["budget"], "state": RunState.QUEUED,
+        "ranks": spec["gang"]["ranks"], "device": spec["gang"]["device"], "priority": PRIORITY[origin],
+        "cold": spec.get("limits", {}).get("cold", False), "created_at": now, "queued_at": now, "idempotency_key": key,
+    }  # fmt: skip
+    if insert_missing(session, RunRow, [values]) != 1:
+        return None
+    if origin == "submitted":
+        reopen(session, study_id, now)
+    add_event(session, study_id, trial.number, "run.queued", f"Trial {trial.number} runs at seed {seed}: {why}", now)
+    added = session.scalar(select(RunRow).where(RunRow.trial_id == trial_id, RunRow.seed == seed, RunRow.rung == 0))
+    assert added is not None
+    return run_of(added)
+
+
+def find_seed(session: Session, study_id: int, key: str) -> Run | None:
+    """The run that a submission under this idempotency key asked for, where its trial was there already."""
+    query = select(RunRow).join(TrialRow, TrialRow.id == RunRow.trial_id)
+    row = session.scalar(query.where(TrialRow.study_id == study_id, RunRow.idempotency_key == key))
+    return None if row is None else run_of(row)
+
+
+def number_of(session: Session, run: Run) -> int:
+    """The number of the run's trial."""
+    return session.scalars(select(TrialRow.number).where(TrialRow.id == run.trial_id)).one()
+
+
+def count_declared(session: Session, study_id: int, number: int, against: int | None) -> int:
+    """Which of the study's declared trials it is, from 1.
+
+    A trial is declared by its second seed: before anyone can have seen what that scores. The trial `against` which
+    this one is held is no attempt to beat itself.
+    """
+    query = (
+        select(TrialRow.number).join(RunRow, RunRow.trial_id == TrialRow.id).order_by(RunRow.id)
+        .where(TrialRow.study_id == study_id, RunRow.rung == 0)
+    )  # fmt: skip
+    screened: set[int] = set()
+    declared: dict[int, int] = {}
+    for trial in session.scalars(query):
+        if trial in screened and trial != against:
+            declared.setdefault(trial, len(declared) + 1)
+        screened.add(trial)
+    return declared.get(number, len(declared) + 1)
+
+
+def progress_mark(session: Session, study_id: int) -> tuple[int, int]:
+    """Another one whenever a run of the study has ended or was added, and no other run came or went between."""
+    last = session.scalar(select(func.max(RUNS.c.id))) or 0
+    return last, count_open_runs(session, study_id)
