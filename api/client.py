@@ -112,7 +112,7 @@ class Caddie:
         """Add a trial that was trained elsewhere, with its result; safe to repeat, as submit is."""
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
-        return self._read("POST", path, SubmittedOut, body=body, headers=headers, attempts=ATTEMPTS)
+        return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
 
     def trials(self, study: str) -> list[TrialSummary]:
         """Every trial of the study, by number."""
