@@ -80,7 +80,8 @@ def test_answers_are_typed(caddie: Caddie) -> None:
     assert isinstance(study.created_at, datetime)
     trials = [caddie.submit("sweep", {"overrides": {"sharing.lora.rank": rank}}) for rank in range(3)]
     assert [trial.number for trial in caddie.trials("sweep")] == [0, 1, 2]
-    assert caddie.trial("sweep", 1) == trials[1]
+    assert caddie.trial("sweep", 1).runs == trials[1].runs
+    assert [run.id for run in trials[1].runs] == [trials[1].run_id]
     assert caddie.cancel("sweep", 1).state == "cancelled"
     assert caddie.wait("sweep", 1).state == "cancelled"
     assert caddie.move_study("sweep", "pause").state == "paused"
