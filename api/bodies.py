@@ -1,11 +1,14 @@
 """What clients send: the shape of each body, and the domain value that it means. Unknown keys are refused."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from api.context import STUDY_NAME
+from orchestrator.check import rest_problems
+from orchestrator.families import BLOCKS, FAMILIES, FAMILY, LAYERS, TYING
+from orchestrator.points import Domain, value_at
 from orchestrator.space import Parameter
 from orchestrator.study import (
     CAP_BYTES,
@@ -54,6 +57,14 @@ class StudyIn(Input):
     spending: SpendingConfig = SpendingConfig()
     gangs: tuple[GangConfig, ...] = Field(default=(), max_length=16)
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, data: Any, handler: ModelWrapValidatorHandler["StudyIn"]) -> "StudyIn":
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise InvalidSpec((*problems_of(error), *_rest_problems(data))) from None
+
     def definition(self) -> NewStudy:
         """The study that this body defines. Raises InvalidSpec, naming each field as the body has it."""
         if (self.recipe is None) == (self.base is None):
@@ -69,7 +80,20 @@ class StudyIn(Input):
             found = problems_of(error)
         except InvalidSpec as error:
             found = tuple(problem.within("base") for problem in error.problems)
-        raise InvalidSpec(tuple(_placed(problem, "base", {"overrides": self.overrides}) for problem in found))
+        raise InvalidSpec(tuple(_placed(problem, "base", {"overrides": list(self.overrides)}) for problem in found))
+
+
+def _rest_problems(data: Any) -> Iterator[Problem]:
+    """What else is wrong with a study's body that could not be read as a whole, so that all is said at once."""
+    body = data if isinstance(data, Mapping) else {}
+    overrides = body.get("overrides", {})
+    try:
+        base = load_recipe(body["recipe"], body.get("size", "full")) if "recipe" in body else body["base"]
+        changed = override(base, overrides)
+    except (AttributeError, KeyError, TypeError, ValueError):  # which is said already, or has nothing to be judged on
+        return
+    for problem in rest_problems({**body, "base": changed}):
+        yield _placed(problem, "base", {"overrides": list(overrides)})
 
 
 class SpecIn(Input):
@@ -81,17 +105,23 @@ class SpecIn(Input):
     recipe: str | None = Field(default=None, description="The name of a recipe.")
     size: Size = Field(default="full", description="Of the recipe: as published, or tiny, for one CPU core.")
     params: dict[str, Any] | None = Field(
-        default=None, description="Values of the study's space, by path, over its base."
+        default=None, description="A point of the study's space, by dimension, over its base."
     )
     overrides: dict[str, Any] = Field(default_factory=dict, description="Dotted paths of the spec, with new values.")
 
     def build(self, study: NewStudy | None) -> TrialSpec:
         """The spec that this body says, in this study. Raises InvalidSpec, naming each field as the body has it."""
-        base = self._base(study)
-        changes = {"overrides": self.overrides, "params": self._checked_params(study)}
+        base, params = self._base(study), self._checked_params(study)
+        said = [*params, TYING, LAYERS, BLOCKS] if FAMILY in params else [*params]
+        changes = {"overrides": list(self.overrides), "params": said}
         prefix = "" if self.spec is None else "spec"
         try:
-            return parse_spec(override(base, {**changes["params"], **self.overrides}))
+            if study is None or not params:
+                return parse_spec(override(base, self.overrides))
+            domain, at_base = Domain(study.base, study.space), parse_spec(study.base)
+            path = domain.fill_path or ""
+            filled = params.get(path, value_at(at_base, path))  # a person says it, or means the base's
+            return domain.spec(params, at_base.gang, lambda _build, _values: filled, self.overrides)
         except InvalidSpec as error:
             found = (problem.within(prefix) for problem in error.problems)
             raise InvalidSpec(tuple(_placed(problem, prefix, changes) for problem in found)) from None
@@ -115,16 +145,9 @@ class SpecIn(Input):
         if self.params is None:
             return {}
         assert study is not None, "without a study there was no base to change"
-        problems: list[Problem] = []
-        for path, value in self.params.items():
-            parameter = study.space.get(path)
-            if parameter is None:
-                known = ", ".join(study.space) or "no parameters"
-                problems.append(Problem(f"params.{path}", value, f"is not in the study's space, which has {known}"))
-            elif not parameter.contains(value):
-                problems.append(Problem(f"params.{path}", value, f"must be {_range(parameter)}"))
+        problems = tuple(_point_problems(self.params, study))
         if problems:
-            raise InvalidSpec(tuple(problems))
+            raise InvalidSpec(problems)
         return self.params
 
 
@@ -147,7 +170,33 @@ class PreviewIn(SpecIn):
     cap_bytes: int | None = Field(default=None, ge=1, le=2**53)
 
 
-def _placed(problem: Problem, prefix: str, changes: Mapping[str, Mapping[str, Any]]) -> Problem:
+def _point_problems(point: Mapping[str, Any], study: NewStudy) -> Iterator[Problem]:
+    """What is wrong with a point of a study's space, of which what is left out has the base's value."""
+    domain = Domain(study.base, study.space)
+    parameters = {each.name: each.parameter for each in domain.dimensions}
+    if domain.fill_path is not None and domain.fill is not None:
+        parameters[domain.fill_path] = domain.fill.range
+    for name, value in point.items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            known = ", ".join(parameters) or "no parameters"
+            yield Problem(f"params.{name}", value, f"is not in the study's space, which has {known}")
+        elif not parameter.contains(value):
+            yield Problem(f"params.{name}", value, f"must be {_range(parameter)}")
+        elif not domain.is_active(name, point):
+            yield Problem(f"params.{name}", value, f"does not apply: {_why_not(name, point, study)}")
+
+
+def _why_not(name: str, point: Mapping[str, Any], study: NewStudy) -> str:
+    parameter, family = study.space.get(TYING if name == FAMILY else name), point.get(FAMILY)
+    if any(family == each and name in FAMILIES[each].sets for each in FAMILIES):
+        return f"the family {family} sets it"
+    if parameter is not None and parameter.when is not None:
+        return f"it does when {parameter.when}"
+    return f"it belongs to another family of tying maps than {family}, or to a layer that is not there"
+
+
+def _placed(problem: Problem, prefix: str, changes: Mapping[str, Collection[str]]) -> Problem:
     """The problem at the place in the body where its value came from: an override names itself, not what it changed."""
     field = problem.field.removeprefix(f"{prefix}.") if prefix else problem.field
     for name, paths in changes.items():

@@ -15,21 +15,24 @@ from pydantic import ValidationError
 from rich.console import Console
 from sqlalchemy.exc import DBAPIError
 
+from api.bodies import StudyIn
 from api.client import ApiError, Caddie, Unreachable
 from api.program import environment_of, program
-from api.schemas import PreviewOut
+from api.schemas import PreviewOut, StudyPreviewOut
 from api.terminal import (
     leaderboard_notes,
     leaderboard_table,
     ledger_tables,
     preview_lines,
     studies_table,
+    study_preview_lines,
     trial_lines,
     verdict_lines,
     watch_study,
 )
 from orchestrator.caps import Caps
 from orchestrator.feasibility import judge, predict
+from orchestrator.sample import draw_samples
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import CAP_BYTES
 from worker.recipes import load_recipe, read_yaml, recipe_names, require_full
@@ -290,6 +293,18 @@ def create_study(
     with _client() as caddie:
         study = caddie.create_study(_read(file))
     print(study.model_dump_json(indent=2) if as_json else f"study {study.name} is {study.state}")
+
+
+@study_app.command("preview")
+def preview_study(
+    file: Annotated[Path, typer.Argument(help="A study file, as `caddie study create` takes it.")],
+    samples: Annotated[int, typer.Option(help="How many points to draw.", min=1, max=1000)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Random points of a study that does not exist yet, and how many would be refused. Needs no server."""
+    definition = StudyIn.model_validate(_read(file)).definition()
+    answer = StudyPreviewOut.of(draw_samples(definition, samples))
+    print(answer.model_dump_json(indent=2) if as_json else "\n".join(study_preview_lines(definition.name, answer)))
 
 
 @study_app.command("list")

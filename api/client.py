@@ -21,6 +21,7 @@ from api.schemas import (
     PreviewOut,
     RecipeOut,
     StudyOut,
+    StudyPreviewOut,
     SubmittedOut,
     TrialOut,
     TrialSummary,
@@ -73,6 +74,11 @@ class Caddie:
     def preview(self, body: Mapping[str, Any]) -> PreviewOut:
         """What a spec would cost; the body is a PreviewIn."""
         return self._read("POST", "/v1/preview", PreviewOut, body=body, attempts=ATTEMPTS)
+
+    def preview_study(self, body: Mapping[str, Any], samples: int = 20) -> StudyPreviewOut:
+        """Random points of a study that does not exist; the body is a StudyIn."""
+        path = f"/v1/studies/preview?samples={samples}"
+        return self._read("POST", path, StudyPreviewOut, body=body, attempts=ATTEMPTS)
 
     def create_study(self, body: Mapping[str, Any]) -> StudyOut:
         """Create a study; the body is a StudyIn. Not repeated: a second one would find the name taken."""

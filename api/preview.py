@@ -1,21 +1,25 @@
 """What a spec would be and cost, without running it; and the recipes to start from."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 
-from api.bodies import PreviewIn
+from api.bodies import PreviewIn, StudyIn
 from api.context import DatabaseOf
 from api.problems import responses
-from api.schemas import Page, PreviewOut, RecipeOut
+from api.schemas import Page, PreviewOut, RecipeOut, StudyPreviewOut
 from api.submission import recent_trials
 from orchestrator import feasibility, store
 from orchestrator.caps import Caps
+from orchestrator.sample import draw_samples
 from orchestrator.study import CAP_BYTES, NewStudy, Trial
 from worker.recipes import load_recipe, recipe_names
 from worker.spec import TrialSpec, parse_spec
 
 router = APIRouter(tags=["preview"])
+
+SAMPLES, MOST_SAMPLES = 20, 1000
 
 
 @router.post("/preview", responses=responses(400, 404, 415, 422))
@@ -29,6 +33,17 @@ def preview_spec(body: PreviewIn, database: DatabaseOf) -> PreviewOut:
     definition = study.definition
     caps = definition.model_copy(update={"cap_bytes": body.cap_bytes or definition.cap_bytes})
     return preview(body.build(definition), caps, history)
+
+
+@router.post("/studies/preview", responses=responses(400, 415, 422))
+def preview_study(
+    body: StudyIn,
+    samples: Annotated[
+        int, Query(ge=1, le=MOST_SAMPLES, description="How many points to draw, by the study's seed.")
+    ] = SAMPLES,
+) -> StudyPreviewOut:
+    """What a study would propose at random, and how much of it would be refused. Nothing is stored."""
+    return StudyPreviewOut.of(draw_samples(body.definition(), samples))
 
 
 @router.get("/recipes")

@@ -119,19 +119,21 @@ def _request_problem(error: RequestValidationError) -> ProblemDetails:
         )
     if isinstance(error.body, bytes):
         return problem("unsupported-media-type", "send the header Content-Type: application/json")
-    found = tuple(_field_problem(detail) for detail in details)
+    found = tuple(problem for detail in details for problem in _field_problems(detail))
     return problem("invalid-input", "; ".join(str(one) for one in found), found)
 
 
-def _field_problem(detail: Mapping[str, Any]) -> Problem:
+def _field_problems(detail: Mapping[str, Any]) -> tuple[Problem, ...]:
     path = [str(part) for part in detail["loc"]]
     field = ".".join(path[1:] if path[0] in ("body", "path") and len(path) > 1 else path)
-    cause = detail.get("ctx", {}).get("error")
+    cause, place = detail.get("ctx", {}).get("error"), "" if field == "body" else field
+    if isinstance(cause, InvalidSpec):
+        return tuple(problem.within(place) for problem in cause.problems)
     if isinstance(cause, FieldError):
-        return Problem(cause.path, cause.value, cause.expected).within("" if field == "body" else field)
+        return (Problem(cause.path, cause.value, cause.expected).within(place),)
     if detail["type"] == "extra_forbidden":
-        return Problem(field, detail["input"], "is not a known key", "unknown")
-    return Problem(field, detail.get("input"), detail["msg"])
+        return (Problem(field, detail["input"], "is not a known key", "unknown"),)
+    return (Problem(field, detail.get("input"), detail["msg"]),)
 
 
 def _http_problem(error: HTTPException) -> ProblemDetails:

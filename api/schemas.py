@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from math import isfinite
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
@@ -11,6 +12,7 @@ from api.reports import CostOut
 from orchestrator.activity import Activity
 from orchestrator.ledger import Cost, cost_of
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
+from orchestrator.sample import Sample, Samples
 from orchestrator.standing import Standing
 from orchestrator.study import (
     Attempt,
@@ -306,6 +308,42 @@ class PreviewOut(BaseModel):
             spec=spec, spec_hash=spec.canonical_hash, tying_map=spec.sharing.tying_map,
             prediction=PredictionOut.of(prediction), parameters_by_class=parameters_by_class(spec),
             cap_bytes=cap_bytes, verdict=verdict, reason=reason,
+        )  # fmt: skip
+
+
+class SampleOut(BaseModel):
+    """A random point of a study. One that is no valid spec has neither verdict nor prediction."""
+
+    params: dict[str, Any]
+    tying_map: TyingMap | None
+    prediction: PredictionOut | None
+    verdict: Verdict | None
+    reason: str | None
+
+    @classmethod
+    def of(cls, sample: Sample) -> "SampleOut":
+        return cls(
+            params=sample.params, tying_map=sample.spec and sample.spec.sharing.tying_map,
+            prediction=sample.prediction and PredictionOut.of(sample.prediction), verdict=sample.verdict,
+            reason=sample.reason,
+        )  # fmt: skip
+
+
+class StudyPreviewOut(BaseModel):
+    """Random points of a study that does not exist yet, and how many of them would be refused."""
+
+    samples: list[SampleOut]
+    invalid: int
+    cannot_fit: int
+    points: int | None
+    """Of the space, at the most; none where it is continuous."""
+
+    @classmethod
+    def of(cls, samples: Samples) -> "StudyPreviewOut":
+        verdicts = [sample.verdict for sample in samples.drawn]
+        return cls(
+            samples=[SampleOut.of(sample) for sample in samples.drawn], invalid=verdicts.count(None),
+            cannot_fit=verdicts.count("cannot_fit"), points=int(samples.points) if isfinite(samples.points) else None,
         )  # fmt: skip
 
 

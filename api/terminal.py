@@ -1,7 +1,9 @@
 """What the command line prints: tables, tying maps and live progress."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group
@@ -11,7 +13,15 @@ from rich.table import Table
 
 from api.client import Caddie
 from api.reports import CostOut, LedgerOut
-from api.schemas import ActivityOut, PredictionOut, PreviewOut, StudyOut, TrialOut, TrialSummary
+from api.schemas import (
+    ActivityOut,
+    PredictionOut,
+    PreviewOut,
+    StudyOut,
+    StudyPreviewOut,
+    TrialOut,
+    TrialSummary,
+)
 from api.standings import LeaderboardOut, LeaderboardRow, VerdictOut
 from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
 
@@ -147,6 +157,42 @@ def _time_lines(prediction: PredictionOut) -> Iterator[str]:
     ):
         if expected is not None:
             yield f"  {name:<16} {expected:,.1f} s predicted, {low:,.1f} to {high:,.1f}"
+
+
+def study_preview_lines(name: str, preview: StudyPreviewOut) -> list[str]:
+    """Random points of a study as a person reads them, and how many of them would be refused."""
+    lines = [name]
+    for number, sample in enumerate(preview.samples, 1):
+        verdict = "invalid" if sample.verdict is None else sample.verdict.replace("_", " ")
+        tying_map = "–" if sample.tying_map is None else tying_text(sample.tying_map)
+        lines.append(f"{number:>4}  {verdict:<10} {tying_map:<16} {_numbers(sample.prediction)}".rstrip())
+        lines.append(f"      {_point_text(sample.params)}")
+        lines += [f"      {sample.reason}"] if sample.reason else []
+    drawn, refused = len(preview.samples), preview.invalid + preview.cannot_fit
+    of = "" if preview.points is None else f" of at most {preview.points:,} points"
+    share = f"{refused / drawn:.0%} would be refused"
+    return [*lines, f"{drawn} drawn{of}; {share}: {preview.invalid} invalid, {preview.cannot_fit} certain not to fit"]
+
+
+def _numbers(prediction: PredictionOut | None) -> str:
+    """What a sample would be and cost, in one line."""
+    if prediction is None:
+        return ""
+    between = f"{prediction.artifact_bytes_low / 1e6:.2f}–{prediction.artifact_bytes_high / 1e6:.2f} MB"
+    steps = "–" if prediction.steps is None else f"{prediction.steps:,}"
+    return f"{prediction.parameters:,} parameters, {between}, {steps} steps"
+
+
+def _point_text(params: Mapping[str, Any]) -> str:
+    """A point by the last parts of its names, where these differ, without the letters of a free map."""
+    shown = {name: value for name, value in params.items() if not name.startswith("sharing.tying.free.")}
+    lasts = Counter(name.rpartition(".")[2] for name in shown)
+    texts = []
+    for name, value in shown.items():
+        last = name.rpartition(".")[2]
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        texts.append(f"{last if lasts[last] == 1 else name}={text}")
+    return " ".join(texts)
 
 
 def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:

@@ -18,7 +18,8 @@ from orchestrator.caps import excess
 from orchestrator.database import Database
 from orchestrator.errors import NotFound
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
-from orchestrator.space import Parameter, Space, as_category
+from orchestrator.points import Domain
+from orchestrator.space import Parameter, as_category
 from orchestrator.study import NewStudy, Study, Trial
 
 OBJECTIVE = "val_bpb"
@@ -54,15 +55,15 @@ def distribution_of(parameter: Parameter) -> BaseDistribution:
     return FloatDistribution(float(parameter.low), float(high), log=parameter.log, step=step_size)
 
 
-def distributions_of(space: Space) -> dict[str, BaseDistribution]:
-    """A study's space as Optuna's distributions, by path."""
-    return {path: distribution_of(parameter) for path, parameter in space.items()}
+def distributions_of(domain: Domain) -> dict[str, BaseDistribution]:
+    """The dimensions of a study's points as Optuna's distributions, by name."""
+    return {each.name: distribution_of(each.parameter) for each in domain.dimensions}
 
 
 def frozen_trial(
     trial: Trial, distributions: Mapping[str, BaseDistribution], study: NewStudy, curve: Mapping[int, float]
 ) -> FrozenTrial:
-    """A trial as Optuna knows one: state, value, parameters in the space, constraint, attributes, values by step.
+    """A trial as Optuna knows one: state, value, the dimensions of its point, constraint, attributes, values by step.
 
     The constraints are what the result has above each cap of the study; where the trial was refused as infeasible, the
     predicted bytes above theirs; before that, none. They stand under the keys that Optuna 5 writes and in the list that
@@ -148,6 +149,7 @@ class StudyView(ReadOnlyStorage):
         self._database = database
         self._finished: dict[int, dict[int, FrozenTrial]] = {}  # by study id, then number
         self._studies: dict[int, int] = {}  # trial id -> study id
+        self._distributions: dict[int, dict[str, BaseDistribution]] = {}  # by study id
         self._lock = threading.Lock()
 
     def get_study_id_from_name(self, study_name: str) -> int:
@@ -211,6 +213,12 @@ class StudyView(ReadOnlyStorage):
                     return study
         raise KeyError(f"no study {study_id}")
 
+    def _distributions_of(self, study: Study) -> Mapping[str, BaseDistribution]:
+        if study.id not in self._distributions:  # a definition never changes
+            definition = study.definition
+            self._distributions[study.id] = distributions_of(Domain(definition.base, definition.space))
+        return self._distributions[study.id]
+
     def _load(self, study: Study) -> list[FrozenTrial]:
         with self._lock:
             finished = self._finished.setdefault(study.id, {})
@@ -223,7 +231,7 @@ class StudyView(ReadOnlyStorage):
                 numbers = wanted[start : start + CHUNK]
                 trials += store.list_trials(session, study.id, numbers=numbers)
                 curves |= store.list_curves(session, study.id, OBJECTIVE, numbers)
-        distributions = distributions_of(study.definition.space)
+        distributions = self._distributions_of(study)
         fresh = {
             trial.number: (
                 trial.state,

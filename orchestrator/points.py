@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
+from types import MappingProxyType
 from typing import Any
 
 from orchestrator.families import BLOCKS, FAMILY, LAYERS, TYING, Spelling, TyingChoices, TyingFamilies
@@ -11,7 +12,7 @@ from orchestrator.reader import ABSENT, Reader
 from orchestrator.space import FamilyName, FillRange, Parameter, Space
 from worker.shape import FieldError
 from worker.sharing import SharingConfig
-from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, parse_spec
+from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, override, parse_spec
 
 Point = Mapping[str, Any]
 """A value for each dimension that is active, by its name."""
@@ -63,26 +64,36 @@ class Domain:
             return owner != "free" or int(name.rpartition(".")[2]) < self._layers(point, None)
         return self._applies(TYING if name == FAMILY else name, point)
 
-    def spec(self, point: Point, gang: GangConfig, fill: Fill | None = None) -> TrialSpec:
-        """The base under the point's values, for a gang of this shape. Raises InvalidSpec, and what `fill` raises.
+    def spec(
+        self,
+        point: Point,
+        gang: GangConfig,
+        fill: Fill | None = None,
+        changes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> TrialSpec:
+        """The base under the point's values, and `changes` by path over both, for a gang of this shape.
 
         A path of the space that the point leaves out keeps the base's value. Without `fill` a path to fill has the
-        smallest value that makes a valid spec.
+        smallest value that makes a valid spec. Raises InvalidSpec, and what `fill` raises.
         """
         values = self._active(point)
         if self.fill_path is None or not self._applies(self.fill_path, values):
-            return self._built(values, gang, None)
+            return self._built(values, gang, None, changes)
 
         def build(value: Any) -> TrialSpec | None:
             try:
-                return self._built(values, gang, value)
+                return self._built(values, gang, value, changes)
             except InvalidSpec:
                 return None
 
         if fill is not None:
-            return self._built(values, gang, fill(build, self._to_fill))
+            try:
+                return self._built(values, gang, fill(build, self._to_fill), changes)
+            except ValueError:  # nothing fits; or nothing is legal, which is another matter
+                self.spec(point, gang, None, changes)
+                raise
         found = next((spec for value in self._to_fill if (spec := build(value)) is not None), None)
-        return self._built(values, gang, self._to_fill[0]) if found is None else found
+        return self._built(values, gang, self._to_fill[0], changes) if found is None else found
 
     def point(self, spec: TrialSpec) -> dict[str, Any] | None:
         """The canonical point whose spec this is, whatever its seed, gang and limits, and the value of a path to fill
@@ -203,7 +214,7 @@ class Domain:
         blocks = filled if self.fill_path == BLOCKS and filled else self._spec.sharing.unique_blocks
         return self.tying.spell(values, self._layers(values, filled), int(values.get(BLOCKS, blocks)))
 
-    def _built(self, values: Point, gang: GangConfig, filled: Any) -> TrialSpec:
+    def _built(self, values: Point, gang: GangConfig, filled: Any, changes: Mapping[str, Any]) -> TrialSpec:
         put = {path: value for path, value in values.items() if path in self._sampled}
         if filled is not None and self.fill_path is not None:
             put[self.fill_path] = filled
@@ -211,8 +222,9 @@ class Domain:
             spelling = self._spelling(values, filled)
             assert spelling is not None and isinstance(self.tying, TyingFamilies)
             self.tying.require(values[FAMILY], spelling)
-            put |= {LAYERS: spelling.layers, BLOCKS: spelling.blocks, TYING: spelling.tying}
-        return parse_spec({**_put(self._base, put), "gang": gang})
+            put |= {LAYERS: spelling.layers, BLOCKS: spelling.blocks, TYING: spelling.tying.model_dump()}
+        data = {**_put(self._base, put), "gang": gang.model_dump()}
+        return parse_spec(override(data, changes) if changes else data)
 
     def _plain(self, spec: TrialSpec) -> dict[str, Any]:
         """The values of a spec at the paths that are dimensions, but for its tying."""
@@ -234,7 +246,7 @@ class Domain:
             if filled not in self._to_fill:
                 return False
         try:
-            built = self._built(values, spec.gang, filled)
+            built = self._built(values, spec.gang, filled, {})
         except InvalidSpec:
             return False
         update = dict(self._aside)

@@ -20,6 +20,7 @@ from optuna.trial import TrialState as OptunaState
 from orchestrator.feasibility import Predictor, judge
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
 from orchestrator.optuna_view import ReadOnlyStorage, distributions_of, frozen_trial
+from orchestrator.points import Domain
 from orchestrator.space import Parameter, apply, as_category
 from orchestrator.study import NewTrial, Study, Trial
 from worker.spec import GangConfig, InvalidSpec, TrialSpec
@@ -57,7 +58,7 @@ class Proposer:
     def __init__(self, study: Study) -> None:
         self._study_id, self._definition = study.id, study.definition
         self._space = study.definition.space
-        self._distributions = distributions_of(self._space)
+        self._distributions = distributions_of(Domain(study.definition.base, self._space))
         counts = [parameter.count for parameter in self._space.values()]
         self._points = inf if inf in counts else prod(counts)
         self._forget()

@@ -6,7 +6,7 @@ from decimal import Decimal
 from fractions import Fraction
 from math import exp, inf, log
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -70,10 +70,13 @@ class Parameter(Frozen):
         if isinstance(families, list | tuple):
             if len(set(map(str, families))) != len(families):
                 raise ValueError("must name each family once")
-            return {name: {} for name in families}
-        if isinstance(families, Mapping):
-            return {name: {} if parameters is None else parameters for name, parameters in families.items()}
-        return families
+            families = dict.fromkeys(map(str, families))
+        if not isinstance(families, Mapping):
+            return families
+        known = get_args(FamilyName)
+        if unknown := next((name for name in families if name not in known), None):
+            raise FieldError(str(unknown), unknown, f"must be one of {', '.join(known)}")
+        return {name: {} if parameters is None else parameters for name, parameters in families.items()}
 
     @field_validator("when")
     @classmethod

@@ -549,6 +549,94 @@ def test_a_preview_predicts_and_stores_nothing(http: httpx.Client, study: str, d
     assert [recipe["name"] for recipe in http.get("/v1/recipes").json()["items"]] == list(recipe_names())
 
 
+WIDE: dict[str, Any] = {
+    "name": "wide",
+    "recipe": "laptop",
+    "space": {
+        "sharing.tying": {"families": {"cycle": {}, "tail": {"after": {"low": 0, "high": 5}}, "free": {}, "split": {}}},
+        "sharing.unique_blocks": {"low": 1, "high": 6},
+        "sharing.lora.rank": {"choice": [2, 8], "when": "sharing.unique_blocks < 4"},
+        "model.width": {"fill": {"low": 48, "high": 192, "step": 48}},
+    },
+}
+
+
+def test_a_study_is_previewed_by_its_seed_and_nothing_is_stored(http: httpx.Client, database: Database) -> None:
+    answer = http.post("/v1/studies/preview", json=WIDE)
+    assert answer.status_code == 200, answer.text
+    preview = answer.json()
+    assert http.post("/v1/studies/preview", json=WIDE).json() == preview
+    assert http.post("/v1/studies/preview", json={**WIDE, "seed": 1}).json() != preview
+    samples = preview["samples"]
+    assert len(samples) == 20
+    assert preview["invalid"] == sum(sample["verdict"] is None for sample in samples) > 0
+    assert preview["points"] >= 203
+    for sample in samples:
+        assert (sample["prediction"] is None) == (sample["tying_map"] is None) == (sample["verdict"] is None)
+        assert sample["verdict"] is not None or sample["reason"]
+    tight = http.post("/v1/studies/preview?samples=7", json={**WIDE, "cap_bytes": 60_000}).json()
+    assert len(tight["samples"]) == 7
+    assert tight["invalid"] + tight["cannot_fit"] == 7
+    assert tight["cannot_fit"] > 0
+    plain = http.post("/v1/studies/preview", json={"name": "plain", "recipe": "laptop"}).json()
+    assert (plain["points"], plain["samples"][0]["params"]) == (1, {})
+    for query in ("samples=0", "samples=1001"):
+        problem(http.post(f"/v1/studies/preview?{query}", json=WIDE), 422, "invalid-input")
+    refused = problem(http.post("/v1/studies/preview", json={**WIDE, "name": "Wide"}), 422, "invalid-input")
+    assert [one["field"] for one in refused["problems"]] == ["name"]
+    assert not any(rows(database).values())
+
+
+def test_all_that_is_wrong_with_a_study_is_said_at_once(http: httpx.Client) -> None:
+    space = {
+        "sharing.lora.rank": {"low": 4, "high": 1},
+        "model.breadth": {"choice": [1]},
+        "model.width": {"choice": [48, 96], "when": "model.width < 48"},
+    }
+    body = {
+        **WIDE,
+        "name": "Wide",
+        "space": space,
+        "overrides": {"model.heads": 3},
+        "gangs": [{"ranks": 1}, {"ranks": 3}],
+    }
+    found = problem(http.post("/v1/studies", json=body), 422, "invalid-input")
+    fields = [one["field"] for one in found["problems"]]
+    assert sorted(fields) == sorted([
+        "name", "space.sharing.lora.rank.low", "gangs.1.ranks", "space.model.breadth", "space.model.width.when",
+    ])  # fmt: skip
+    body["overrides"] = {"model.heads": 5}
+    found = problem(http.post("/v1/studies", json=body), 422, "invalid-input")
+    assert "overrides.model.heads" in [one["field"] for one in found["problems"]]
+
+
+def test_a_point_of_a_space_is_submitted_and_kept_in_the_one_way_to_write_it(http: httpx.Client) -> None:
+    assert http.post("/v1/studies", json=WIDE).status_code == 201
+    trials, family, rank = "/v1/studies/wide/trials", "sharing.tying.family", "sharing.lora.rank"
+    cycle = {family: "cycle", "sharing.unique_blocks": 3, rank: 8}
+    first = http.post(trials, json={"params": {**cycle, "model.width": 144}}).json()
+    assert (first["params"], first["spec"]["model"]["width"], first["tying_map"]) == (cycle, 144, [0, 1, 2] * 2)
+    letters = {f"sharing.tying.free.{layer}": letter for layer, letter in enumerate((1, 2, 0, 1, 2), 1)}
+    again = http.post(trials, json={"params": {family: "free", **letters, rank: 8, "model.width": 144}})
+    problem(again, 409, "conflict")  # the same map, and so the same configuration
+    left_out = http.post(trials, json={"params": {family: "free", **letters, rank: 2}}).json()
+    assert left_out["params"] == {**cycle, rank: 2}
+    assert left_out["spec"]["model"]["width"] == 96  # the base's
+    for params, field, said in (
+        ({family: "loop"}, family, "must be one of 'cycle', 'tail', 'free', 'split'"),
+        ({family: "free", "sharing.tying.free.9": 1}, "sharing.tying.free.9", "is not in the study's space"),
+        ({family: "cycle", "sharing.tying.tail.after": 1}, "sharing.tying.tail.after", "another family"),
+        ({family: "split", "sharing.unique_blocks": 2}, "sharing.unique_blocks", "the family split sets it"),
+        ({"sharing.unique_blocks": 5, rank: 2}, rank, "it does when sharing.unique_blocks < 4"),
+        ({"model.width": 50}, "model.width", "a whole number from 48 to 192 in steps of 48"),
+        ({family: "tail"}, "sharing.tying.tail.after", "is missing"),
+        ({family: "tail", "sharing.tying.tail.after": 4}, "sharing.tying.after", "must be below unique_blocks, 3"),
+    ):
+        found = problem(http.post(trials, json={"params": params}), 422, "invalid-input")["problems"]
+        assert [one["field"] for one in found] == [f"params.{field}"], params
+        assert said in found[0]["message"], params
+
+
 def test_readiness_is_the_databases(http: httpx.Client, serve: Callable[..., str]) -> None:
     assert http.get("/healthz").json() == http.get("/readyz").json() == {"status": "ok"}
     away = Database("postgresql://nobody@127.0.0.1:1/none?connect_timeout=2")

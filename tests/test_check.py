@@ -60,7 +60,7 @@ def families(**parameters: Any) -> dict[str, Any]:
         ({**when("model.width > 64"), "model.width": WIDTH}, f"{RANK}.when", "is filled last"),
         # families
         ({RANK: {"families": ["cycle"]}}, f"{RANK}.families", "only sharing.tying"),
-        ({TYING: {"families": ["spiral"]}}, f"{TYING}.families.spiral.[key]", "'cycle', 'sequence'"),
+        ({TYING: {"families": ["spiral"]}}, f"{TYING}.families.spiral", "cycle, sequence"),
         ({TYING: {"families": ["cycle", "cycle"]}}, f"{TYING}.families", "each family once"),
         ({TYING: {"families": []}}, f"{TYING}.families", "at least 1"),
         ({TYING: {"families": ["cycle"], "choice": ["cycle"]}}, f"{TYING}.choice", "give one of"),

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime, timedelta
@@ -115,6 +116,31 @@ def test_a_preview_says_what_a_spec_costs_without_a_server(caddie: Run) -> None:
     assert prediction["model_bytes"] + prediction["code_bytes"] == prediction["artifact_bytes"]
     assert f"{prediction['model_bytes']:,} predicted" in said.out
     assert preview["spec"]["sharing"]["lora"]["rank"] == 8
+
+
+def test_a_study_preview_says_what_would_be_proposed_and_refused_without_a_server(caddie: Run, tmp_path: Path) -> None:
+    space = {
+        "sharing.tying": {"families": ["cycle", "late_loop"]},
+        "model.width": {"fill": {"low": 48, "high": 480, "step": 48}},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**STUDY, "space": space, "cap_bytes": 500_000}))
+    said = caddie("study", "preview", "study.yaml")
+    assert (said.code, said.err) == (0, "")
+    preview = json.loads(caddie("study", "preview", "study.yaml", "--json").out)
+    counts = Counter(sample["verdict"] for sample in preview["samples"])
+    assert len(preview["samples"]) == 20
+    assert (counts[None], counts["cannot_fit"]) == (preview["invalid"], preview["cannot_fit"])
+    assert counts[None] > 0  # loops that end before they start
+    assert f"20 drawn; {preview['invalid'] / 20:.0%} would be refused: {preview['invalid']} invalid, 0" in said.out
+    assert "sharing.tying.start: must be at most tying.end" in said.out
+    for sample in preview["samples"]:
+        if sample["verdict"] is not None:
+            assert sample["prediction"]["artifact_bytes"] <= 500_000
+            assert "".join(map(str, sample["tying_map"])) in said.out
+            assert f"{sample['prediction']['parameters']:,} parameters" in said.out
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**STUDY, "space": {"sharing.lora.rang": {"low": 1}}}))
+    refused = caddie("study", "preview", "study.yaml", "--samples", "1").refusal(2)
+    assert "space.sharing.lora.rang.low: give either choice, or both low and high" in refused
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,28 @@ def test_optunas_dashboard_shows_the_study(every_state: Sweep) -> None:
     assert {each["name"] for each in detail["union_search_space"]} == set(every_state.study.definition.space)
 
 
+def test_a_trial_has_only_the_parameters_that_are_active_in_it(
+    sweep: Sweep, new_study: Callable[..., NewStudy]
+) -> None:
+    rank, layers = "sharing.lora.rank", "sharing.virtual_layers"
+    space = {
+        "sharing.tying": {"families": ["cycle", "free"]},
+        layers: {"low": 3, "high": 4},
+        rank: {"choice": [2, 4], "when": "sharing.tying.family == free"},
+    }
+    with sweep.database.write() as session:
+        sweep.study = store.create_study(session, new_study("wide", space=space), sweep.now)
+    cycle = {"sharing.tying.family": "cycle", layers: 3}
+    free = {**cycle, "sharing.tying.family": "free", "sharing.tying.free.1": 1, "sharing.tying.free.2": 0, rank: 2}
+    for params in (cycle, free):
+        sweep.complete(2.5, params=params)
+    assert [trial.params for trial in sweep.load().trials] == [cycle, free]
+    assert sweep.load().trials[1].distributions["sharing.tying.free.2"] == IntDistribution(0, 2)
+    status, detail = get_json(sweep.database, f"/api/studies/{sweep.study.id}")
+    assert (status, {each["name"] for each in detail["union_search_space"]}) == ("200 OK", set(free))
+    assert {each["name"] for each in detail["intersection_search_space"]} == set(cycle)
+
+
 def test_optunas_dashboard_has_no_best_trial_while_none_fits(sweep: Sweep) -> None:
     sweep.complete(1.1, OVER)
     status, detail = get_json(sweep.database, f"/api/studies/{sweep.study.id}")

@@ -99,8 +99,9 @@ def domains() -> st.SearchStrategy[Domain]:
         [0, 1, 2, 0],
     ]
     plain = st.lists(st.sampled_from(patterns), min_size=1, unique_by=str)
-    tying = families.map(lambda names: {"families": {name: ALL[name] for name in names}})
-    tying |= plain.map(lambda choice: {"choice": choice})
+    tying = families.map(lambda names: {"families": {name: ALL[name] for name in names}}) | plain.map(
+        lambda choice: {"choice": choice}
+    )
     return st.fixed_dictionaries({"sharing.tying": tying}, optional=others).map(domain_of)
 
 
