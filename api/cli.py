@@ -5,16 +5,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from sqlalchemy.exc import DBAPIError
 
+from api.arguments import numbers_of, overrides_of, read_mapping, read_results, read_spec
 from api.bodies import StudyIn
 from api.client import ApiError, Caddie, Unreachable
 from api.program import environment_of, program
@@ -35,9 +34,9 @@ from orchestrator.feasibility import judge, predict
 from orchestrator.sample import draw_samples
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import CAP_BYTES
-from worker.recipes import load_recipe, read_yaml, recipe_names, require_full
+from worker.recipes import require_full
 from worker.shape import FieldError
-from worker.spec import InvalidSpec, Problem, override, parse_spec, problems_of
+from worker.spec import InvalidSpec, override, parse_spec, problems_of
 
 app = typer.Typer(
     help="Search how layers share weights. `caddie up` starts everything on this machine; `caddie demo` shows a sweep.",
@@ -159,7 +158,7 @@ def preview(
     as_json: AsJson = False,
 ) -> None:
     """What a spec would cost, without running it or needing a server: parameters, tying map, bytes, verdict."""
-    parsed = parse_spec(override(_spec_data(spec, size), _overrides(overrides)))
+    parsed = parse_spec(override(read_spec(spec, size), overrides_of(overrides)))
     prediction = predict(parsed)
     answer = PreviewOut.of(parsed, prediction, cap_bytes, *judge(prediction, Caps(cap_bytes), parsed))
     print(answer.model_dump_json(indent=2) if as_json else "\n".join(preview_lines(spec, answer)))
@@ -183,12 +182,12 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit one trial to a study."""
-    body: dict[str, Any] = {"overrides": _overrides(overrides), "allow_duplicate": allow_duplicate}
+    body: dict[str, Any] = {"overrides": overrides_of(overrides), "allow_duplicate": allow_duplicate}
     if spec is None:
         require_full(size)
         body["params"] = {}
     else:
-        body["spec"] = override(_spec_data(spec, size), body.pop("overrides"))
+        body["spec"] = override(read_spec(spec, size), body.pop("overrides"))
     with _client() as caddie:
         submitted = caddie.submit(study, body, idempotency_key=key)
         run_id = submitted.run_id
@@ -207,7 +206,7 @@ def import_results(
     ],
 ) -> None:
     """Bring trials that were trained elsewhere into a study, with their results. Again adds nothing twice."""
-    found = [(path, spec, result) for path in files for spec, result in _results(path)]
+    found = [(path, spec, result) for path in files for spec, result in read_results(path)]
     with _client() as caddie:
         for path, spec, result in found:
             key = hashlib.sha256(json.dumps([spec, result], sort_keys=True).encode()).hexdigest()
@@ -246,7 +245,7 @@ def verdict(
 ) -> None:
     """Whether a trial sets a record by the challenge's rule, and what is missing; exit 1 while it does not."""
     with _client() as caddie:
-        found = caddie.verdict(study, number, against=against, losses=_numbers("--losses", losses))
+        found = caddie.verdict(study, number, against=against, losses=numbers_of("--losses", losses))
     print(found.model_dump_json(indent=2) if as_json else "\n".join(verdict_lines(found)))
     if not found.record:
         raise typer.Exit(1)
@@ -291,7 +290,7 @@ def create_study(
 ) -> None:
     """Create a study from a file; it runs at once."""
     with _client() as caddie:
-        study = caddie.create_study(_read(file))
+        study = caddie.create_study(read_mapping(file))
     print(study.model_dump_json(indent=2) if as_json else f"study {study.name} is {study.state}")
 
 
@@ -302,7 +301,7 @@ def preview_study(
     as_json: AsJson = False,
 ) -> None:
     """Random points of a study that does not exist yet, and how many would be refused. Needs no server."""
-    definition = StudyIn.model_validate(_read(file)).definition()
+    definition = StudyIn.model_validate(read_mapping(file)).definition()
     answer = StudyPreviewOut.of(draw_samples(definition, samples))
     print(answer.model_dump_json(indent=2) if as_json else "\n".join(study_preview_lines(definition.name, answer)))
 
@@ -338,64 +337,6 @@ for _move in ("pause", "resume", "stop"):
 
 def _client() -> Caddie:
     return Caddie(Settings.read(os.environ).url)
-
-
-def _spec_data(name: str, size: str) -> dict[str, Any]:
-    """A recipe by its name, in this size, or a spec file by its path."""
-    if name in recipe_names():
-        return load_recipe(name, size)
-    if not Path(name).is_file():
-        raise InvalidSpec((Problem("spec", name, f"is neither a file nor a recipe ({', '.join(recipe_names())})"),))
-    require_full(size)
-    return _read(Path(name))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidSpec((Problem("file", str(path), " ".join(str(error).split())),)) from None
-    if not isinstance(data, dict):
-        raise InvalidSpec((Problem("file", str(path), "must hold a mapping"),))
-    return data
-
-
-def _results(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every spec with its result in a file: one JSON value, or one a line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        try:
-            values = [json.loads(text)]
-        except ValueError:
-            values = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InvalidSpec((Problem("file", str(path), " ".join(str(error).split())),)) from None
-    for number, value in enumerate(values, 1):
-        parts = [value.get("spec"), value.get("result")] if isinstance(value, dict) else []
-        if not parts or not all(isinstance(part, dict) for part in parts):
-            message = f"value {number} must be an object with a spec and a result"
-            raise InvalidSpec((Problem("file", str(path), message),))
-        yield value["spec"], value["result"]
-
-
-def _overrides(pairs: list[str] | None) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    for pair in pairs or []:
-        path, equals, text = pair.partition("=")
-        if not equals or not path:
-            raise InvalidSpec((Problem("--set", pair, "must be PATH=VALUE, such as sharing.lora.rank=4"),))
-        try:
-            changes[path] = read_yaml(text, path)
-        except yaml.YAMLError:
-            raise InvalidSpec((Problem(path, text, "is not a YAML value"),)) from None
-    return changes
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise InvalidSpec((Problem(option, text, "must be numbers with commas between"),)) from None
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,0 +1,72 @@
+"""What the command line is given: specs, files and values, read. All raise InvalidSpec, naming what is wrong."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from worker.recipes import load_recipe, read_yaml, recipe_names, require_full
+from worker.spec import InvalidSpec, Problem
+
+
+def read_spec(name: str, size: str) -> dict[str, Any]:
+    """A recipe by its name, in this size, or a spec file by its path."""
+    if name in recipe_names():
+        return load_recipe(name, size)
+    if not Path(name).is_file():
+        raise InvalidSpec((Problem("spec", name, f"is neither a file nor a recipe ({', '.join(recipe_names())})"),))
+    require_full(size)
+    return read_mapping(Path(name))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a file of YAML or JSON holds."""
+    try:
+        data = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidSpec((Problem("file", str(path), " ".join(str(error).split())),)) from None
+    if not isinstance(data, dict):
+        raise InvalidSpec((Problem("file", str(path), "must hold a mapping"),))
+    return data
+
+
+def read_results(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every spec with its result in a file: one JSON value, or one a line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        try:
+            values = [json.loads(text)]
+        except ValueError:
+            values = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InvalidSpec((Problem("file", str(path), " ".join(str(error).split())),)) from None
+    for number, value in enumerate(values, 1):
+        parts = [value.get("spec"), value.get("result")] if isinstance(value, dict) else []
+        if not parts or not all(isinstance(part, dict) for part in parts):
+            message = f"value {number} must be an object with a spec and a result"
+            raise InvalidSpec((Problem("file", str(path), message),))
+        yield value["spec"], value["result"]
+
+
+def overrides_of(pairs: list[str] | None) -> dict[str, Any]:
+    """Values by path, of PATH=VALUE each."""
+    changes: dict[str, Any] = {}
+    for pair in pairs or []:
+        path, equals, text = pair.partition("=")
+        if not equals or not path:
+            raise InvalidSpec((Problem("--set", pair, "must be PATH=VALUE, such as sharing.lora.rank=4"),))
+        try:
+            changes[path] = read_yaml(text, path)
+        except yaml.YAMLError:
+            raise InvalidSpec((Problem(path, text, "is not a YAML value"),)) from None
+    return changes
+
+
+def numbers_of(option: str, text: str) -> list[float]:
+    """Numbers with commas between."""
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise InvalidSpec((Problem(option, text, "must be numbers with commas between"),)) from None
