@@ -106,13 +106,13 @@ def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
 
 def describe(session: Session, study: Study) -> StudyOut:
     """The study with its counts and its best trial."""
-    first = next(iter(ranked(seeds.list_standings(session, study.id))), None)
+    first = next(iter(ranked(seeds.list_standings(session, study.id, limit=1))), None)
     return StudyOut.of(study, store.count_trials(session, study.id), first if first and first.bpb else None)
 
 
 def leaderboard(session: Session, study: Study, limit: int) -> LeaderboardOut:
     """The study's leaderboard. Ranks count only trials that keep every cap."""
-    standings = ranked(seeds.list_standings(session, study.id))
+    standings = ranked(seeds.list_standings(session, study.id, limit))
     spread = spread_of(standings)
     best = standings[:limit]
     trials = store.list_trials(session, study.id, numbers=[standing.number for standing in best])

@@ -18,44 +18,43 @@ PRIORITY = {"submitted": 10, "earned": 5}
 """A seed that a person asks for waits with other submissions; one that was earned comes before proposals."""
 
 
-def list_standings(session: Session, study_id: int) -> list[Standing]:
-    """The study's complete trials by number, each with its seeds."""
+def list_standings(session: Session, study_id: int, limit: int | None = None) -> list[Standing]:
+    """The study's complete trials, each with its seeds; of those with one seed no more than the `limit` best."""
     complete = (TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.COMPLETE)
     several = (
         select(RUNS.c.trial_id).join(TRIALS, TRIALS.c.id == RUNS.c.trial_id).where(*complete, RUNS.c.rung == 0)
         .group_by(RUNS.c.trial_id).having(func.count() > 1)
     )  # fmt: skip
-    runs: dict[int, list[tuple[int, str, dict[str, float] | None]]] = {}
-    query = select(RUNS.c.trial_id, RUNS.c.seed, RUNS.c.state, RUNS.c.scores).order_by(RUNS.c.id)
-    for trial_id, seed, state, scores in session.execute(
-        query.where(RUNS.c.trial_id.in_(several), RUNS.c.rung == 0)
-    ).all():
-        runs.setdefault(trial_id, []).append((seed, state, scores if state == RunState.SUCCEEDED else None))
-    # Nearly all have one run, whose score the trial has too: there is no JSON to read.
     trials = (
         select(TRIALS.c.id, TRIALS.c.number, TRIALS.c.val_bpb, TRIALS.c.feasible, RUNS.c.seed)
         .join(RUNS, RUNS.c.trial_id == TRIALS.c.id).where(*complete, RUNS.c.rung == 0)
-        .order_by(TRIALS.c.number, RUNS.c.id)
+        .order_by(TRIALS.c.feasible.desc(), TRIALS.c.val_bpb, TRIALS.c.number, RUNS.c.id)
     )  # fmt: skip
-    standings: dict[int, Standing] = {}
-    for trial_id, number, val_bpb, feasible, seed in session.execute(trials).all():
-        if trial_id in standings:
-            continue
-        of = runs.get(trial_id)
-        if of is None:
-            bpb = {seed: val_bpb} if feasible else {}
-            standings[trial_id] = Standing(
-                trial_id, number, seed, val_bpb, bpb, int(not feasible), frozenset((seed,)), waits=False
-            )
-            continue
-        scored = [(seed, scores) for seed, _, scores in of if scores is not None]
-        standings[trial_id] = Standing(
+    # Nearly all have one run, whose score the trial has too: there is no JSON to read.
+    standings = [
+        Standing(
             trial_id, number, seed, val_bpb,
+            bpb={seed: val_bpb} if feasible else {}, over=int(not feasible), taken=frozenset((seed,)), waits=False,
+        )
+        for trial_id, number, val_bpb, feasible, seed in session.execute(
+            trials.where(TRIALS.c.id.not_in(several)).limit(limit)
+        ).all()
+    ]  # fmt: skip
+    runs: dict[int, list[tuple[int, str, dict[str, float] | None]]] = {}
+    query = select(RUNS.c.trial_id, RUNS.c.seed, RUNS.c.state, RUNS.c.scores).order_by(RUNS.c.id)
+    for trial_id, seed, state, scores in session.execute(query.where(RUNS.c.trial_id.in_(several), RUNS.c.rung == 0)):
+        runs.setdefault(trial_id, []).append((seed, state, scores if state == RunState.SUCCEEDED else None))
+    for trial_id, number, val_bpb, _, own in session.execute(trials.where(TRIALS.c.id.in_(several))):
+        if (of := runs.pop(trial_id, None)) is None:
+            continue  # seen, at the run before
+        scored = [(seed, scores) for seed, _, scores in of if scores is not None]
+        standings.append(Standing(
+            trial_id, number, own, val_bpb,
             bpb={seed: scores["val_bpb"] for seed, scores in scored if scores["feasible"]},
             over=sum(not scores["feasible"] for _, scores in scored), taken=frozenset(seed for seed, _, _ in of),
             waits=any(state in OPEN_RUNS for _, state, _ in of),
-        )  # fmt: skip
-    return list(standings.values())
+        ))  # fmt: skip
+    return standings
 
 
 def add_seed(

@@ -131,7 +131,7 @@ class Bench:
 
     def standings(self) -> list[Standing]:
         with self.database.read() as session:
-            return seeds.list_standings(session, self.study.id)
+            return sorted(seeds.list_standings(session, self.study.id), key=lambda one: one.number)
 
     def states(self, trial: Trial) -> list[tuple[int, RunState]]:
         with self.database.read() as session:
@@ -228,6 +228,8 @@ def test_trials_stand_by_the_mean_of_their_seeds_that_keep_the_caps(bench: Bench
     bench.complete(new_trial(), val_bpb=1.5, artifact_bytes=99_000_000)
     assert [one.number for one in ranked(bench.standings())] == [0, 1, 2]
     assert spread_of(bench.standings()) is None
+    with bench.database.read() as session:
+        assert [one.number for one in seeds.list_standings(session, bench.study.id, limit=1)] == [0]
     bench.add(lucky, 1)
     assert [one.waits for one in bench.standings()] == [True, False, False]
     bench.end(val_bpb=2.4)
@@ -326,8 +328,8 @@ def test_a_study_ends_with_seeds_for_whom_it_may_still_be_and_with_all_for_its_i
                 break
         Event().wait(0.02)
     with database.read() as session:
-        standings = seeds.list_standings(session, study.id)
+        standings = ranked(seeds.list_standings(session, study.id))
     assert [set(one.bpb) for one in standings[::2]] == [{OWN, 1, 2, 3}, {OWN}]
     assert len(standings[1].bpb) > 1
-    assert [one.number for one in ranked(standings)] == [0, 1, 2]
+    assert [one.number for one in standings] == [0, 1, 2]
     assert not any(one.waits for one in standings)
