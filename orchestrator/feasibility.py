@@ -23,8 +23,8 @@ from worker.spec import TrialSpec
 MISS = 0.002  # of a target, below it: how close solved steps come
 PRIOR_LOW, PRIOR_HIGH = 0.85, 1.10  # of the prior, before any trial finished: heavy tails, and rows trained little
 SPREAD = 0.015  # log-ratio within one study that is assumed as if a few trials had shown it
-SLACK = 0.1  # log-ratio from the median beyond which an artifact may be odd
-RECENT = 200  # finished trials that count, the latest; more would change little
+SLACK = 0.1  # log-ratio from what others show beyond which an artifact may be odd
+RECENT = 150  # finished trials that count, the latest; more would change little
 TAIL = 0.05  # of each side: the interval holds 90%
 CLASSES = tuple(TensorClass)
 CODECS = (*LEVELS, "ans", "auto")

@@ -19,10 +19,10 @@ from worker.spec import TrialSpec
 
 # Of an H100 in training, before any trial has shown it: the systems of the literature reach 196 to 305 TFLOP/s.
 GPU_FLOPS = 220e12
-GPU_DEVIATION = 0.3  # of its logarithm
+GPU_DEVIATION = 0.6  # of its logarithm: other GPUs are two to three times as slow or as fast
 PRIOR_FREEDOM = 30
 SPREAD = 0.3  # log-ratio of seconds in one study that is assumed as if a few trials had shown it
-SLACK = 1.0  # log-ratio from the median beyond which seconds may be odd
+SLACK = 0.5  # log-ratio from what others show beyond which seconds may be odd
 RECENT = 100  # trials of a kind that count, the latest: machines change
 TAIL = 0.05  # of each side: the interval holds 90%
 
@@ -63,10 +63,9 @@ class Pace:
         self._latest[spec.gang.device] = max(self._latest.get(spec.gang.device, (-1, "")), (trial.number, device))
         whole = trial.state is TrialState.COMPLETE
         if whole or not spec.sharing.tying.from_fraction:  # one that was stopped may have seen the first tying alone
-            self._put(_Kind(device), trial, log(result.train_seconds / result.steps / _train_flops(spec)))
+            self._put(_Kind(device), trial, result.train_seconds / result.steps, _train_flops)
         if whole and result.evaluate_seconds:
-            ratio = log(result.evaluate_seconds / _evaluate_flops(spec))
-            self._put(_Kind(device, spec.data.dataset), trial, ratio)
+            self._put(_Kind(device, spec.data.dataset), trial, result.evaluate_seconds, _evaluate_flops)
 
     def timing(self, spec: TrialSpec, configuration: Callable[[], str]) -> Timing:
         """Of a spec, on the model of device that the last trial with its kind of gang ran on."""
@@ -83,10 +82,11 @@ class Pace:
             _seconds(scoring, _evaluate_flops(spec)),
         )
 
-    def _put(self, kind: "_Kind", trial: Trial, ratio: float) -> None:
+    def _put(self, kind: "_Kind", trial: Trial, seconds: float, flops_of: Callable[[TrialSpec], float]) -> None:
         observed = self._observed.setdefault(kind, [])
         if len(observed) == RECENT and trial.number < observed[0][0]:
             return
+        ratio = log(seconds / flops_of(trial.spec))
         new = Observation(_features(trial.spec), trial.spec_hash, np.array([ratio]))
         insort(observed, (trial.number, new), key=lambda each: each[0])
         del observed[:-RECENT]

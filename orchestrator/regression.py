@@ -18,12 +18,12 @@ Vector = NDArray[np.float64]
 
 LEVEL, SLOPE = 25.0, 0.3  # prior variances of the level, and of lines per unit of a feature, in units of the scale
 ROUGH = ((0.0, 1.0), (1.0, 2.0), (1.0, 4.0))  # variance of the smooth rest, and the distance over which it changes
-UNEXPLAINED = (0.03, 0.3)  # variance of what no feature explains
-OWN = (0.2, 0.8)  # the configuration's share of it
+UNEXPLAINED = (0.1, 0.3)  # variance of what no feature explains
+OWN = (0.1, 0.5, 0.95)  # the configuration's share of it
 FREEDOM = 2  # observations that the prior of the scale counts for
 CHOSEN_ON = 64  # latest observations that weigh the hypotheses
 NEGLIGIBLE = 0.05  # weight of a hypothesis that is left out
-ODD = 5.0  # robust standard deviations from where the others put an observation
+ODD = 6.0  # standard deviations from where the others put an observation
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,15 @@ class _Variances(NamedTuple):
         near = distances * (sqrt(3) / self.distance)
         return LEVEL + SLOPE * lines + self.rough * (1 + near) * np.exp(-near) + self.unexplained * self.own * alike
 
+    def among(self, features: Vector, groups: NDArray[np.int64]) -> Vector:
+        """The covariance of observations, their seeds' parts included."""
+        offset = features - features.mean(axis=0)
+        lines = offset @ offset.T
+        squares = np.diag(lines)
+        distances = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * lines, 0))
+        covariance = self.between(lines, distances, (groups[:, None] == groups[None]).astype(np.float64))
+        return covariance + self.unexplained * (1 - self.own) * np.eye(len(features))
+
     def of_one(self, square: float) -> float:
         """The variance of one, the seed's part included."""
         return LEVEL + SLOPE * square + self.rough + self.unexplained
@@ -75,8 +84,6 @@ class _Hypothesis:
     """Prior variances, fitted."""
 
     variances: _Variances
-    evidence: float
-    """The logarithm of how likely they make the observations."""
     scale: float
     inverse: Vector  # (n, n), of the covariance in units of the scale
     coefficients: Vector  # (n, outputs)
@@ -86,12 +93,12 @@ class Regression:
     """Fitted on observations, at least one. `spread` is the scale, a log-ratio, that is assumed before any."""
 
     def __init__(self, observations: Sequence[Observation], spread: float, slack: float) -> None:
-        """An observation further than `slack` from the median, as a log-ratio, may be odd: it has no say if so."""
+        """Odd observations, at least `slack` from where the others put them, have no say."""
         features = np.array([each.features for each in observations])
         ratios = np.array([each.ratios for each in observations])
         names = {name: number for number, name in enumerate({each.configuration: None for each in observations})}
         groups = np.array([names[each.configuration] for each in observations])
-        kept = _usual(features, _tamed(ratios[:, 0], slack), spread)
+        kept = _usual(features, ratios[:, 0], spread, slack)
         self._features, self._groups, self._names = features[kept], groups[kept], names
         self._centre: Vector = np.median(ratios[kept], axis=0)
         self._mean: Vector = self._features.mean(axis=0)
@@ -129,51 +136,47 @@ class Regression:
         latest = slice(-CHOSEN_ON, None)
         features, groups = self._features[latest], self._groups[latest]
         owns = OWN if len(set(groups.tolist())) < len(groups) else (0.5,)  # without replicates nothing tells
-        tried = [
-            _hypothesis(features, groups, ratios[latest], self._spread, _Variances(*rough, unexplained, own))
-            for rough, unexplained, own in product(ROUGH, UNEXPLAINED, owns)
-        ]
-        evidence = np.array([each.evidence for each in tried])
-        weights = np.exp(evidence - evidence.max())
+        tried, evidence = [], []
+        for rough, unexplained, own in product(ROUGH, UNEXPLAINED, owns):
+            tried.append(_Variances(*rough, unexplained, own))
+            covariance = tried[-1].among(features, groups)
+            scale = _hypothesis(tried[-1], covariance, ratios[latest], self._spread).scale
+            determinant = float(np.linalg.slogdet(covariance)[1])
+            evidence.append(-(determinant + (FREEDOM + len(features)) * log(scale)) / 2)  # the scale integrated out
+        weights = np.exp(np.array(evidence) - max(evidence))
         likely = np.flatnonzero(weights / weights.sum() > NEGLIGIBLE)
-        chosen = [tried[index] for index in likely]
-        if len(ratios) > CHOSEN_ON:
-            chosen = [
-                _hypothesis(self._features, self._groups, ratios, self._spread, each.variances) for each in chosen
-            ]
+        chosen = [
+            _hypothesis(tried[index], tried[index].among(self._features, self._groups), ratios, self._spread)
+            for index in likely
+        ]
         return chosen, weights[likely] / weights[likely].sum()
 
 
-def _hypothesis(
-    features: Vector, groups: NDArray[np.int64], ratios: Vector, spread: float, variances: _Variances
-) -> _Hypothesis:
-    """The variances' fit: the scale from a scaled inverse χ² prior, the evidence with the scale integrated out."""
-    offset, count = features - features.mean(axis=0), len(features)
-    lines = offset @ offset.T
-    squares = np.diag(lines)
-    distances = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * lines, 0))
-    covariance = variances.between(lines, distances, groups[:, None] == groups[None])
-    covariance += variances.unexplained * (1 - variances.own) * np.eye(count)
+def _hypothesis(variances: _Variances, covariance: Vector, ratios: Vector, spread: float) -> _Hypothesis:
+    """The fit. The scale has a scaled inverse χ² prior (Gelman et al., Bayesian Data Analysis, section 3.2)."""
     inverse: Vector = np.asarray(np.linalg.inv(covariance), np.float64)
     coefficients = inverse @ ratios
     misfit = FREEDOM * spread**2 + float(ratios[:, 0] @ coefficients[:, 0])
-    evidence = -(float(np.linalg.slogdet(covariance)[1]) + (FREEDOM + count) * log(misfit)) / 2
-    return _Hypothesis(variances, evidence, misfit / (FREEDOM + count), inverse, coefficients)
+    return _Hypothesis(variances, misfit / (FREEDOM + len(ratios)), inverse, coefficients)
 
 
-def _usual(features: Vector, ratios: Vector, spread: float) -> NDArray[np.bool_]:
-    """Which observations lie where the others put them, by each one's residual from a fit on all others."""
+def _usual(features: Vector, ratios: Vector, spread: float, slack: float) -> NDArray[np.bool_]:
+    """Which observations lie where the others put them: those remain once the oddest are left out, one by one.
+
+    An odd one is further than `slack` from a fit on the others, and ODD of its standard deviations.
+    """
+    centred = ratios - np.median(ratios)
     variances = _Variances(*ROUGH[-1], UNEXPLAINED[-1], 0.5)
-    centred = (ratios - np.median(ratios))[:, None]
-    fit = _hypothesis(features, np.arange(len(ratios)), centred, spread, variances)
-    strays = np.abs(fit.coefficients[:, 0]) / np.sqrt(np.diag(fit.inverse))
-    usual: NDArray[np.bool_] = strays <= ODD * max(1.4826 * float(np.median(strays)), spread)
-    return usual
-
-
-def _tamed(ratios: Vector, slack: float) -> Vector:
-    """The ratios, those far from their median brought nearer: one that is very odd would make all others look so."""
-    middle = np.median(ratios)
-    far = max(slack, 8 * 1.4826 * float(np.median(np.abs(ratios - middle))))
-    tamed: Vector = np.clip(ratios, middle - far, middle + far)
-    return tamed
+    inverse = np.linalg.inv(variances.among(features, np.arange(len(ratios))))
+    kept = np.ones(len(ratios), bool)
+    for _ in range(len(ratios) // 5):  # never more than a fifth of them
+        pulls, precisions = inverse @ centred, np.where(kept, np.diag(inverse), 1.0)
+        misfits = pulls**2 / precisions  # by which each makes the whole misfit larger
+        oddest = int(misfits.argmax())
+        left = FREEDOM * spread**2 + float(centred @ pulls) - misfits[oddest]
+        near = abs(pulls[oddest]) <= slack * precisions[oddest]
+        if near or misfits[oddest] <= ODD**2 * left / (FREEDOM + int(kept.sum()) - 1):
+            break
+        kept[oddest] = False
+        inverse = inverse - np.outer(inverse[oddest], inverse[oddest]) / inverse[oddest, oddest]
+    return kept

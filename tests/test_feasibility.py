@@ -157,6 +157,12 @@ def test_the_prior_knows_rows_of_more_and_of_fewer_bits(gaussian: Model) -> None
     assert actual == pytest.approx(prior_bytes(spec), rel=0.02)
 
 
+@pytest.mark.parametrize(("width", "rank"), [(32, 0), (32, 4), (32, 16), (40, 0), (40, 8)])
+def test_the_prior_knows_what_zstd_loses_on_little_content(width: int, rank: int) -> None:
+    spec = laptop(model__width=width, sharing__lora__rank=rank, quantisation__half_below=512)
+    assert packed_bytes(spec, gaussian=True) == pytest.approx(prior_bytes(spec), rel=0.05)
+
+
 def test_a_target_is_what_is_predicted_wherever_steps_can_meet_it() -> None:
     def solved(target: int) -> Prediction:
         return predict(laptop(quantisation={"half_below": 4096, "target_bytes": target, "codec": "ans"}))
