@@ -315,6 +315,8 @@ class SampleOut(BaseModel):
     """A random point of a study. One that is no valid spec has neither verdict nor prediction."""
 
     params: dict[str, Any]
+    filled: dict[str, Any]
+    """The path that was left to fill, with the value it got."""
     tying_map: TyingMap | None
     prediction: PredictionOut | None
     verdict: Verdict | None
@@ -323,7 +325,7 @@ class SampleOut(BaseModel):
     @classmethod
     def of(cls, sample: Sample) -> "SampleOut":
         return cls(
-            params=sample.params, tying_map=sample.spec and sample.spec.sharing.tying_map,
+            params=sample.params, filled=sample.filled, tying_map=sample.spec and sample.spec.sharing.tying_map,
             prediction=sample.prediction and PredictionOut.of(sample.prediction), verdict=sample.verdict,
             reason=sample.reason,
         )  # fmt: skip

@@ -166,7 +166,7 @@ def study_preview_lines(name: str, preview: StudyPreviewOut) -> list[str]:
         verdict = "invalid" if sample.verdict is None else sample.verdict.replace("_", " ")
         tying_map = "–" if sample.tying_map is None else tying_text(sample.tying_map)
         lines.append(f"{number:>4}  {verdict:<10} {tying_map:<16} {_numbers(sample.prediction)}".rstrip())
-        lines.append(f"      {_point_text(sample.params)}")
+        lines.append(f"      {_point_text({**sample.params, **sample.filled})}")
         lines += [f"      {sample.reason}"] if sample.reason else []
     drawn, refused = len(preview.samples), preview.invalid + preview.cannot_fit
     of = "" if preview.points is None else f" of at most {preview.points:,} points"

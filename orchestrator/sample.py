@@ -1,12 +1,12 @@
 """Random points of a study that does not exist yet, with what each would be and cost."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.feasibility import Predictor, judge
 from orchestrator.fill import Fill, NothingFits, fill_to
-from orchestrator.points import Domain
+from orchestrator.points import Domain, value_at
 from orchestrator.study import NewStudy, Prediction, Verdict
 from worker.spec import GangConfig, InvalidSpec, TrialSpec
 
@@ -21,6 +21,8 @@ class Sample:
     verdict: Verdict | None
     """None where the point is no valid spec."""
     reason: str | None
+    filled: dict[str, Any] = field(default_factory=dict)
+    """The path that was left to fill, with the value it got."""
 
 
 @dataclass(frozen=True)
@@ -53,4 +55,6 @@ def _sample(
     except InvalidSpec as error:
         return Sample(point, None, None, None, str(error))
     prediction = predictor.predict(spec)
-    return Sample(point, spec, prediction, *judge(prediction, study, spec))
+    path = domain.fill_path
+    filled = {} if path is None else {path: value_at(spec, path)}
+    return Sample(point, spec, prediction, *judge(prediction, study, spec), filled)
