@@ -109,7 +109,9 @@ class Domain:
         """The one way to write the point: inactive dimensions dropped, and tyings that say one map written as the first
         of them that makes the same spec. Where tying or fill is illegal, the point as it is. Raises InvalidSpec where a
         parameter of its family is missing and conditions need it."""
-        values = self._active(point)
+        return self._canonical(self._active(point))
+
+    def _canonical(self, values: dict[str, Any]) -> dict[str, Any]:
         if self.tying is None or self.fill_path in (LAYERS, BLOCKS):
             return values
         try:
@@ -141,11 +143,11 @@ class Domain:
         for each in self.dimensions:
             if self.is_active(each.name, values):
                 values[each.name] = each.parameter.draw(rng)
-        return self.canonical(values)
+        return self._canonical(values)
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Every canonical point, each once, where `count` is finite."""
-        return (values for values in self._walk(0, {}) if self.canonical(values) == values)
+        return (values for values in self._walk(0, {}) if self._canonical(values) == values)
 
     def _walk(self, place: int, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if place == len(self.dimensions):
@@ -222,9 +224,12 @@ class Domain:
             spelling = self._spelling(values, filled)
             assert spelling is not None and isinstance(self.tying, TyingFamilies)
             self.tying.require(values[FAMILY], spelling)
-            put |= {LAYERS: spelling.layers, BLOCKS: spelling.blocks, TYING: spelling.tying.model_dump()}
-        data = {**_put(self._base, put), "gang": gang.model_dump()}
-        return parse_spec(override(data, changes) if changes else data)
+            tying = spelling.tying.model_dump() if changes else spelling.tying
+            put |= {LAYERS: spelling.layers, BLOCKS: spelling.blocks, TYING: tying}
+        data = _put(self._base, put)
+        if changes:
+            return parse_spec(override({**data, "gang": gang.model_dump()}, changes))
+        return parse_spec({**data, "gang": gang})
 
     def _plain(self, spec: TrialSpec) -> dict[str, Any]:
         """The values of a spec at the paths that are dimensions, but for its tying."""

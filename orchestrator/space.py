@@ -157,7 +157,9 @@ class Parameter(Frozen):
         assert self.high is not None
         if self.low == self.high:
             return 1
-        if not self.whole and self.step is None:
+        if self.whole:
+            return int((self.high - self.low) // (self.step or 1) + 1)
+        if self.step is None:
             return inf
         return (_exact(self.high) - _exact(self.low)) // _exact(self.step or 1) + 1
 
@@ -166,8 +168,9 @@ class Parameter(Frozen):
         if self.choice is not None:
             return self.choice[index]
         assert self.low is not None
-        value = _exact(self.low) + index * _exact(self.step or 1)
-        return int(value) if self.whole else float(value)
+        if self.whole:
+            return int(self.low + index * (self.step or 1))
+        return float(_exact(self.low) + index * _exact(self.step or 1))
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -230,7 +233,7 @@ def _written(value: Any) -> Any:
 
 def _exact(number: float) -> Fraction:
     """The number as it is written, which is what a step of 0.1 means."""
-    return Fraction(str(number))
+    return Fraction(number) if isinstance(number, int) else Fraction(str(number))
 
 
 def _exponent(number: float) -> int:

@@ -79,14 +79,18 @@ LAYERS, BLOCKS = {"low": 3, "high": 6}, {"low": 1, "high": 5}
 def domains() -> st.SearchStrategy[Domain]:
     """Finite spaces of tying families, with and without depth, blocks, conditions and other parameters."""
     others: dict[str, st.SearchStrategy[Any]] = {
-        "sharing.virtual_layers": st.just(LAYERS),
-        "sharing.unique_blocks": st.just(BLOCKS),
+        "sharing.virtual_layers": st.sampled_from([LAYERS, {**LAYERS, "when": "model.width != 32"}]),
+        "sharing.unique_blocks": st.sampled_from([BLOCKS, {**BLOCKS, "when": "model.width > 32"}]),
         "sharing.lora.rank": st.sampled_from([
             {"choice": [1, 4], "when": "sharing.tying.family in [core, sequence]"},
             {"choice": [1, 4], "when": "sharing.unique_blocks < 3"},
             {"choice": [0, 2], "when": "sharing.virtual_layers >= 4 and model.width == 96"},
         ]),
-        "model.width": st.just({"low": 32, "high": 96, "step": 32, "when": "sharing.unique_blocks != 2"}),
+        "model.width": st.sampled_from([
+            {"low": 32, "high": 96, "step": 32},
+            {"low": 32, "high": 96, "step": 32, "when": "sharing.unique_blocks != 2"},
+            {"fill": {"low": 64, "high": 96, "step": 32}},
+        ]),
     }  # fmt: skip
     families = st.permutations(list(ALL)).flatmap(lambda names: st.integers(1, len(names)).map(lambda n: names[:n]))
     patterns: list[Any] = [
@@ -101,6 +105,9 @@ def domains() -> st.SearchStrategy[Domain]:
     plain = st.lists(st.sampled_from(patterns), min_size=1, unique_by=str)
     tying = families.map(lambda names: {"families": {name: ALL[name] for name in names}}) | plain.map(
         lambda choice: {"choice": choice}
+    )
+    tying = st.tuples(tying, st.sampled_from([{}, {}, {"when": "model.width <= 64"}])).map(
+        lambda pair: pair[0] | pair[1]
     )
     return st.fixed_dictionaries({"sharing.tying": tying}, optional=others).map(domain_of)
 
