@@ -5,10 +5,8 @@ from functools import cache
 from typing import Any
 
 from orchestrator.feasibility import Predictor
+from orchestrator.points import Fill
 from worker.spec import TrialSpec
-
-SpecOf = Callable[[Any], TrialSpec | None]
-Fill = Callable[[SpecOf, Sequence[Any]], Any]
 
 
 class NothingFits(ValueError):
@@ -22,7 +20,7 @@ def fill_to(predictor: Predictor, cap_bytes: int, probability: float) -> Fill:
     which a larger one is taken never to make a smaller artifact. Raises NothingFits.
     """
 
-    def fill(spec_of: SpecOf, values: Sequence[Any]) -> Any:
+    def fill(spec_of: Callable[[Any], TrialSpec | None], values: Sequence[Any]) -> Any:
         @cache
         def bytes_at(index: int) -> int | None:
             spec = spec_of(values[index])

@@ -6,8 +6,10 @@ import pytest
 
 from orchestrator.feasibility import Predictor
 from orchestrator.fill import NothingFits, fill_to
+from orchestrator.points import Domain
+from orchestrator.space import FillRange, Parameter
 from worker.recipes import load_recipe
-from worker.spec import InvalidSpec, TrialSpec, override, parse_spec
+from worker.spec import GangConfig, InvalidSpec, TrialSpec, override, parse_spec
 
 WIDTHS = tuple(range(32, 513, 4))
 
@@ -51,3 +53,20 @@ def test_quantiles_rise_with_probability_and_meet_the_prediction() -> None:
 def test_where_no_value_is_legal_and_fits_nothing_is_filled(values: tuple[int, ...], cap_bytes: int) -> None:
     with pytest.raises(NothingFits):
         fill_to(Predictor(), cap_bytes, 0.5)(at_width, values)
+
+
+def test_a_point_of_a_space_is_filled_to_the_cap() -> None:
+    base = {**load_recipe("laptop"), "model": {**load_recipe("laptop")["model"], "heads": 4, "kv_heads": 2}}
+    space = {
+        "sharing.lora.rank": Parameter(choice=(0, 16)),
+        "model.width": Parameter(fill=FillRange(probability=0.9, low=32, high=512, step=8)),
+    }
+    domain, predictor = Domain(base, space), Predictor()
+    fill = fill_to(predictor, 400_000, 0.9)
+    plain, adapted = (domain.spec({"sharing.lora.rank": rank}, GangConfig(), fill) for rank in (0, 16))
+    assert plain.model.width > adapted.model.width
+    for spec in (plain, adapted):
+        wider = override(spec.model_dump(mode="json"), {"model.width": spec.model.width + 8})
+        assert predictor.quantile(spec, 0.9) <= 400_000 < predictor.quantile(parse_spec(wider), 0.9)
+    with pytest.raises(NothingFits):
+        domain.spec({"sharing.lora.rank": 16}, GangConfig(), fill_to(predictor, 60_000, 0.9))
