@@ -173,7 +173,7 @@ def _features(spec: TrialSpec, prior: Prior) -> Vector:
     budget = (spec.budget.steps, spec.budget.seconds, spec.budget.tokens)
     factors = (
         prior.model_bytes, model.width, 1 + sharing.lora.rank, sharing.unique_blocks, sharing.virtual_layers,
-        (1 - prior.half_share) ** -2, model.mlp_multiple, optimizer.matrix_lr, optimizer.embedding_lr,
+        max(1 - prior.half_share, 0.01) ** -2, model.mlp_multiple, optimizer.matrix_lr, optimizer.embedding_lr,
         optimizer.scalar_lr, 0.01 + optimizer.muon_weight_decay, 0.01 + optimizer.adam_weight_decay,
         spec.data.batch_tokens, *(limit or 1 for limit in budget),
     )  # fmt: skip

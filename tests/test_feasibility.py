@@ -314,6 +314,13 @@ def test_after_20_trials_the_interval_holds_nine_of_ten_within_2_percent_on_aver
     assert width / tries < 0.02
 
 
+def test_an_artifact_without_any_quantised_matrix_teaches_and_is_predicted() -> None:
+    halves = laptop(quantisation__half_below=10**6)
+    low, middle, high = sizes(predict(halves, [finished(0, laptop(), 0.95), finished(1, halves, 0.97)]))
+    assert low < middle < high
+    assert middle - code_bytes() == pytest.approx(0.97 * prior_bytes(halves), rel=0.03)
+
+
 def test_one_odd_artifact_moves_nothing() -> None:
     agreeing = [0.95, 0.952, 0.948, 0.951, 0.949, 0.95, 0.953, 0.947]
     history = [finished(number, laptop(), ratio) for number, ratio in enumerate(agreeing)]
