@@ -11,7 +11,7 @@ import httpx
 from pydantic import BaseModel
 
 from api.problems import ProblemDetails
-from api.reports import LedgerOut
+from api.reports import LedgerOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     EventOut,
@@ -101,6 +101,10 @@ class Caddie:
         """What the attempts of the study, or of its trial of this number, have cost so far."""
         trial = "" if number is None else f"/trials/{number}"
         return self._read("GET", f"/v1/studies/{_quoted(study)}{trial}/ledger", LedgerOut)
+
+    def stopping(self, study: str) -> StoppingOut:
+        """How often the study's runs were stopped early, and how often that would have been a mistake."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/stopping", StoppingOut)
 
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""

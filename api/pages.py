@@ -27,6 +27,7 @@ from orchestrator.activity import latest_events, list_activity
 from orchestrator.arms import arms
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
+from orchestrator.stopping import regret
 from orchestrator.study import Event, Study, Trial
 from worker.spec import parse_spec
 from worker.tying import TyingMap
@@ -53,10 +54,10 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
-def show_studies(request: Request, database: DatabaseOf) -> HTMLResponse:
+def show_studies(request: Request, database: DatabaseOf, now: Now) -> HTMLResponse:
     """Every study, latest first."""
     with database.read() as session:
-        studies = [describe(session, study) for study in reversed(store.list_studies(session))]
+        studies = [describe(session, study, now) for study in reversed(store.list_studies(session))]
         seen = _last_id(latest_events(session, None, 1))
     return page(request, "studies.html", studies=studies, seen=seen)
 
@@ -154,7 +155,7 @@ def readable_bytes(size: float) -> str:
 def _study_facts(session: Session, study: Study, context: Context, now: datetime) -> dict[str, Any]:
     # Before the rest: what happens while we read comes again in the stream, rather than never.
     events = latest_events(session, study.id, SHOWN_EVENTS)
-    described = describe(session, study)
+    described = describe(session, study, now)
     planned = max(described.max_trials - described.proposed, 0)
     # What is in state s, with how many there are: lists are cut, counts are not.
     listed = {
@@ -165,6 +166,7 @@ def _study_facts(session: Session, study: Study, context: Context, now: datetime
     board = leaderboard(session, study, SHOWN)
     return {
         "study": described,
+        "stopping": regret(session, study) if study.definition.stopping else None,
         "board": board,
         "rows": [row.model_dump(mode="json") for row in board.rows],  # for the chart, so that it is there at once
         "activity": {one.trial: one for one in list_activity(session, study.id)},

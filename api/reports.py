@@ -4,6 +4,8 @@ from pydantic import BaseModel
 
 from orchestrator.arms import Record
 from orchestrator.ledger import Cost, Ledger
+from orchestrator.spending import Account
+from orchestrator.stopping import Regret
 
 
 class CostOut(BaseModel):
@@ -51,6 +53,54 @@ class LedgerOut(BaseModel):
             other_gangs=CostOut.of(found.other_gangs),
             trials={number: CostOut.of(cost) for number, cost in found.trials.items()},
             other_trials=CostOut.of(found.other_trials),
+        )  # fmt: skip
+
+
+class SpendingOut(BaseModel):
+    """What a study under a budget has spent, in GPU-hours; a CPU rank counts as one GPU.
+
+    `limit` is the nearer of its limits, on hours or on dollars; `reserved` is what open attempts will still take.
+    """
+
+    limit_gpu_hours: float
+    spent_gpu_hours: float
+    reserved_gpu_hours: float
+    left_gpu_hours: float
+    gpu_hour_dollars: float
+
+    @classmethod
+    def of(cls, account: Account, gpu_hour_dollars: float) -> "SpendingOut":
+        return cls(
+            limit_gpu_hours=account.limit_hours, spent_gpu_hours=account.spent_hours,
+            reserved_gpu_hours=account.reserved_hours, left_gpu_hours=account.left_hours,
+            gpu_hour_dollars=gpu_hour_dollars,
+        )  # fmt: skip
+
+
+class StoppingOut(BaseModel):
+    """Runs that were stopped early, and what the `spared` ones, which train on, show of that.
+
+    Of those that have `finished`, so many would have passed the rule by their final score (`wrong`: the stop would have
+    been a mistake), and so many would have been the best so far.
+    """
+
+    stopped: int
+    spared: int
+    finished: int
+    wrong: int
+    error_rate_low: float
+    """Of all stops, with `error_rate_high`: a 90% interval."""
+    error_rate_high: float
+    best: int
+    given_up_bpb: float | None
+    """The mean of what the best score would have been worse by, without one of the finished."""
+
+    @classmethod
+    def of(cls, found: Regret) -> "StoppingOut":
+        return cls(
+            stopped=found.stopped, spared=found.spared, finished=found.finished, wrong=found.wrong,
+            error_rate_low=found.error_rate.low, error_rate_high=found.error_rate.high, best=found.best,
+            given_up_bpb=found.given_up_bpb,
         )  # fmt: skip
 
 

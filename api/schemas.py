@@ -8,11 +8,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
-from api.reports import CostOut
+from api.reports import CostOut, SpendingOut
 from orchestrator.activity import Activity
 from orchestrator.ledger import Cost, cost_of
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.sample import Sample, Samples
+from orchestrator.spending import Account
 from orchestrator.standing import Standing
 from orchestrator.study import (
     Attempt,
@@ -30,7 +31,7 @@ from orchestrator.study import (
 )
 from worker.inventory import TensorClass, tensor_inventory
 from worker.report import Hardware, TrialResult
-from worker.spec import GangConfig, TrialSpec
+from worker.spec import BudgetConfig, GangConfig, TrialSpec
 from worker.tying import TyingMap
 
 Item = TypeVar("Item")
@@ -61,17 +62,22 @@ class StudyOut(BaseModel):
     best_trial: int | None
     best_bpb: float | None
     """The mean of its seeds."""
+    spending: SpendingOut | None
+    """None where nothing limits its GPU-hours."""
     created_at: datetime
     changed_at: datetime
 
     @classmethod
-    def of(cls, study: Study, counts: Mapping[TrialState, int], best: Standing | None) -> "StudyOut":
+    def of(
+        cls, study: Study, counts: Mapping[TrialState, int], best: Standing | None, account: Account | None
+    ) -> "StudyOut":
         new = study.definition
         return cls(
             id=study.id, name=study.name, state=study.state, reason=study.reason, definition=new,
             max_trials=new.max_trials if new.space else 0, proposed=study.proposed,
             submitted=sum(counts.values()) - study.proposed, refused=study.refused, counts=dict(counts),
             best_trial=best.number if best else None, best_bpb=best.sample.mean if best and best.sample else None,
+            spending=account and SpendingOut.of(account, new.spending.gpu_hour_dollars),
             created_at=study.created_at, changed_at=study.changed_at,
         )  # fmt: skip
 
@@ -151,7 +157,7 @@ class AttemptOut(BaseModel):
 
 
 class RunOut(BaseModel):
-    """A trial at one seed, with the shape of gang it needs and every attempt at it."""
+    """A trial at one seed and budget, with the shape of gang it needs and every attempt at it."""
 
     id: int
     seed: int
@@ -159,6 +165,9 @@ class RunOut(BaseModel):
     """0 is the spec's own budget; -1 the dearest of the cheaper rungs, and so on down."""
     state: RunState
     gang: GangConfig
+    budget: BudgetConfig
+    spared_at: float | None
+    """The share of the budget at which it would have been stopped, had it not been spared."""
     scores: Scores | None
     """None before it has a result."""
     attempts: list[AttemptOut]
@@ -171,8 +180,9 @@ class RunOut(BaseModel):
             if attempt.run_id == run.id
         ]
         return cls(
-            id=run.id, seed=run.seed, rung=run.rung, state=run.state, gang=run.gang, scores=run.scores, attempts=own
-        )
+            id=run.id, seed=run.seed, rung=run.rung, state=run.state, gang=run.gang, budget=run.budget,
+            spared_at=run.spared_at, scores=run.scores, attempts=own,
+        )  # fmt: skip
 
 
 class PredictionOut(BaseModel):

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from api.bodies import StudyIn
 from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName
 from api.problems import responses
-from api.reports import ArmOut, ArmsOut, LedgerOut
+from api.reports import ArmOut, ArmsOut, LedgerOut, StoppingOut
 from api.schemas import ActivityOut, Page, StudyOut
 from api.standings import LeaderboardOut, rows_of
 from orchestrator import seeds, store
@@ -19,7 +19,9 @@ from orchestrator.arms import arms
 from orchestrator.database import Database
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
+from orchestrator.spending import account_of
 from orchestrator.standing import ranked, spread_of
+from orchestrator.stopping import regret
 from orchestrator.study import Study
 
 log = logging.getLogger(__name__)
@@ -32,27 +34,32 @@ def create_study(body: StudyIn, database: DatabaseOf, now: Now, response: Respon
     definition = body.definition()
     with database.write() as session:
         study = store.create_study(session, definition, now)
+        described = describe(session, study, now)
     log.info("study %s was created", study.name, extra={"study_id": study.id})
     response.headers["Location"] = f"/v1/studies/{study.name}"
-    return StudyOut.of(study, {}, None)
+    return described
 
 
 @router.get("/studies")
 def list_studies(
-    database: DatabaseOf, state: Annotated[tuple[StudyState, ...], Query()] = (), limit: Limit = 100, after: After = -1
+    database: DatabaseOf,
+    now: Now,
+    state: Annotated[tuple[StudyState, ...], Query()] = (),
+    limit: Limit = 100,
+    after: After = -1,
 ) -> Page[StudyOut]:
     """Studies, oldest first."""
     with database.read() as session:
         studies = [study for study in store.list_studies(session, state) if study.id > after]
-        items = [describe(session, study) for study in studies[:limit]]
+        items = [describe(session, study, now) for study in studies[:limit]]
     return Page(items=items, next=items[-1].id if len(studies) > limit else None)
 
 
 @router.get("/studies/{study}", responses=responses(404))
-def get_study(study: StudyName, database: DatabaseOf) -> StudyOut:
+def get_study(study: StudyName, database: DatabaseOf, now: Now) -> StudyOut:
     """One study."""
     with database.read() as session:
-        return describe(session, store.get_study(session, study))
+        return describe(session, store.get_study(session, study), now)
 
 
 @router.post("/studies/{study}/pause", responses=responses(404, 409))
@@ -96,6 +103,13 @@ def get_activity(study: StudyName, database: DatabaseOf) -> Page[ActivityOut]:
     return Page(items=[ActivityOut.of(activity) for activity in found])
 
 
+@router.get("/studies/{study}/stopping", responses=responses(404))
+def get_stopping(study: StudyName, database: DatabaseOf) -> StoppingOut:
+    """How often runs were stopped early, and how often that would have been a mistake."""
+    with database.read() as session:
+        return StoppingOut.of(regret(session, store.get_study(session, study)))
+
+
 @router.get("/studies/{study}/ledger", responses=responses(404))
 def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
     """What the study's attempts have cost so far, by phase, and by the gangs and trials that cost most."""
@@ -104,10 +118,11 @@ def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
     return LedgerOut.of(study, None, found, context.gpu_hour_dollars)
 
 
-def describe(session: Session, study: Study) -> StudyOut:
-    """The study with its counts and its best trial."""
+def describe(session: Session, study: Study, now: datetime) -> StudyOut:
+    """The study with its counts, its best trial, and what it has spent of its budget."""
     first = next(iter(ranked(seeds.list_standings(session, study.id, limit=1))), None)
-    return StudyOut.of(study, store.count_trials(session, study.id), first if first and first.bpb else None)
+    best, account = first if first and first.bpb else None, account_of(session, study, now)
+    return StudyOut.of(study, store.count_trials(session, study.id), best, account)
 
 
 def leaderboard(session: Session, study: Study, limit: int) -> LeaderboardOut:
@@ -125,6 +140,6 @@ def leaderboard(session: Session, study: Study, limit: int) -> LeaderboardOut:
 def _move(database: Database, name: str, to: StudyState, now: datetime) -> StudyOut:
     with database.write() as session:
         study = store.move_study(session, store.get_study(session, name).id, to, now)
-        described = describe(session, study)
+        described = describe(session, study, now)
     log.info("study %s is %s", name, to, extra={"study_id": study.id})
     return described

@@ -212,9 +212,8 @@ def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:
                 if (trial.number, trial.state) not in shown:
                     shown.add((trial.number, trial.state))
                     live.console.print(_ended_line(trial), no_wrap=True, overflow="ellipsis", highlight=False)
-            bar.update(
-                task, completed=len(done), total=max(study.max_trials + study.submitted, len(trials)), description=name
-            )
+            total = max(study.max_trials + study.submitted, len(trials))
+            bar.update(task, completed=len(done), total=total, description=name + _spent(study))
             by_number = {trial.number: trial for trial in trials}
             active = [_running_line(by_number[a.trial], a) for a in caddie.activity(name) if a.trial in by_number]
             live.update(Group(bar, *active))
@@ -239,6 +238,11 @@ def _table(title: str, *columns: str) -> Table:
             name, justify="left" if name in ("tying map", "name", "phase", "gang", "state") else "right", no_wrap=True
         )
     return table
+
+
+def _spent(study: StudyOut) -> str:
+    spending = study.spending
+    return f" {spending.spent_gpu_hours:.3g} of {spending.limit_gpu_hours:.3g} GPU-hours" if spending else ""
 
 
 def _config(trial: TrialSummary) -> str:

@@ -4,6 +4,7 @@ CaddieError
 ├── NotFound            a study, trial or run that does not exist
 ├── Conflict            what exists forbids it: a taken name, a duplicate spec, a reused idempotency key
 ├── IllegalMove         the state does not allow it: cancelling a finished trial, resuming a stopped study
+├── OverBudget          the study's budget does not allow the run to start
 └── LeaseLost           the attempt is no longer ours to write
 """
 
@@ -41,6 +42,16 @@ class IllegalMove(CaddieError):
         self.state = state
         self.move = move
         self.allowed = allowed
+
+
+class OverBudget(CaddieError):
+    """What is left of the study's budget does not allow its next run. `final`: nothing of the study runs any more, so
+    that no more can be left."""
+
+    def __init__(self, study_id: int, message: str, final: bool) -> None:
+        super().__init__(message)
+        self.study_id = study_id
+        self.final = final
 
 
 class LeaseLost(CaddieError):

@@ -1,29 +1,38 @@
-"""A study's trials as the proposer needs them: all, by number, each read again only when its state has changed."""
+"""A study's trials as the proposer needs them: all, by number, each read again only when it may have changed."""
 
 from sqlalchemy.orm import Session
 
 from orchestrator import store
 from orchestrator.lifecycle import OPEN_TRIALS
+from orchestrator.rungs import list_promoted
 from orchestrator.study import Trial
 
 CHUNK = 500  # numbers in one query; databases bound how many parameters a statement takes
 
 
 class History:
-    """A cache of one study. What a finished trial says never changes again, and no trial's spec ever does."""
+    """A cache of one study. What a finished trial says changes only where it is promoted; no trial's spec ever does.
+
+    A trial that has not changed is the same object as before.
+    """
 
     def __init__(self, study_id: int) -> None:
         self._study_id = study_id
         self._trials: dict[int, Trial] = {}  # by number, in order
+        self._promoted_until = 0  # the last event that was followed
 
     def read(self, session: Session) -> tuple[Trial, ...]:
         """Every trial by number, in its state as of this session's snapshot."""
+        promoted, self._promoted_until = list_promoted(session, self._study_id, self._promoted_until)
         known = self._trials
-        still_open = [number for number, trial in known.items() if trial.state in OPEN_TRIALS]
+        stale = [number for number, trial in known.items() if number in promoted or trial.state in OPEN_TRIALS]
         states = store.list_states(session, self._study_id, after=max(known, default=-1))
-        for numbers in _chunks(still_open):
+        for numbers in _chunks(stale):
             states |= store.list_states(session, self._study_id, numbers=numbers)
-        changed = [number for number in sorted(states) if number not in known or known[number].state != states[number]]
+        same = {
+            number for number, trial in known.items() if number not in promoted and trial.state == states.get(number)
+        }
+        changed = [number for number in sorted(states) if number not in same]
         specs = {number: trial.spec for number, trial in known.items() if number in states}
         for numbers in _chunks(changed):
             for trial in store.list_trials(session, self._study_id, numbers=numbers, specs=specs):

@@ -18,7 +18,9 @@ from sqlalchemy.orm import Session, aliased
 from orchestrator.caps import scores_of
 from orchestrator.errors import LeaseLost
 from orchestrator.lifecycle import OPEN_TRIALS, PERMANENT, UNCHARGED, Cause, Outcome, RunState, StudyState, TrialState
-from orchestrator.rows import study_of
+from orchestrator.rows import run_of, study_of
+from orchestrator.shortening import Rung, shortened
+from orchestrator.spending import Kind, Purses
 from orchestrator.store import add_event, insert_missing
 from orchestrator.study import AttemptResult, Claim, Lease, Resumed
 from orchestrator.tables import (
@@ -35,7 +37,7 @@ from orchestrator.tables import (
 )
 from orchestrator.validity import judged
 from worker.report import Measurement
-from worker.spec import GangConfig, TrialSpec
+from worker.spec import BudgetConfig, GangConfig, TrialSpec
 
 MAX_ATTEMPTS = 3  # charged ones: failures that were the run's own
 MAX_OUT_OF_MEMORY = 2  # of these; the second has half the micro-batch
@@ -51,23 +53,26 @@ def claim(
     *,
     name: str | None = None,
     warm: bool = False,
+    purses: Purses | None = None,
+    without: tuple[int, ...] = (),
 ) -> Claim | None:
     """Take the queued run of this shape that is first in line, and open its next attempt under a new lease.
 
     `name` is that of the gang which is to have it: whoever resumes looks for it there. `warm`: it is to wait behind
-    another attempt, which is not for runs that start cold.
+    another attempt, which is not for runs that start cold. `without` are studies that have no turn. Raises OverBudget
+    where `purses` say that the run's study cannot pay for it: the transaction is then void.
     """
     taken = session.execute(
-        update(RUNS).where(RUNS.c.id == _first_in_line(gang, warm), RUNS.c.state == RunState.QUEUED)
+        update(RUNS).where(RUNS.c.id == _first_in_line(gang, warm, without), RUNS.c.state == RunState.QUEUED)
         .values(state=RunState.RUNNING)
-        .returning(RUNS.c.id, RUNS.c.trial_id, RUNS.c.seed, RUNS.c.budget, RUNS.c.queued_at)
+        .returning(RUNS.c.id, RUNS.c.trial_id, RUNS.c.seed, RUNS.c.rung, RUNS.c.budget, RUNS.c.queued_at)
     ).one_or_none()  # fmt: skip
     if taken is None:
         return None
-    out_of_memory = func.count().filter(AttemptRow.cause == Cause.OUT_OF_MEMORY)
-    made, times = session.execute(
-        select(func.coalesce(func.max(AttemptRow.number), 0), out_of_memory).where(AttemptRow.run_id == taken.id)
-    ).one()
+    trial = session.get_one(TrialRow, taken.trial_id)
+    if purses is not None:
+        purses.require(session, trial.study_id, Kind.of(taken.rung, gang.ranks, taken.budget), now)
+    made, times = _made(session, taken.id)
     token = secrets.token_hex(16)
     attempt_id = session.scalar(
         insert(ATTEMPTS).values(
@@ -80,21 +85,30 @@ def claim(
         update(TRIALS).where(TRIALS.c.id == taken.trial_id, TRIALS.c.state == TrialState.QUEUED)
         .values(state=TrialState.RUNNING, started_at=func.coalesce(TRIALS.c.started_at, literal(now, UtcDateTime())))
     )  # fmt: skip
-    trial = session.get_one(TrialRow, taken.trial_id)
-    spec = TrialSpec.model_validate(
-        {**trial.spec, "seed": taken.seed, "budget": taken.budget, "gang": gang.model_dump()}
-    )
+    spec = _spec_of(trial, taken.seed, Rung(taken.rung, BudgetConfig.model_validate(taken.budget), gang))
     again = trial.state == TrialState.COMPLETE  # a further seed of it
     message = f"Trial {trial.number}{f' at seed {taken.seed}' if again else ''} started, attempt {made + 1}"
     if times:
         spec = _eased(spec, times)
         message += f", with micro-batches of {spec.data.micro_batch_sequences} sequences"
     add_event(session, trial.study_id, trial.number, "run.running" if again else "trial.running", message, now)
-    return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now)
+    return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now, taken.rung)
+
+
+def _made(session: Session, run_id: int) -> tuple[int, int]:
+    """How many attempts at a run there were, and how many of them ran out of memory."""
+    out_of_memory = func.count().filter(AttemptRow.cause == Cause.OUT_OF_MEMORY)
+    made = select(func.coalesce(func.max(AttemptRow.number), 0), out_of_memory).where(AttemptRow.run_id == run_id)
+    number, times = session.execute(made).one()
+    return number, times
+
+
+def _spec_of(trial: TrialRow, seed: int, rung: Rung) -> TrialSpec:
+    return shortened(TrialSpec.model_validate({**trial.spec, "seed": seed}), rung)
 
 
 @lru_cache(maxsize=64)  # to put it together takes longer than to run it
-def _first_in_line(gang: GangConfig, warm: bool) -> ScalarSelect[int]:
+def _first_in_line(gang: GangConfig, warm: bool, without: tuple[int, ...]) -> ScalarSelect[int]:
     """The queued run of this shape that is next, as part of a statement."""
     queued = aliased(RunRow)
     return (
@@ -102,6 +116,7 @@ def _first_in_line(gang: GangConfig, warm: bool) -> ScalarSelect[int]:
         .join(StudyRow, StudyRow.id == TrialRow.study_id)
         .where(queued.state == RunState.QUEUED, queued.ranks == gang.ranks, queued.device == gang.device)
         .where(StudyRow.state == StudyState.RUNNING, queued.cold.is_(False) if warm else true())
+        .where(StudyRow.id.not_in(without) if without else true())
         .order_by(queued.priority.desc(), queued.id).limit(1)
         # What another transaction holds is being claimed or cancelled: the next in line is ours.
         .with_for_update(skip_locked=True, key_share=True, of=(TrialRow, queued)).scalar_subquery()
@@ -138,10 +153,10 @@ def resume(session: Session, owner: str, now: datetime, ttl: timedelta) -> list[
             select(RunRow, TrialRow).join(TrialRow, TrialRow.id == RunRow.trial_id)
             .join(AttemptRow, AttemptRow.run_id == RunRow.id).where(AttemptRow.id == attempt_id)
         ).one()  # fmt: skip
-        shape = {"ranks": run.ranks, "device": run.device}
-        spec = TrialSpec.model_validate({**trial.spec, "seed": run.seed, "budget": run.budget, "gang": shape})
+        known = run_of(run)
+        spec = _spec_of(trial, run.seed, Rung(run.rung, known.budget, known.gang))
         after = session.scalar(select(func.max(MeasurementRow.number)).where(MeasurementRow.attempt_id == attempt_id))
-        claimed = Claim(lease, run.id, trial.id, trial.number, trial.study_id, spec, started_at)
+        claimed = Claim(lease, run.id, trial.id, trial.number, trial.study_id, spec, started_at, run.rung)
         resumed.append(Resumed(claimed, gang, phase, after or 0))
     return resumed
 
@@ -174,10 +189,10 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
     """Record how an attempt ended, free its lease, and move its run and trial on; what was recorded.
 
     Raises LeaseLost, changing nothing.
-    A success completes the trial. A stop prunes it. A failure goes back to the queue while the run has attempts left,
-    unless its cause is permanent; one that ran out of memory goes back once, to half its micro-batch; an attempt lost
-    or preempted goes back without charge, and so does a success whose timing is void. Nothing goes back in a stopped
-    study.
+    A success completes the trial, or below its own budget prunes it, until it is promoted. A stop prunes it. A failure
+    goes back to the queue while the run has attempts left, unless its cause is permanent; one that ran out of memory
+    goes back once, to half its micro-batch; an attempt lost or preempted goes back without charge, and so does a
+    success whose timing is void. Nothing goes back in a stopped study.
     """
     _lock(session, AttemptRow.id == lease.attempt_id)
     ended = judged(session, lease.attempt_id, ended)
@@ -277,12 +292,15 @@ def _written(session: Session, lease: Lease, values: Mapping[str, Any], *which: 
 
 def _settle(session: Session, attempt_id: int, ended: AttemptResult, now: datetime) -> None:
     """Move the run and the trial of an attempt that has just ended."""
-    run_id, seed, trial_id, number, study = session.execute(
-        select(RunRow.id, RunRow.seed, TrialRow.id, TrialRow.number, StudyRow)
+    run_id, seed, rung, trial_id, number, study = session.execute(
+        select(RunRow.id, RunRow.seed, RunRow.rung, TrialRow.id, TrialRow.number, StudyRow)
         .join(AttemptRow, AttemptRow.run_id == RunRow.id).join(TrialRow, TrialRow.id == RunRow.trial_id)
         .join(StudyRow, StudyRow.id == TrialRow.study_id).where(AttemptRow.id == attempt_id)
     ).one()  # fmt: skip
     run_state, trial_state = _next_states(session, run_id, ended)
+    if trial_state is TrialState.COMPLETE and rung < 0:
+        trial_state = TrialState.PRUNED
+        ended = replace(ended, reason=f"it has finished rung {rung}, and goes on if it is among the best there")
     if trial_state is TrialState.QUEUED and study.state == StudyState.STOPPED:
         run_state, trial_state = RunState.CANCELLED, TrialState.CANCELLED
     moves: dict[str, Any] = {"state": run_state}
@@ -328,5 +346,6 @@ def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[R
 
 def _sentence(what: str, state: TrialState | RunState, ended: AttemptResult) -> str:
     if ended.result is not None:
-        return f"{what} is {state}: {ended.result.val_bpb:.4f} BPB in {ended.result.artifact_bytes:,} bytes"
+        scored = f"{ended.result.val_bpb:.4f} BPB in {ended.result.artifact_bytes:,} bytes"
+        return f"{what} is {state}: {scored}" + (f"; {ended.reason}" if state is TrialState.PRUNED else "")
     return f"{what} is {state}: attempt {ended.outcome}" + (f", {ended.reason}" if ended.reason else "")

@@ -90,7 +90,7 @@ def ledger(
             key = (outcome, phase, gpus)
             seconds[key] = seconds.get(key, 0.0) + spent
         whole = sum(by_phase.values())
-        held = _held(by_phase)
+        held = held_seconds(by_phase)
         trials.add(trial, whole, held * gpus)
         if gang is not None:
             gangs.add(gang, held, held * gpus)
@@ -104,7 +104,7 @@ def ledger(
 def cost_of(phase_seconds: Mapping[str, float], gang: GangConfig, gpu_hour_dollars: float) -> Cost:
     """What an attempt of this gang has cost, by its seconds in each phase."""
     seconds = sum(phase_seconds.values())
-    gpu_seconds = _held(phase_seconds) * (gang.ranks if gang.device == "gpu" else 0)
+    gpu_seconds = held_seconds(phase_seconds) * (gang.ranks if gang.device == "gpu" else 0)
     return Cost(seconds, gpu_seconds, gpu_seconds * gpu_hour_dollars / 3600)
 
 
@@ -130,7 +130,7 @@ def seconds_by_phase(
     return seconds
 
 
-def _held(phase_seconds: Mapping[str, float]) -> float:
+def held_seconds(phase_seconds: Mapping[str, float]) -> float:
     """Seconds in which an attempt held its GPUs."""
     return sum(seconds for phase, seconds in phase_seconds.items() if phase not in FREE)
 

@@ -15,10 +15,12 @@ from sqlalchemy.exc import OperationalError
 from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
-from orchestrator.errors import LeaseLost
+from orchestrator.errors import LeaseLost, OverBudget
 from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom, Update
 from orchestrator.lifecycle import Cause, Outcome, StudyState
 from orchestrator.queue import Queue
+from orchestrator.spending import Purses
+from orchestrator.stopping import Stopping
 from orchestrator.study import AttemptResult, Claim, Study
 from orchestrator.supply import Supply
 from orchestrator.watch import Watch
@@ -44,6 +46,8 @@ class Held:
     phase: str = "queue"
     unstored: bool = False
     """Whether its artifact could not be written so far."""
+    stopped: str | None = None
+    """Why it was told to stop, if it was."""
     watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,12 +72,15 @@ class Loop:
     """Whether nothing is claimed or proposed any more."""
     supply: Supply = field(init=False)
     queue: Queue = field(init=False)
+    stopping: Stopping = field(init=False)
+    purses: Purses = field(init=False, default_factory=Purses)
     _ticked_at: datetime | None = field(init=False, default=None)
     _expires_at: datetime | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.supply = Supply(self.database)
         self.queue = Queue(self.database, self.launcher, self.owner)
+        self.stopping = Stopping(self.database)
 
     def resume(self, now: datetime) -> None:
         """Take over what an orchestrator of our name left: attempts whose gang still lives train on and never notice,
@@ -96,6 +103,7 @@ class Loop:
         updates = self.launcher.poll({attempt_id: held.after for attempt_id, held in self.held.items()})
         self._drop_lost()
         self._record(updates, now)
+        self._stop(updates, now)
         for held in list(self.held.values()):
             if held.attempt_id in updates:
                 self._settle(held, updates[held.attempt_id], now)
@@ -105,6 +113,11 @@ class Loop:
         with self.database.read() as session:
             studies = store.list_studies(session, (StudyState.RUNNING,))
             waiting = Counter(store.count_queued(session))
+            enough = self.purses.enough(session, studies, now)
+        for study in studies:
+            if study.id in enough:
+                self.supply.stop(study, enough[study.id], now)
+        studies = tuple(study for study in studies if study.id not in enough)
         gave_up = self._feed(studies, waiting, now)
         shapes = _by_shape(waiting)
         self.queue.look(shapes, now)
@@ -165,6 +178,14 @@ class Loop:
             if held.attempt_id in lost:
                 self._release(held.attempt_id, "lost its lease")
 
+    def _stop(self, updates: Mapping[int, Update], now: datetime) -> None:
+        """Tell those to end early whose new scores are hopeless."""
+        running = [held for held in self.held.values() if held.attempt_id in updates and not held.stopped]
+        news = [(held.claim, updates[held.attempt_id].measurements) for held in running]
+        for attempt_id, why in self.stopping.look(news, now).items():
+            self.held[attempt_id].stopped = why
+            self.launcher.stop(attempt_id)
+
     def _is_due(self, held: Held, update: Update | None, now: datetime) -> bool:
         if update is None:
             return False
@@ -195,8 +216,9 @@ class Loop:
         artifact = None
         if ending.result is not None:
             artifact = self.artifacts.put(self.launcher.artifact(held.attempt_id))
+        reason = (held.stopped if ending.outcome is Outcome.STOPPED else None) or ending.reason
         return AttemptResult(
-            ending.outcome, ending.reason, ending.result, artifact, ending.cause, update.seconds or None, update.phase
+            ending.outcome, reason, ending.result, artifact, ending.cause, update.seconds or None, update.phase
         )
 
     def _finish(self, held: Held, result: AttemptResult, now: datetime, update: Update | None = None) -> None:
@@ -231,26 +253,31 @@ class Loop:
             log.warning("%d attempts lost their lease and were queued again", lost)
 
     def _feed(self, studies: Sequence[Study], waiting: Counter[Waiting], now: datetime) -> dict[int, str]:
-        """Give what waits to the gangs that would take it, and keep one proposal of each study waiting for each of its
-        shapes. Why none is left to make, by study. `waiting` is brought up to date."""
+        """Give what waits to the gangs that would take it, and keep one run of each study waiting for each of its
+        shapes. Why none is left to propose, by study. `waiting` is brought up to date. A study whose next run is over
+        its budget has no turn; once nothing of it runs any more, it stops."""
         gave_up: dict[int, dict[GangConfig, str]] = {study.id: {} for study in studies}
+        over: dict[int, OverBudget] = {}
         moved = True
         while moved:
             moved = False
             for gang in sorted(_by_shape(waiting), key=lambda gang: -gang.ranks):
-                moved = self._start(gang, waiting, now) or moved
+                moved = self._start(gang, waiting, over, now) or moved
             # Only now, and for next time: a free gang does not wait for the sampler.
             for study in studies:
-                for gang in study.definition.shapes:
+                for gang in () if study.id in over else self.supply.shapes(study):
                     if waiting[study.id, gang] or gang in gave_up[study.id]:
                         continue
-                    added, why = self.supply.propose(study, gang, now)
+                    added, why = self.supply.add(study, gang, now)
                     waiting[study.id, gang] += added
                     moved = moved or added
                     if why is not None:
                         gave_up[study.id][gang] = why
-        exhausted = [study for study in studies if len(gave_up[study.id]) == len(study.definition.shapes)]
-        return {study.id: "; ".join(dict.fromkeys(gave_up[study.id].values())) for study in exhausted}
+        for study in studies:
+            if study.id in over and over[study.id].final:
+                self.supply.stop(study, str(over[study.id]), now)
+        exhausted = [study for study in studies if len(gave_up[study.id]) == len(self.supply.shapes(study))]
+        return {study.id: "; ".join(filter(None, dict.fromkeys(gave_up[study.id].values()))) for study in exhausted}
 
     def _share(self, waiting: Mapping[GangConfig, int], updates: Mapping[int, Update], now: datetime) -> None:
         """Queue an attempt again that waits behind another while a gang of its shape is free and has nothing to do."""
@@ -262,13 +289,22 @@ class Loop:
                 self._finish(held, AttemptResult(Outcome.PREEMPTED, "another gang is free for it"), now)
                 return
 
-    def _start(self, gang: GangConfig, waiting: Counter[Waiting], now: datetime) -> bool:
+    def _start(self, gang: GangConfig, waiting: Counter[Waiting], over: dict[int, OverBudget], now: datetime) -> bool:
         """Claim a run of this shape for a gang that would take it, if there is both."""
         offer = self.launcher.offer(gang)
         if offer is None:
             return False
-        with self.database.write() as session:
-            claim = leases.claim(session, gang, self.owner, now, self.ttl, name=offer.gang, warm=offer.behind)
+        try:
+            with self.database.write() as session:
+                claim = leases.claim(
+                    session, gang, self.owner, now, self.ttl, name=offer.gang, warm=offer.behind, purses=self.purses,
+                    without=tuple(over),
+                )  # fmt: skip
+        except OverBudget as error:
+            over[error.study_id] = error
+            for key in [key for key in waiting if key[0] == error.study_id]:
+                del waiting[key]
+            return True
         if claim is None:  # another orchestrator was faster, or what waits is to start cold
             for key in [key for key in waiting if key[1] == gang and not offer.behind]:
                 del waiting[key]

@@ -26,6 +26,7 @@ from orchestrator.lifecycle import (
     states_before,
 )
 from orchestrator.rows import attempt_of, gang_of, progress_of, run_of, study_of, trial_of
+from orchestrator.shortening import Rung
 from orchestrator.study import Attempt, Event, NewStudy, NewTrial, Origin, Progress, Run, Study, Trial
 from orchestrator.tables import (
     EVENTS,
@@ -113,9 +114,10 @@ def count_refused(session: Session, study_id: int, refused: int) -> None:
     session.execute(update(StudyRow).where(StudyRow.id == study_id).values(refused=StudyRow.refused + refused))
 
 
-def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> Trial | None:
+def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime, rung: Rung | None = None) -> Trial | None:
     """Add a trial with its first run, queued; or, where the verdict is cannot_fit, an infeasible one without a run.
 
+    The run is at this rung, or else at the spec's own budget.
     None where a proposal came too late: the study has its proposals, or does not run. Submitting reopens a complete
     study. Raises IllegalMove for a submission to a stopped study, and lets IntegrityError through where two of the same
     idempotency key, or two proposals of the same spec, meet: the transaction is then void.
@@ -136,13 +138,7 @@ def add_trial(session: Session, study_id: int, new: NewTrial, now: datetime) -> 
     if infeasible:
         add_event(session, study_id, number, "trial.infeasible", f"Trial {number} was refused: {new.reason}", now)
         return trial_of(row, new.spec)
-    session.execute(
-        insert(RUNS).values(
-            trial_id=trial_id, seed=new.spec.seed, budget=new.spec.budget.model_dump(mode="json"),
-            state=RunState.QUEUED, ranks=new.spec.gang.ranks, device=new.spec.gang.device,
-            priority=10 if new.origin == "submitted" else 0, cold=new.spec.limits.cold, created_at=now, queued_at=now,
-        )
-    )  # fmt: skip
+    add_run(session, row, rung or Rung(0, new.spec.budget, new.spec.gang), now)
     if new.origin == "submitted":
         reopen(session, study_id, now)
     add_event(session, study_id, number, "trial.queued", f"Trial {number} was {new.origin}", now)
@@ -156,6 +152,18 @@ def hold_study(session: Session, study_id: int) -> StudyState:
     if state is None:
         raise NotFound("study", study_id)
     return StudyState(state)
+
+
+def add_run(session: Session, trial: TrialRow, rung: Rung, now: datetime) -> None:
+    """Queue a run of a trial at its own seed."""
+    session.execute(
+        insert(RUNS).values(
+            trial_id=trial.id, seed=trial.spec["seed"], rung=rung.number, budget=rung.budget.model_dump(mode="json"),
+            state=RunState.QUEUED, ranks=rung.gang.ranks, device=rung.gang.device,
+            priority=10 if trial.origin == "submitted" else 0, cold=trial.spec["limits"]["cold"],
+            created_at=now, queued_at=now,
+        )
+    )  # fmt: skip
 
 
 def reopen(session: Session, study_id: int, now: datetime) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_va
 
 from orchestrator.check import check_study, rest_problems
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
+from orchestrator.shortening import rung_problems
 from orchestrator.space import Parameter
 from worker.report import Hardware, Measurement, TrialResult
 from worker.shape import Frozen
@@ -25,9 +26,11 @@ Objective = Literal["val_bpb", "artifact_bytes"]
 class StoppingConfig(Frozen):
     """When a run is stopped early, judged on intermediate BPB beside that of others at the same fraction of the budget.
 
-    median: it is worse than the median of those that trained to the end. percentile: it is not among the best `percent`
-    of them. halving: at each halving of what is left of the budget it must be among the best half of all that came so
-    far. A share `spare` of the runs, drawn from the study's seed, is never stopped: they show what stopping costs.
+    Only runs of the same rung count, each trial's first at it; further seeds are never stopped. median: it is worse
+    than the median of those that trained to the end. percentile: it is not among the best `percent` of them. halving:
+    at `after_fraction`, and at each halving of what is left of the budget, it must be among the best half of all that
+    came so far. A share `spare` of the runs, drawn from the study's seed, is never stopped: they show what stopping
+    costs.
     """
 
     rule: Literal["median", "percentile", "halving"] = "median"
@@ -48,14 +51,20 @@ class RungConfig(Frozen):
 
 
 class PromotionConfig(Frozen):
-    """Rungs, cheapest first; above them is the spec's own budget. Asynchronous successive halving (Li et al., 2020)."""
+    """Rungs, cheapest first; above them is the spec's own budget. Asynchronous successive halving (Li et al., 2020).
+
+    Proposals start at the cheapest rung that decides; submitted trials have their own budget.
+    """
 
     rungs: tuple[RungConfig, ...] = Field(min_length=1, max_length=5)
     keep: float = Field(default=0.25, gt=0, lt=1)
     """The share of a rung's trials, the best ones, that go on to the next."""
+    spare: float = Field(default=0.1, ge=0, le=1)
+    """The share that goes on whatever it scored, drawn from the study's seed: the best alone would hide how well the
+    rung ranks the others."""
     min_correlation: float = Field(default=0.3, ge=-1, le=1)
     """Of the trials that finished a rung and the next, by rank (Spearman). Once the whole 90% interval lies below this,
-    the rung no longer decides, and every trial goes on."""
+    the rung no longer decides: its trials all go on, and new ones start above it."""
 
 
 class ReplicationConfig(Frozen):
@@ -74,7 +83,10 @@ class ReplicationConfig(Frozen):
 
 
 class SpendingConfig(Frozen):
-    """What a study may spend, and when it has found enough. What a run will cost is reserved before it starts."""
+    """What a study may spend, and when it has found enough. What a run will cost is reserved before it starts.
+
+    A study that may start nothing more stops itself, and says why; what runs goes on to its end.
+    """
 
     gpu_hours: float | None = Field(default=None, gt=0)
     """Of all ranks together; a CPU rank counts as one GPU."""
@@ -132,6 +144,10 @@ class NewStudy(Frozen):
         except ValidationError as error:
             raise InvalidSpec((*problems_of(error), *rest_problems(data))) from None
         check_study(study.base, study.gangs, study.space)
+        rungs = study.promotion.rungs if study.promotion else ()
+        problems = rung_problems(study.base, study.space, study.shapes, [(rung.budget, rung.ranks) for rung in rungs])
+        if found := tuple(problems):
+            raise InvalidSpec(found)
         return study
 
     @property
@@ -308,6 +324,7 @@ class Claim:
     study_id: int
     spec: TrialSpec
     started_at: datetime
+    rung: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from sqlalchemy import exists, func, select
+from sqlalchemy import Text, cast, exists, func, select
 from sqlalchemy.orm import Session, aliased
 
 from orchestrator.lifecycle import Cause, Outcome
@@ -78,8 +78,10 @@ def _slower(
 
 
 def _known_steps(session: Session, kind: _Kind, run_id: int) -> Sequence[float]:
-    """Seconds of a step of earlier successes. A run that ran out of memory has another micro-batch: another kind."""
-    eased = aliased(AttemptRow)
+    """Seconds of a step of earlier successes at the same budget: other rungs are on other schedules. A run that ran out
+    of memory has another micro-batch: another kind."""
+    eased, own = aliased(AttemptRow), aliased(RunRow)
+    budget = select(cast(own.budget, Text)).where(own.id == run_id).scalar_subquery()
     out_of_memory = exists().where(eased.run_id == RunRow.id, eased.cause == Cause.OUT_OF_MEMORY)
     if session.scalar(select(out_of_memory).where(RunRow.id == run_id)):
         return ()
@@ -87,6 +89,7 @@ def _known_steps(session: Session, kind: _Kind, run_id: int) -> Sequence[float]:
     return session.scalars(
         select(step_seconds).join(RunRow, RunRow.id == AttemptRow.run_id).join(TrialRow, TrialRow.id == RunRow.trial_id)
         .where(TrialRow.spec_hash == kind.spec_hash, RunRow.ranks == kind.ranks, ~out_of_memory)
+        .where(cast(RunRow.budget, Text) == budget)
         .where(AttemptRow.outcome == Outcome.SUCCEEDED, AttemptRow.hardware["device"].as_string() == kind.device)
     ).all()  # fmt: skip
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from api.client import ApiError, Caddie, Unreachable
@@ -72,6 +73,17 @@ def url(database: Database, serve: Callable[..., str], tmp_path: Path) -> str:
 def caddie(url: str) -> Iterator[Caddie]:
     with Caddie(url) as client:
         yield client
+
+
+def test_a_study_tells_what_is_left_of_its_budget_and_what_its_stopping_costs(caddie: Caddie, url: str) -> None:
+    study = caddie.create_study({**STUDY, "spending": {"dollars": 10.0}, "stopping": {}})
+    assert study.spending is not None
+    assert (study.spending.limit_gpu_hours, study.spending.left_gpu_hours) == (4.0, 4.0)
+    told = caddie.stopping("sweep")
+    assert (told.stopped, told.spared, told.error_rate_low, told.error_rate_high) == (0, 0, 0.0, 1.0)
+    page = httpx.get(f"{url}/studies/sweep").text
+    assert "GPU-hours, 0 reserved" in page
+    assert "Stopped early" in page
 
 
 def test_answers_are_typed(caddie: Caddie) -> None:

@@ -13,10 +13,12 @@ from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.launcher import Assignment
-from orchestrator.lifecycle import Cause, Outcome, StudyState, TrialState
+from orchestrator.lifecycle import OPEN_TRIALS, Cause, Outcome, StudyState, TrialState
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.loop import Loop, run
 from orchestrator.queue import BACKFILL
+from orchestrator.rungs import PROMOTED
+from orchestrator.spending import account_of
 from orchestrator.study import NewStudy, NewTrial, Study, Trial
 from orchestrator.tables import MeasurementRow
 from worker.recipes import load_recipe
@@ -89,6 +91,12 @@ class Scene:
     def measured(self) -> bool:
         with self.database.read() as session:
             return bool(session.scalar(select(MeasurementRow.number)))
+
+    def furthest(self) -> list[int]:
+        """The last step measured, by trial."""
+        with self.database.read() as session:
+            told = [store.list_measurements(session, trial.id) for trial in self.trials()]
+        return [each[-1].measurement.step if each else 0 for each in told]
 
     def submit(self, trial: NewTrial) -> Trial:
         with self.database.write() as session:
@@ -537,3 +545,137 @@ def test_narrow_runs_pass_a_wide_one_only_for_so_long(
         store.cancel_trial(session, stage.study.id, long, stage.now)
     stage.run(loop, lambda: stage.states()[wide] is TrialState.COMPLETE, pause)
     stage.run(loop, lambda: stage.states()[late] is TrialState.COMPLETE, pause)
+
+
+def let_come_to(stage: Scene, tenth: int) -> None:
+    """Let trainings that are paced come so far, and no further."""
+    for number in range(1, 11):
+        (stage.folder / str(number)).unlink(missing_ok=True)
+        if number <= tenth:
+            (stage.folder / str(number)).touch()
+
+
+def submit_paced(stage: Scene, new_trial: Callable[..., NewTrial], *finals: float) -> list[int]:
+    """Trials that will score this in the end."""
+    return [
+        stage.submit(new_trial({"data.dataset": "paced", "optimizer.matrix_lr": final / 10}, origin="submitted")).number
+        for final in finals
+    ]
+
+
+@ON_SQLITE
+def test_a_hopeless_run_is_stopped_where_the_study_says_and_the_trial_says_why(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0, stopping={"after_fraction": 0.5, "min_runs": 3, "spare": 0.001})
+    loop = stage.orchestrator()
+    submit_paced(stage, new_trial, 2.0, 2.1, 2.2)
+    let_come_to(stage, 10)
+    stage.run(loop, lambda: stage.states() == [TrialState.COMPLETE] * 3, pause)
+    let_come_to(stage, 4)
+    hopeless, hopeful = submit_paced(stage, new_trial, 3.0, 2.05)
+    stage.run(loop, lambda: stage.furthest() == [10, 10, 10, 4, 4], pause)
+    for _ in range(3):
+        loop.tick(stage.now)
+    assert [held.stopped for held in loop.held.values()] == [None, None]
+    let_come_to(stage, 5)
+    stage.run(loop, lambda: stage.states()[hopeless] is TrialState.PRUNED, pause)
+    assert stage.outcomes(hopeless) == [Outcome.STOPPED]
+    trial = stage.trials()[hopeless]
+    assert trial.reason == "median: 3.5000 BPB at 50% of its budget is over 2.6000, the median of 3 runs"
+    assert trial.result is not None
+    assert trial.result.stopped
+    let_come_to(stage, 10)
+    stage.run(loop, lambda: stage.states()[hopeful] is TrialState.COMPLETE, pause)
+
+
+@ON_SQLITE
+def test_an_orchestrator_killed_before_it_told_a_run_to_stop_leaves_it_to_the_next(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0, stopping={"after_fraction": 0.5, "min_runs": 2, "spare": 0.001})
+    gone = stage.orchestrator()
+    submit_paced(stage, new_trial, 2.0, 2.1)
+    let_come_to(stage, 10)
+    stage.run(gone, lambda: stage.states() == [TrialState.COMPLETE] * 2, pause)
+    let_come_to(stage, 5)
+    (hopeless,) = submit_paced(stage, new_trial, 3.0)
+    gone.launcher.stop = Trap(gone.launcher.stop, after=False, passing=1)  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        stage.run(gone, lambda: False, pause)
+    del gone.launcher.stop
+    back = Loop(stage.database, gone.launcher, stage.artifacts, gone.owner, TTL)
+    back.resume(stage.now)
+    let_come_to(stage, 6)
+    stage.run(back, lambda: stage.states()[hopeless] is TrialState.PRUNED, pause)
+    assert "at 60% of its budget" in str(stage.trials()[hopeless].reason)
+
+
+@ON_SQLITE
+def test_proposals_climb_rungs_on_real_gangs_and_the_study_completes(scene: Callable[..., Scene], pause: Any) -> None:
+    promotion = {"rungs": [{"budget": {"steps": 1}}, {"budget": {"steps": 2}}], "keep": 0.5, "spare": 0.0}
+    stage = scene(max_trials=4, promotion=promotion)
+    stage.run(stage.orchestrator(), stage.complete, pause)
+    steps = []
+    with stage.database.read() as session:
+        for trial in stage.trials():
+            runs = store.list_runs(session, trial.id)
+            assert [run.rung for run in runs] == [-2, -1, 0][: len(runs)]
+            steps.append(len(store.list_measurements(session, trial.id)))
+    assert sorted(steps) in ([1, 1, 3, 6], [1, 3, 3, 6], [1, 1, 6, 6])
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("part", "step", "passing"),
+    [("launcher", "start", 3), *(("database", "write", passing) for passing in range(6, 11))],
+)
+def test_killed_around_a_promotion_it_still_happens_once(
+    scene: Callable[..., Scene], pause: Any, part: str, step: str, passing: int
+) -> None:
+    promotion = {"rungs": [{"budget": {"steps": 1}}], "keep": 0.5, "spare": 0.0}
+    stage = scene(max_trials=2, promotion=promotion)
+    doomed = stage.orchestrator()
+    setattr(getattr(doomed, part), step, Trap(getattr(getattr(doomed, part), step), after=True, passing=passing))
+    with pytest.raises(Killed):
+        stage.run(doomed, stage.complete, pause)
+    stage.kill(doomed)
+    stage.run(stage.orchestrator(), stage.complete, pause)
+    assert sorted(stage.states()) == [TrialState.COMPLETE, TrialState.PRUNED]
+    with stage.database.read() as session:
+        promoted = [event for event in store.list_events(session) if event.kind == PROMOTED]
+    assert len(promoted) == 1
+
+
+def test_a_study_starts_no_run_that_its_budget_cannot_pay_and_stops_once_nothing_runs(
+    scene: Callable[..., Scene], pause: Any
+) -> None:
+    stage = scene(max_trials=50, spending={"gpu_hours": 1e-3})
+    first, second = stage.orchestrator(ranks=2), stage.orchestrator(ranks=2)
+
+    def stopped() -> bool:
+        second.tick(stage.now)
+        return stage.current().state is StudyState.STOPPED
+
+    stage.run(first, stopped, pause)
+    assert "the budget of 0.001 GPU-hours is spent" in str(stage.current().reason)
+    assert TrialState.COMPLETE in stage.states()
+    assert not set(stage.states()) & OPEN_TRIALS
+    with stage.database.read() as session:
+        account = account_of(session, stage.current(), stage.now)
+    assert account is not None
+    assert account.spent_hours < 2e-3
+
+
+@ON_SQLITE
+def test_a_study_stops_at_its_target_and_what_runs_goes_on(
+    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+) -> None:
+    stage = scene(max_trials=0, spending={"target_bpb": 2.0})
+    loop = stage.orchestrator()
+    stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
+    stage.run(loop, stage.measured, pause)
+    stage.submit(new_trial({"data.dataset": "count"}, origin="submitted"))
+    stage.run(loop, lambda: stage.current().state is StudyState.STOPPED, pause)
+    assert stage.current().reason == "trial 1 has reached the target of 2 BPB with 2.0000"
+    assert stage.states() == [TrialState.RUNNING, TrialState.COMPLETE]

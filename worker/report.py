@@ -21,7 +21,8 @@ class Measurement(Frozen):
     step: int
     elapsed_seconds: float
     metrics: dict[str, float]
-    """By name: train_loss (nats, penalty included), val_bpb, lr_multiplier, fraction (of the budget), ..."""
+    """By name: train_loss (nats, penalty included), val_bpb, lr_multiplier, fraction (of the budget), ... Scores that
+    come with their fraction can be compared with other trainings'."""
 
 
 class Reporter(Protocol):

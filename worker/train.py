@@ -99,10 +99,10 @@ def train(
 
         metrics: dict[str, float] = {}
         report, validation = curve.due(fraction)
-        if report or progress.steps == 1 or stopped:
+        if report or validation or progress.steps == 1 or stopped:
+            # Of a model that has diverged there is no loss, and no score.
             metrics |= {"train_loss": losses.latest(), "lr_multiplier": multiplier, "fraction": min(fraction, 1.0)}
         if validation and not stopped:
-            losses.latest()  # a model that has diverged is not scored
             with watch.paused():
                 metrics["val_bpb"] = _finite(progress.steps, validate(model))
         curve.add(progress, metrics)
