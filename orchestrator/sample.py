@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.feasibility import Predictor, judge
-from orchestrator.fill import Fill, NothingFits, fill_to
-from orchestrator.points import Domain, value_at
+from orchestrator.fill import NothingFits, fill_to
+from orchestrator.points import Domain, Fill, value_at
 from orchestrator.study import NewStudy, Prediction, Verdict
 from worker.spec import GangConfig, InvalidSpec, TrialSpec
 
