@@ -64,11 +64,11 @@ def distributions_of(domain: Domain) -> dict[str, BaseDistribution]:
 def frozen_trial(
     trial: Trial, distributions: Mapping[str, BaseDistribution], study: NewStudy, curve: Mapping[int, float]
 ) -> FrozenTrial:
-    """A trial as Optuna knows one: state, value, the dimensions of its point, constraint, attributes, values by step.
+    """A trial as Optuna knows one: state, values, the dimensions of its point, constraint, attributes, scores by step.
 
     The constraints are what the result has above each cap of the study; where the trial was refused as infeasible, the
     predicted bytes above theirs; before that, none. They stand under the keys that Optuna 5 writes and in the list that
-    Optuna's dashboard reads.
+    Optuna's dashboard reads. Scores by step are those of a single objective: Optuna has none beside several.
     """
     state = OPTUNA_STATES[trial.state]
     params = {path: as_category(value) for path, value in trial.params.items() if path in distributions}
@@ -77,18 +77,22 @@ def frozen_trial(
         over = {"artifact_bytes": float(trial.prediction.artifact_bytes - study.cap_bytes)}
     elif trial.result is not None:
         over = excess(trial.result, study)
+    values: list[float] | None = None
+    if state is OptunaState.COMPLETE and trial.result is not None:
+        values = [float(getattr(trial.result, objective)) for objective in study.objectives]
     return FrozenTrial(
         number=trial.number,
         trial_id=trial.id,
         state=state,
-        value=trial.result.val_bpb if state is OptunaState.COMPLETE and trial.result is not None else None,
+        value=None,
+        values=values,
         datetime_start=None if state is OptunaState.WAITING else _local(trial.started_at or trial.created_at),
         datetime_complete=_local(trial.finished_at),
         params=params,
         distributions={path: distributions[path] for path in params},
         user_attrs=_attributes(trial),
         system_attrs=_constraints(over),
-        intermediate_values=dict(curve),
+        intermediate_values=dict(curve) if len(study.objectives) == 1 else {},
     )
 
 
@@ -166,8 +170,7 @@ class StudyView(ReadOnlyStorage):
         return self._study(study_id).name
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        self._study(study_id)
-        return [StudyDirection.MINIMIZE]
+        return _directions(self._study(study_id).definition)
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
         return _frozen_study(self._study(study_id)).user_attrs
@@ -203,7 +206,7 @@ class StudyView(ReadOnlyStorage):
         feasible = [trial for trial in complete if is_feasible(trial)]
         if not feasible:
             raise ValueError(f"of {len(complete)} complete trials none fits under the cap")
-        return min(feasible, key=_value)
+        return min(feasible, key=lambda trial: trial.values)
 
     def _study_ids(self) -> list[int]:
         with self._database.read() as session:
@@ -284,8 +287,12 @@ def _frozen_study(study: Study) -> FrozenStudy:
         "max_trials": definition.max_trials,
         "refused": study.refused,
     }
-    system = {"study:metric_names": [OBJECTIVE]}
-    return FrozenStudy(study.name, StudyDirection.MINIMIZE, attributes, system, study.id)
+    system = {"study:metric_names": list(definition.objectives)}
+    return FrozenStudy(study.name, None, attributes, system, study.id, directions=_directions(definition))
+
+
+def _directions(definition: NewStudy) -> list[StudyDirection]:
+    return [StudyDirection.MINIMIZE] * len(definition.objectives)
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:
@@ -303,6 +310,10 @@ def _attributes(trial: Trial) -> dict[str, Any]:
     }
     if trial.reason:
         attributes["reason"] = trial.reason
+    if trial.suggestion is not None:
+        attributes |= {
+            f"proposed_by_{name}": said for name, said in trial.suggestion.model_dump(exclude_none=True).items()
+        }
     if result is not None:
         attributes |= {
             "val_bpb": result.val_bpb,
@@ -324,8 +335,3 @@ def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
 def _local(moment: datetime | None) -> datetime | None:
     """As Optuna has its datetimes: in local time, without a zone."""
     return None if moment is None else moment.astimezone().replace(tzinfo=None)
-
-
-def _value(trial: FrozenTrial) -> float:
-    assert trial.value is not None
-    return trial.value

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
+from functools import cached_property
 from math import exp, inf, log
 from random import Random
 from typing import Any, Literal, get_args
@@ -148,7 +149,7 @@ class Parameter(Frozen):
     def whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
 
-    @property
+    @cached_property
     def count(self) -> int | float:
         """How many values it can take; infinite where it is continuous."""
         if self.choice is not None:

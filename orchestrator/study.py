@@ -1,19 +1,21 @@
 """The values that pass between store, proposer, loop and api. Frozen; no database row leaves the store."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from typing import Any, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
 from orchestrator.check import check_study, rest_problems
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
+from orchestrator.points import Domain
 from orchestrator.shortening import rung_problems
 from orchestrator.space import Parameter
 from worker.report import Hardware, Measurement, TrialResult
 from worker.shape import Frozen
-from worker.spec import BudgetConfig, GangConfig, InvalidSpec, TrialSpec, parse_spec, problems_of
+from worker.spec import BudgetConfig, GangConfig, InvalidSpec, Problem, TrialSpec, parse_spec, problems_of
 
 CAP_BYTES = 16_000_000
 CAP_SECONDS = 600.0
@@ -146,9 +148,16 @@ class NewStudy(Frozen):
         check_study(study.base, study.gangs, study.space)
         rungs = study.promotion.rungs if study.promotion else ()
         problems = rung_problems(study.base, study.space, study.shapes, [(rung.budget, rung.ranks) for rung in rungs])
-        if found := tuple(problems):
+        if found := (*problems, *study._endless()):
             raise InvalidSpec(found)
         return study
+
+    def _endless(self) -> Iterator[Problem]:
+        """What a grid cannot go through."""
+        if self.sampler == "grid":
+            for each in Domain(self.base, self.space).dimensions:
+                if each.parameter.count == inf:
+                    yield Problem(f"space.{each.name}", each.name, "needs a step: a grid has finitely many values")
 
     @property
     def shapes(self) -> tuple[GangConfig, ...]:
@@ -203,6 +212,8 @@ class Suggestion(Frozen):
     parent: int | None = None
     """The number of the trial that it was made from."""
     why: str | None = None
+    position: int | None = None
+    """Of a qmc or grid proposal: its place in the sequence that they walk."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from math import inf, prod
 from typing import Any
 
@@ -12,18 +11,17 @@ import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from searches import NOW, ONE, as_trial, make_study, must, search
 
 from orchestrator.feasibility import judge, predict
-from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
+from orchestrator.lifecycle import TrialState
 from orchestrator.proposer import SAMPLES, UNIFORM_SAMPLES, Proposed, Proposer
 from orchestrator.space import apply
-from orchestrator.study import CAP_BYTES, NewStudy, NewTrial, Prediction, Study, Trial
+from orchestrator.study import CAP_BYTES, NewTrial, Prediction, Study, Trial
 from worker.recipes import load_recipe
-from worker.report import TrialResult
 from worker.spec import GangConfig, parse_spec
 
-NOW = datetime(2026, 3, 1, tzinfo=UTC)
-ONE, TWO = GangConfig(), GangConfig(ranks=2)
+TWO = GangConfig(ranks=2)
 SMALL: dict[str, Any] = {
     "sharing.lora.rank": {"choice": [0, 2]},
     "sharing.unique_blocks": {"low": 1, "high": 3},
@@ -38,29 +36,6 @@ WIDE: dict[str, Any] = {
 }
 
 
-def make_study(space: Mapping[str, Any], sampler: str = "tpe", seed: int = 0, cap_bytes: int = CAP_BYTES) -> Study:
-    base = {"base": load_recipe("laptop"), "space": space, "cap_bytes": cap_bytes}
-    definition = NewStudy.model_validate({"name": "study", "sampler": sampler, "seed": seed, **base})
-    return Study(1, "study", StudyState.RUNNING, definition, 0, 0, None, NOW, NOW)
-
-
-def as_trial(number: int, new: NewTrial, state: TrialState = TrialState.QUEUED, val_bpb: float | None = None) -> Trial:
-    """A proposal as the row that it becomes, in any later state; with a result where there is a score."""
-    result = None
-    if val_bpb is not None:
-        code, model = new.prediction.code_bytes, new.prediction.artifact_bytes - new.prediction.code_bytes
-        result = TrialResult(
-            val_bpb=val_bpb, val_bpb_prequant=val_bpb, val_loss=2.5, parameters=1, model_bytes=model, code_bytes=code,
-            artifact_bytes=model + code, artifact_sha256="0" * 64, steps=10, tokens=1000, train_seconds=1.0,
-            evaluate_seconds=1.0, pack_seconds=1.0, step_seconds=0.1, stopped=False, bytes_by_class={}, diagnostics={},
-        )  # fmt: skip
-    return Trial(
-        number + 1, 1, number, state, new.origin, new.spec, new.spec.canonical_hash, new.params, new.prediction,
-        new.verdict, new.reason, result, NOW, None if state is TrialState.QUEUED else NOW,
-        None if state in OPEN_TRIALS else NOW,
-    )  # fmt: skip
-
-
 def submitted(number: int, study: Study, params: dict[str, Any], val_bpb: float, **changes: Any) -> Trial:
     """A finished explicit trial: the base under `params`, with other fields changed too."""
     paths = {name.replace("__", "."): value for name, value in changes.items()}
@@ -70,22 +45,6 @@ def submitted(number: int, study: Study, params: dict[str, Any], val_bpb: float,
     return as_trial(number, new, TrialState.COMPLETE, val_bpb)
 
 
-def search(
-    study: Study, count: int, score: Callable[[NewTrial], float], gangs: Sequence[GangConfig] = (ONE,)
-) -> list[Trial]:
-    """The study's first trials, each scored before the next is proposed."""
-    proposer, history = Proposer(study), list[Trial]()
-    for number in range(count):
-        new = must(proposer.propose(history, gangs[number % len(gangs)]))
-        history.append(as_trial(number, new, TrialState.COMPLETE, score(new)))
-    return history
-
-
-def must(proposed: Proposed) -> NewTrial:
-    assert proposed.trial is not None, proposed.reason
-    return proposed.trial
-
-
 def by_learning_rate(new: NewTrial) -> float:
     return 1 + abs(float(new.params["optimizer.matrix_lr"]) - 0.03) * 10
 
@@ -93,7 +52,7 @@ def by_learning_rate(new: NewTrial) -> float:
 @settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**31 - 1),
-    sampler=st.sampled_from(["tpe", "random"]),
+    sampler=st.sampled_from(["caddie", "tpe", "random"]),
     space=st.sampled_from([SMALL, WIDE]),
     states=st.lists(st.sampled_from(list(TrialState)), min_size=15, max_size=15),
 )
@@ -179,7 +138,7 @@ def test_another_study_seed_searches_elsewhere() -> None:
     assert [trial.params for trial in first] != [trial.params for trial in second]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["caddie", "tpe", "random"])
 def test_a_small_space_is_searched_to_its_last_point_and_then_said_to_be_exhausted(sampler: str) -> None:
     study = make_study(SMALL, sampler)
     proposer, history = Proposer(study), list[Trial]()
@@ -197,7 +156,7 @@ def test_a_small_space_is_searched_to_its_last_point_and_then_said_to_be_exhaust
     assert len(history) == len(points)
     assert proposed.reason is not None
     assert "no point left" in proposed.reason
-    assert "18 points" in proposed.reason
+    assert "16 points" in proposed.reason  # canonical ones: of one block each pattern is the same map
     assert "2 not a valid spec" in proposed.reason
 
 
@@ -239,8 +198,10 @@ def test_what_cannot_fit_is_never_proposed_and_what_may_fit_is() -> None:
 
 
 def test_values_that_are_lists_or_objects_come_back_as_they_stand_in_the_space() -> None:
-    history = search(make_study(WIDE, "random"), 25, by_learning_rate)
-    assert [0, 1, 2, 2, 1, 0] in [trial.params["sharing.tying"] for trial in history]
+    tyings = [[0, 1, 2, 2, 1, 0], {"pattern": "tail", "after": 1}]
+    space = {**WIDE, "sharing.tying": {"choice": tyings}, "sharing.unique_blocks": {"choice": [3]}}
+    history = search(make_study(space, "random"), 10, by_learning_rate)
+    assert all(tying in [trial.params["sharing.tying"] for trial in history] for tying in tyings)
 
 
 def test_stepped_values_carry_no_rounding_errors() -> None:
@@ -327,7 +288,7 @@ def over(trial: Trial) -> Prediction:
 def test_open_trials_repel_whether_queued_or_running() -> None:
     study = make_study(WIDE)
     history = search(study, 14, by_learning_rate)
-    waiting = followed(study, history, 8)
+    waiting = followed(study, history, 12)
     queued, running, failed = proposals(
         study,
         [

@@ -1,0 +1,121 @@
+"""Proposals from what trained models show of their own sharing: gates that close, layers that do little, loops that
+settle or do not."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import exp
+from typing import Any
+
+from orchestrator.gate import Gate
+from orchestrator.lesson import Lesson
+from orchestrator.moves import changed, spend, tied_by
+from orchestrator.study import Suggestion
+from worker.spec import TrialSpec
+from worker.tying import TyingMap
+
+INCUMBENTS = 6  # best trials whose findings are followed
+CLOSING = 0.8  # of its value at the start, the mean gate of a path: below, training has closed it
+SETTLED, UNSETTLED = 0.25, 0.75  # change of the stream by one more pass, relative to it: below, passes contract
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a trained trial suggests: the paths of its spec to change, and a sentence with the numbers."""
+
+    rule: str
+    changes: Mapping[str, Any]
+    why: str
+
+
+def guided(gate: Gate, incumbents: Sequence[Lesson], used: set[tuple[str, int]]) -> Iterator[tuple[Any, Suggestion]]:
+    """Points of the space that the incumbents' findings suggest, each with its Suggestion, best incumbents first.
+
+    `used` are the rules and parents that trials have come from: each is followed once.
+    """
+    for lesson in incumbents:
+        for finding in findings(lesson):
+            if (finding.rule, lesson.number) in used:
+                continue
+            point = changed(gate.memory.domain, lesson.trial.spec, finding.changes)
+            if point is None:
+                continue
+            spent = spend(gate, point)
+            told = [f"{name} {spent[name]:g}" for name in spent if spent[name] != point[name]]
+            why = f"{finding.why}; the freed bytes go into {' and '.join(told)}" if told else finding.why
+            yield spent, Suggestion(arm="guided", rule=finding.rule, parent=lesson.number, why=why)
+
+
+def findings(lesson: Lesson) -> Iterator[Finding]:
+    """What the trial's diagnostics suggest; nothing where it has none."""
+    result, spec = lesson.trial.result, lesson.trial.spec
+    shown: Mapping[str, Any] = result.diagnostics if result is not None else {}
+    yield from _closed_gates(spec, shown.get("gammas") or {}, lesson.number)
+    yield from _idle_layers(spec, shown.get("block_influence") or [], lesson.number)
+    yield from _loops(spec, (shown.get("contraction") or {}).get("changes") or [], lesson.number)
+
+
+def _closed_gates(spec: TrialSpec, gammas: Mapping[str, Sequence[float]], number: int) -> Iterator[Finding]:
+    """LoRA paths whose gates training has closed go; with the last of them the rank."""
+    start = 1 / (1 + exp(-spec.sharing.lora.gate_init))
+    means = {path: sum(each) / len(each) for path, each in gammas.items() if each}
+    closed = [path for path, mean in means.items() if mean < CLOSING * start]
+    if not closed or not spec.sharing.lora.rank:
+        return
+    told = " and ".join(f"{path} {means[path]:.3f}" for path in closed)
+    why = f"trial {number} ended with mean gammas of {told}, from {start:.3f} at the start"
+    left = [path for path in spec.sharing.lora.paths if path not in closed]
+    if left:
+        yield Finding("drop_lora_path", {"sharing.lora.paths": left}, f"{why}: without LoRA there")
+    else:
+        yield Finding("drop_lora", {"sharing.lora.rank": 0}, f"{why}: without LoRA")
+
+
+def _idle_layers(spec: TrialSpec, influence: Sequence[float], number: int) -> Iterator[Finding]:
+    """The neighbouring layers of different blocks that together turn the stream least share a block."""
+    tying_map = spec.sharing.tying_map
+    if len(influence) != len(tying_map):
+        return
+    pairs = [(first + second, layer) for layer, (first, second) in enumerate(pairwise(influence))]
+    apart = [pair for pair in pairs if tying_map[pair[1]] != tying_map[pair[1] + 1]]
+    if not apart or len(set(tying_map)) == 1:
+        return
+    both, layer = min(apart)
+    keep, gone = sorted((tying_map[layer], tying_map[layer + 1]))
+    tied = tuple(keep if block == gone else block for block in tying_map)
+    why = f"layers {layer} and {layer + 1} of trial {number} have the least Block Influence, {both:.3f} together"
+    yield Finding("tie_least_influential", tied_by(tied), f"{why}: one block for both")
+
+
+def _loops(spec: TrialSpec, changes: Sequence[float | None], number: int) -> Iterator[Finding]:
+    """Where further passes change the stream little, one more pass of the loop; where much, one fewer."""
+    known = [change for change in changes if change is not None]
+    loop = _longest_loop(spec.sharing.tying_map)
+    if not known or loop is None:
+        return
+    start, period, passes = loop
+    tying_map, last = spec.sharing.tying_map, known[-1]
+    segment = f"layers {start} to {start + period - 1}"
+    if last < SETTLED:
+        longer = (*tying_map[: start + period], *tying_map[start:])
+        why = f"one more pass changes the stream of trial {number} by {last:.2f} of itself: {passes + 1} passes of"
+        yield Finding("loop_once_more", tied_by(longer), f"{why} {segment}")
+    elif last > UNSETTLED:
+        shorter = (*tying_map[:start], *tying_map[start + period :])
+        why = f"one more pass changes the stream of trial {number} by {last:.2f} of itself: {passes - 1} passes of"
+        yield Finding("loop_once_less", tied_by(shorter), f"{why} {segment}")
+
+
+def _longest_loop(tying_map: TyingMap) -> tuple[int, int, int] | None:
+    """First layer, period and passes of the segment that is passed again, and of those the one over most layers."""
+    found: list[tuple[int, int, int]] = []
+    layers = len(tying_map)
+    for period in range(1, layers // 2 + 1):
+        for start in range(layers - 2 * period + 1):
+            passes = 1
+            segment = tying_map[start : start + period]
+            while tying_map[start + passes * period : start + (passes + 1) * period] == segment:
+                passes += 1
+            if passes > 1:
+                found.append((start, period, passes))
+    return max(found, key=lambda each: (each[1] * each[2], -each[1], -each[0]), default=None)
