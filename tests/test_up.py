@@ -241,6 +241,7 @@ def study(name: str, max_trials: int) -> dict[str, Any]:
     return {
         "name": name,
         "recipe": "laptop",
+        "cap_train_seconds": 1e6,  # what trains until it is killed is not refused for it
         "overrides": {
             "budget.steps": STEPS,
             "evaluation.validation_tokens": 2048,
