@@ -12,6 +12,7 @@ from orchestrator.tables import TrialRow
 
 SUBMITTED = "submitted by hand"
 UNNAMED = "sampler"
+GUIDED = "guided"
 
 
 @dataclass
@@ -78,7 +79,7 @@ def _records(known: Sequence[_Known]) -> tuple[tuple[Record, ...], tuple[Record,
         suggestion = one.suggestion
         name = suggestion.arm if suggestion else UNNAMED if one.origin == "proposed" else SUBMITTED
         records = [by_arm.setdefault(name, Record(name))]
-        if suggestion is not None and suggestion.rule is not None:
+        if suggestion is not None and suggestion.arm == GUIDED and suggestion.rule is not None:
             records.append(by_rule.setdefault(suggestion.rule, Record(suggestion.rule)))
         is_best = one.score is not None and (best is None or one.score < best)
         before = scores.get(suggestion.parent) if suggestion and suggestion.parent is not None else None
