@@ -474,11 +474,19 @@ def test_a_study_without_a_space_is_watched_until_its_trials_have_ended(
 # README.md
 
 
-def test_the_readmes_study_is_one() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    study = StudyIn.model_validate(yaml.safe_load(block)).definition()
-    assert isinstance(study, NewStudy)
-    assert study.space
+def readme_studies() -> list[str]:
+    """The README's YAML: a study file, and what may stand in its place or beside it."""
+    return re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_studies_are_studies() -> None:
+    first, *more = (yaml.safe_load(block) for block in readme_studies())
+    assert len(more) == 2
+    for changes in ({}, *more):
+        whole = {**first, "recipe": "naive-baseline", "gangs": [{"ranks": 8, "device": "gpu"}], **changes}
+        study = StudyIn.model_validate(first if not changes else whole).definition()
+        assert isinstance(study, NewStudy)
+        assert study.space
 
 
 def test_the_readmes_commands_exist_and_take_those_options() -> None:
@@ -496,8 +504,7 @@ def test_the_readmes_commands_exist_and_take_those_options() -> None:
 
 
 def test_the_readmes_submission_is_one_for_its_study(caddie: Run, url: str, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    text, block = (ROOT / "README.md").read_text(), readme_studies()[0]
     (line,) = re.findall(r"^caddie (submit .*)", text, re.MULTILINE)
     (tmp_path / "study.yaml").write_text(block)
     assert caddie("study", "create", "study.yaml").code == 0
