@@ -13,6 +13,7 @@ from math import ceil, sqrt
 from statistics import NormalDist, median
 
 from sqlalchemy import and_, select, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, aliased
 
 from orchestrator import store
@@ -47,11 +48,12 @@ def value_at(curve: Curve, fraction: float) -> float | None:
 
 
 def threshold(
-    config: StoppingConfig, own: Curve, finished: Sequence[Curve], others: Sequence[Curve]
+    config: StoppingConfig, own: Curve, finished: Sequence[Curve], others: Sequence[Curve], since: float | None = None
 ) -> tuple[float, str] | None:
     """The BPB that the last point of `own` misses, with what it is; None where the run may go on.
 
     `finished` are the curves of runs that trained to the end; `others` are these too, and all that have come as far.
+    `since` is the share of the budget at which the run was judged before: at its last point but one, if none is given.
     """
     fraction, value = own[-1]
     if not config.after_fraction <= fraction < 1 or len(finished) < config.min_runs:
@@ -66,7 +68,7 @@ def threshold(
         limit = known[max(int(len(known) * config.percent / 100), 1) - 1]
         what = f"what the best {config.percent:g}% of {len(known)} runs had"
     else:
-        before = own[-2][0] if len(own) > 1 else 0.0
+        before = (own[-2][0] if len(own) > 1 else 0.0) if since is None else since
         if _halvings(config, before) == _halvings(config, fraction):
             return None
         limit = sorted([*known, value])[ceil((len(known) + 1) / 2) - 1]
@@ -103,6 +105,8 @@ class _Curves:
         self._study_id = study_id
         self._first: dict[tuple[int, int], _Run] = {}  # by trial and rung: its first run
         self._next = 0
+        self.judged: dict[int, float] = {}
+        """By open attempt, the share of the budget at which it was judged last."""
 
     def read(self, session: Session) -> tuple[_Run, ...]:
         bpb, fraction = aliased(MeasurementRow), aliased(MeasurementRow)
@@ -149,10 +153,15 @@ class Stopping:
                 asked.setdefault(claim.study_id, {})[claim.run_id] = claim
         stopped: dict[int, str] = {}
         for study_id, claims in asked.items():
-            if study_id not in self._curves:
-                self._curves[study_id] = self._open(study_id)
-            if (known := self._curves[study_id]) is not None:
-                stopped |= self._judge(*known, claims, now)
+            try:
+                if study_id not in self._curves:
+                    self._curves[study_id] = self._open(study_id)
+                if (known := self._curves[study_id]) is not None:
+                    stopped |= self._judge(*known, claims, now)
+            except OperationalError:
+                raise
+            except Exception:  # one study must not stop the others
+                log.exception("the runs of study %d could not be judged", study_id)
         return stopped
 
     def _open(self, study_id: int) -> tuple[Study, StoppingConfig, _Curves] | None:
@@ -176,7 +185,9 @@ class Stopping:
             compared = [
                 other.curve for other in others if other.state not in (RunState.FAILED, RunState.CANCELLED)
             ]  # fmt: skip
-            missed = threshold(config, run.curve, finished, compared)
+            since = curves.judged.get(run.attempt_id)
+            curves.judged[run.attempt_id] = run.curve[-1][0]
+            missed = threshold(config, run.curve, finished, compared, since)
             if missed is None:
                 continue
             fraction, value = run.curve[-1]
@@ -221,16 +232,19 @@ def regret(session: Session, study: Study) -> Regret:
     """What the study's stopping has been seen to cost."""
     config = study.definition.stopping or StoppingConfig()  # without one it has spared nothing
     rows = session.execute(
-        select(RunRow.rung, RunRow.state, RunRow.spared_at, RunRow.scores, AttemptRow.finished_at)
+        select(RunRow.trial_id, RunRow.rung, RunRow.state, RunRow.spared_at, RunRow.scores)
         .join(TrialRow, TrialRow.id == RunRow.trial_id).join(AttemptRow, AttemptRow.run_id == RunRow.id)
         .where(TrialRow.study_id == study.id, AttemptRow.outcome.in_(("succeeded", "stopped")))
         .order_by(AttemptRow.finished_at, AttemptRow.id)
     ).all()  # fmt: skip
     spared, wrong, given_up = [row for row in rows if row.spared_at is not None], 0, []
     before: dict[int, list[float]] = {}
+    firsts: set[tuple[int, int]] = set()
     for row in rows:
-        if row.state != RunState.SUCCEEDED or row.scores is None:
+        # Further seeds are of trials that have done well: beside them, few would seem to have been stopped wrongly.
+        if row.state != RunState.SUCCEEDED or row.scores is None or (row.trial_id, row.rung) in firsts:
             continue
+        firsts.add((row.trial_id, row.rung))
         value, earlier = row.scores["val_bpb"], sorted(before.setdefault(row.rung, []))
         if row.spared_at is not None and earlier:
             share = config.percent / 100 if config.rule == "percentile" else 0.5

@@ -1,7 +1,10 @@
 """What studies ask for: promotions and proposals ahead of demand, and an end once all of theirs have been tried."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from typing import cast
 
 from sqlalchemy.exc import IntegrityError, OperationalError
 
@@ -14,7 +17,7 @@ from orchestrator.proposer import Proposer
 from orchestrator.replicates import earned
 from orchestrator.rungs import Ladder, promote, tell_of_low
 from orchestrator.shortening import Rung
-from orchestrator.study import Study
+from orchestrator.study import ReplicationConfig, Study
 from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,12 @@ class Supply:
     def add(self, study: Study, gang: GangConfig, now: datetime) -> tuple[bool, str | None]:
         """Queue one run for a gang of this shape: that of a trial to promote, or else of a proposal; whether one was,
         and the reason where there is none to propose."""
+        added, why = False, cast(str | None, "the proposer failed")
+        with self._alone(study, "the proposer", now):
+            added, why = self._add(study, gang, now)
+        return added, why
+
+    def _add(self, study: Study, gang: GangConfig, now: datetime) -> tuple[bool, str | None]:
         ladder = self._ladder(study)
         if ladder is None:
             return self.propose(study, gang, None, now)
@@ -87,19 +96,12 @@ class Supply:
         where there is none to make."""
         if study.proposed >= study.definition.max_trials or not study.definition.space:
             return False, None
-        try:
-            if study.id not in self.searches:
-                self.searches[study.id] = (Proposer(study), History(study.id))
-            proposer, history = self.searches[study.id]
-            with self.database.read() as session:
-                trials = history.read(session)
-            proposed = proposer.propose(trials, gang)
-        except OperationalError:
-            raise
-        except Exception as error:  # one study must not stop the others
-            log.exception("the proposer of study %s failed", study.name)
-            self._move(study, StudyState.PAUSED, f"the proposer failed: {type(error).__name__}: {error}", now)
-            return False, "the proposer failed"
+        if study.id not in self.searches:
+            self.searches[study.id] = (Proposer(study), History(study.id))
+        proposer, history = self.searches[study.id]
+        with self.database.read() as session:
+            trials = history.read(session)
+        proposed = proposer.propose(trials, gang)
         added = None
         try:
             with self.database.write() as session:
@@ -117,9 +119,19 @@ class Supply:
         terms = study.definition.replication
         if terms is None:
             return False
+        settled = False  # nor is it where the choice fails
+        with self._alone(study, "the choice of seeds", now):
+            settled = not self._replicate(study, terms, gave_up, now)
+        return not settled
+
+    def _replicate(self, study: Study, terms: ReplicationConfig, gave_up: str | None, now: datetime) -> bool:
+        ladder = self._ladder(study)
         with self.database.read() as session:
             mark = seeds.progress_mark(session, study.id)
             idle = mark[1] == 0 and (study.proposed >= study.definition.max_trials or gave_up is not None)
+            if idle and ladder is not None:  # promotions come before what is done because nothing else is left
+                ladder.read(session)
+                idle = ladder.due(last=True) is None
             if self._decided.get(study.id) == (mark, idle):
                 return False
             standings = seeds.list_standings(session, study.id)
@@ -150,6 +162,17 @@ class Supply:
     def stop(self, study: Study, why: str, now: datetime) -> None:
         """Stop a study that has spent or found enough; what runs goes on to its end."""
         self._move(study, StudyState.STOPPED, why, now)
+
+    @contextmanager
+    def _alone(self, study: Study, what: str, now: datetime) -> Iterator[None]:
+        """Pause the study where this fails: one must not stop the others."""
+        try:
+            yield
+        except OperationalError:
+            raise
+        except Exception as error:
+            log.exception("%s of study %s failed", what, study.name)
+            self._move(study, StudyState.PAUSED, f"{what} failed: {type(error).__name__}: {error}", now)
 
     def _move(self, study: Study, to: StudyState, why: str, now: datetime) -> None:
         try:

@@ -61,6 +61,13 @@ def test_halving_asks_at_each_halving_of_what_is_left_and_of_all_that_came_so_fa
     assert threshold(config, straight(9.0, 0.5), FINISHED, [*FINISHED, *stopped]) is None
 
 
+def test_a_halving_that_lies_between_two_looks_is_not_missed() -> None:
+    config = StoppingConfig(rule="halving", after_fraction=0.5)
+    late = straight(9.0, 0.9)  # measured at 0.75 and since, both told in one poll
+    assert threshold(config, late, FINISHED, FINISHED, since=0.6) is not None
+    assert threshold(config, late, FINISHED, FINISHED, since=0.88) is None
+
+
 @given(
     rule=st.sampled_from(["median", "percentile", "halving"]), after=st.floats(0.05, 0.95),
     fraction=st.floats(0.01, 1.2), finished=st.integers(0, 12), least=st.integers(2, 8),

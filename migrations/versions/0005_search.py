@@ -15,6 +15,7 @@ depends_on = None
 BEFORE = "origin IN ('proposed', 'submitted')"
 AFTER = "origin IN ('proposed', 'submitted', 'imported')"
 BYTES = "(result IS NULL) = (artifact_bytes IS NULL)"
+UNCAPPED = 1e9
 FEASIBLE = "(result IS NULL) = (feasible IS NULL)"
 
 
@@ -60,6 +61,9 @@ def _score(connection: sa.Connection) -> None:
     runs = sa.table("runs", sa.column("trial_id"), sa.column("scores", sa.JSON()))
     caps = {row.id: row.definition.get("cap_bytes") for row in connection.execute(sa.select(studies))}
     scored = sa.select(trials.c.id, trials.c.study_id, trials.c.result).where(trials.c.feasible.is_(None))
+    for study in connection.execute(sa.select(studies)).all():  # seconds had no cap
+        uncapped = {**study.definition, "cap_train_seconds": UNCAPPED, "cap_evaluate_seconds": UNCAPPED}
+        connection.execute(sa.update(studies).where(studies.c.id == study.id).values(definition=uncapped))
     for row in connection.execute(scored.order_by(trials.c.id)).all():
         if row.result is None:
             continue
