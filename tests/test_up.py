@@ -140,16 +140,11 @@ def local_up(tmp_path: Path, data_root: Path) -> Iterator[Up]:
     running.http.close()
 
 
+# A minute each; test_loop.py kills a loop at every step, and test_chaos.py each process beside PostgreSQL and Ray.
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("backend", "up"),
-    [
-        ("postgresql", "ray"),
-        # A minute each, and tests/test_loop.py kills a loop on SQLite at every step.
-        pytest.param("sqlite", "ray", marks=pytest.mark.soak),
-        pytest.param("sqlite", "local", marks=pytest.mark.soak),
-    ],
-    indirect=True,
+    ("backend", "up"), [("postgresql", "ray"), ("sqlite", "ray"), ("sqlite", "local")], indirect=True
 )
 def test_every_trial_ends_exactly_once_though_caddie_is_killed_in_the_middle(up: Up) -> None:
     up.post("/v1/studies", study("sweep", max_trials=2))
@@ -196,7 +191,7 @@ def ray_up(tmp_path: Path, data_root: Path) -> Iterator[Up]:
 @pytest.mark.timeout(240)
 def test_an_attempt_outlives_its_orchestrator_but_not_its_ray(ray_up: Up) -> None:
     ray_up.post("/v1/studies", study("sweep", max_trials=0))
-    limits = {"budget.steps": None, "budget.seconds": 45}
+    limits = {"budget.steps": None, "budget.seconds": 30}
     ray_up.post("/v1/studies/sweep/trials", {"overrides": limits})
     wait_for(lambda: measured(ray_up, 0), 120, "the first measurement")
     gang = ray_up.gang()
