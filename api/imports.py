@@ -43,8 +43,12 @@ def import_result(
     except (Conflict, IntegrityError):
         with database.read() as session:
             replay = None if key is None else store.find_trial(session, found.id, idempotency_key=key)
-        if replay is None or replay.result != body.result:
+        if replay is None:
             raise
+        if (replay.spec, replay.result) != (spec, body.result):
+            message = f"was used for trial {replay.number}, which has another spec or result"
+            existing = f"/v1/studies/{study}/trials/{replay.number}"
+            raise Conflict("Idempotency-Key", key, message, existing) from None
         trial = replay
         response.status_code = 200
         response.headers["Idempotent-Replay"] = "true"

@@ -10,16 +10,17 @@ from api.problems import responses
 from api.standings import VerdictOut
 from orchestrator import seeds, store
 from orchestrator.errors import IllegalMove
-from orchestrator.lifecycle import TrialState
+from orchestrator.lifecycle import Cause, TrialState
+from orchestrator.records import MOST_NATS
 from orchestrator.standing import ranked
 from orchestrator.statistics import Sample
 from orchestrator.study import Run, Scores, Study, Trial
-from orchestrator.verdict import Champion, judge_record, losses_of, planned_seeds
+from orchestrator.verdict import Champion, judge_record, planned_seeds
 from worker.shape import FieldError
 
 router = APIRouter(tags=["trials"], responses=responses(404, 409, 422))
 
-Nats = Annotated[float, Query(gt=0, allow_inf_nan=False)]
+Nats = Annotated[float, Query(gt=0, lt=MOST_NATS, allow_inf_nan=False)]
 
 
 @router.get("/studies/{study}/trials/{number}/verdict")
@@ -32,18 +33,25 @@ def get_verdict(
         tuple[Nats, ...], Query(description="Or the losses of a record from elsewhere, in nats per token, one a seed.")
     ] = (),
 ) -> VerdictOut:
-    """Whether the trial sets a record, by the challenge's rule: against a trial, by default the best other one, or
-    against losses on the same text and tokenizer."""
+    """Whether the trial sets a record, by the challenge's rule: against a trial, by default the best other one,
+    and those that were asked for all their seeds before it; or against losses on the same text and tokenizer."""
     if against is not None and losses:
         raise FieldError("query.losses", list(losses), "must be absent where `against` names a trial")
     with database.read() as session:
         found = store.get_study(session, study)
         trial, runs, scores = _complete(session, found, number)
         rival = None if losses else _rival(session, found, number, against)
+        declared = seeds.list_declared(session, found.id)
         champion = _of_trial(session, found, rival, trial, scores) if rival is not None else _given(losses)
-        declared = seeds.count_declared(session, found.id, number, rival)
+        rest = () if rival is None else [one for one in declared if one not in (number, rival)]
+        others = [_of_trial(session, found, one, trial, scores) for one in rest]
+        failed = {one.run_id for one in store.list_attempts(session, trial.id) if one.cause is Cause.DIVERGED}
     own = trial.spec.seed
-    verdict = judge_record(runs, own, planned_seeds(found.definition.replication, own), declared, champion)
+    attempts = [one for one in declared if one != rival]  # the champion is no attempt to beat itself
+    place = 1 + (attempts.index(number) if number in attempts else len(attempts))
+    diverged = frozenset(run.seed for run in runs if run.rung == 0 and run.id in failed)
+    planned = planned_seeds(found.definition.replication, own)
+    verdict = judge_record(runs, own, planned, place, champion, others, diverged)
     return VerdictOut.of(study, number, rival, verdict, scores)
 
 
@@ -72,12 +80,12 @@ def _rival(session: Session, study: Study, number: int, against: int | None) -> 
 
 def _of_trial(session: Session, study: Study, number: int, challenger: Trial, scores: Scores) -> Champion:
     trial, runs, own = _complete(session, study, number)
-    losses = losses_of(runs, trial.spec.seed)
+    planned = planned_seeds(study.definition.replication, trial.spec.seed)
+    scale = 1.0
     if trial.spec.data.dataset != challenger.spec.data.dataset:  # by bytes, which all tokenizers have in common
         scale = (own.val_bpb / own.val_loss) / (scores.val_bpb / scores.val_loss)
-        losses = [loss * scale for loss in losses]
-    return Champion(f"trial {number}", Sample.of(losses), grows=True)
+    return Champion.of(number, runs, trial.spec.seed, planned, scale)
 
 
 def _given(losses: tuple[float, ...]) -> Champion:
-    return Champion("the losses given", Sample.of(losses), grows=False)
+    return Champion("the losses given", Sample.of(losses))

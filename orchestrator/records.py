@@ -1,5 +1,6 @@
 """Runs made elsewhere, taken into a study: they teach its sampler and stand on its leaderboard, and cost it nothing."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 
@@ -17,14 +18,35 @@ from worker.inventory import count_parameters
 from worker.report import TrialResult
 from worker.spec import InvalidSpec, Problem, TrialSpec
 
+MOST_NATS = 100.0
+MOST_SECONDS = 1e9
+MOST_COUNT = 2**53  # beyond it a float, which JSON's readers use, is not exact
+SCORES = ("val_bpb", "val_bpb_prequant", "val_loss")
+BYTES = ("model_bytes", "code_bytes", "artifact_bytes")
+SECONDS = ("train_seconds", "evaluate_seconds", "pack_seconds", "step_seconds")
+
+
+def _impossible(result: TrialResult) -> Iterator[Problem]:
+    """Figures that no result has, of whatever spec."""
+    bounds: dict[str, tuple[float, float]] = {
+        **dict.fromkeys(SCORES, (1e-9, MOST_NATS)), **dict.fromkeys(SECONDS, (0, MOST_SECONDS)),
+        **dict.fromkeys((*BYTES, "steps"), (1, MOST_COUNT)), "tokens": (0, MOST_COUNT),
+    }  # fmt: skip
+    for name, (least, most) in bounds.items():
+        if not least <= (value := getattr(result, name)) <= most:
+            yield Problem(f"result.{name}", value, f"must be from {least:g} to {most:g}")
+    for name, value in result.bytes_by_class.items():
+        if not 0 <= value <= MOST_COUNT:
+            yield Problem(f"result.bytes_by_class.{name}", value, f"must be from 0 to {MOST_COUNT:g}")
+
 
 def check_result(spec: TrialSpec, result: TrialResult) -> None:
-    """Raises InvalidSpec where the result cannot be of this spec, naming each figure that contradicts it."""
+    """Raises InvalidSpec where the result cannot be of this spec, or of any, naming each figure that is wrong."""
     expected = {
         "parameters": count_parameters(spec.model, spec.sharing),
         "artifact_bytes": result.model_bytes + result.code_bytes,
     }
-    problems = [
+    problems = list(_impossible(result)) or [
         Problem(f"result.{name}", getattr(result, name), f"must be {right:,}: another spec's result?")
         for name, right in expected.items()
         if getattr(result, name) != right

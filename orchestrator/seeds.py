@@ -52,7 +52,7 @@ def list_standings(session: Session, study_id: int, limit: int | None = None) ->
             trial_id, number, own, val_bpb,
             bpb={seed: scores["val_bpb"] for seed, scores in scored if scores["feasible"]},
             over=sum(not scores["feasible"] for _, scores in scored), taken=frozenset(seed for seed, _, _ in of),
-            waits=any(state in OPEN_RUNS for _, state, _ in of),
+            waits=any(state in OPEN_RUNS for _, state, _ in of), failed=sum(s == RunState.FAILED for _, s, _ in of),
         ))  # fmt: skip
     return standings
 
@@ -108,23 +108,20 @@ def number_of(session: Session, run: Run) -> int:
     return session.scalars(select(TrialRow.number).where(TrialRow.id == run.trial_id)).one()
 
 
-def count_declared(session: Session, study_id: int, number: int, against: int | None) -> int:
-    """Which of the study's declared trials it is, from 1.
-
-    A trial is declared by its second seed: before anyone can have seen what that scores. The trial `against` which
-    this one is held is no attempt to beat itself.
-    """
+def list_declared(session: Session, study_id: int) -> tuple[int, ...]:
+    """The numbers of the study's declared trials, in that order. A trial is declared by its second seed: before anyone
+    can have seen what that scores."""
     query = (
         select(TrialRow.number).join(RunRow, RunRow.trial_id == TrialRow.id).order_by(RunRow.id)
         .where(TrialRow.study_id == study_id, RunRow.rung == 0)
     )  # fmt: skip
     screened: set[int] = set()
-    declared: dict[int, int] = {}
+    declared: dict[int, None] = {}
     for trial in session.scalars(query):
-        if trial in screened and trial != against:
-            declared.setdefault(trial, len(declared) + 1)
+        if trial in screened:
+            declared.setdefault(trial)
         screened.add(trial)
-    return declared.get(number, len(declared) + 1)
+    return tuple(declared)
 
 
 def progress_mark(session: Session, study_id: int) -> tuple[int, int]:

@@ -186,7 +186,8 @@ class Purses:
         if count == self._complete.get(study.id):
             return None
         best = session.execute(
-            select(TrialRow.number, TrialRow.val_bpb).where(*complete, TrialRow.feasible.is_(True))
+            select(TrialRow.number, TrialRow.val_bpb)
+            .where(*complete, TrialRow.feasible.is_(True), TrialRow.origin != "imported")  # nobody here measured those
             .order_by(TrialRow.val_bpb).limit(1)
         ).one_or_none()  # fmt: skip
         if best is None or best.val_bpb > target_bpb:

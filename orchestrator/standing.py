@@ -26,6 +26,8 @@ class Standing:
     """Seeds that have a run, in whatever state."""
     waits: bool
     """Whether one of its runs is open."""
+    failed: int = 0
+    """Runs that failed for good."""
 
     @cached_property
     def sample(self) -> Sample | None:

@@ -110,10 +110,10 @@ def welch(lower: Sample, higher: Sample, margin: float = 0.0) -> Welch:
     return Welch(ahead / error, degrees, float(stdtr(degrees, -ahead / error)))
 
 
-def numbers_needed(ahead: float, spread: Spread, count: int | None, alpha: float, power: float = 0.8) -> int | None:
+def numbers_needed(ahead: float, spread: Spread, count: int, alpha: float, power: float = 0.8) -> int | None:
     """How many numbers a sample needs until Welch's test finds it `ahead`, beyond the margin, this often.
 
-    The other sample has `count` numbers, or, where that is None, as many as this one. None where no count suffices.
+    The other sample has `count` numbers. None where no count suffices.
     """
     from scipy.special import nctdtr, stdtrit
 
@@ -121,9 +121,8 @@ def numbers_needed(ahead: float, spread: Spread, count: int | None, alpha: float
         return 2 if ahead > 0 else None
 
     def suffices(own: int) -> bool:
-        other = own if count is None else count
-        degrees = _degrees(Sample(0.0, spread.sd, own), Sample(0.0, spread.sd, other))
-        distance = ahead / (spread.sd * sqrt(1 / own + 1 / other))
+        degrees = _degrees(Sample(0.0, spread.sd, own), Sample(0.0, spread.sd, count))
+        distance = ahead / (spread.sd * sqrt(1 / own + 1 / count))
         return 1 - float(nctdtr(degrees, distance, stdtrit(degrees, 1 - alpha))) >= power
 
     return next((own for own in range(2, MOST_SEEDS + 1) if suffices(own)), None)

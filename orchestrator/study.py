@@ -39,7 +39,7 @@ class StoppingConfig(Frozen):
     percent: float = Field(default=50.0, gt=0, lt=100)
     after_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Of the budget: no run is stopped before."""
-    min_runs: int = Field(default=5, ge=2)
+    min_runs: int = Field(default=5, ge=2, le=1_000_000)
     """Finished runs that there must be to compare with."""
     spare: float = Field(default=0.1, gt=0, le=1)
 
@@ -90,14 +90,21 @@ class SpendingConfig(Frozen):
     A study that may start nothing more stops itself, and says why; what runs goes on to its end.
     """
 
-    gpu_hours: float | None = Field(default=None, gt=0)
+    gpu_hours: float | None = Field(default=None, gt=0, le=1e6)
     """Of all ranks together; a CPU rank counts as one GPU."""
-    dollars: float | None = Field(default=None, gt=0)
-    gpu_hour_dollars: float = Field(default=2.5, ge=0)
-    wall_hours: float | None = Field(default=None, gt=0)
+    dollars: float | None = Field(default=None, gt=0, le=1e6)
+    gpu_hour_dollars: float = Field(default=2.5, ge=0, le=1e6)
+    wall_hours: float | None = Field(default=None, gt=0, le=1e6)
     """Since the study was created."""
-    target_bpb: float | None = Field(default=None, gt=0)
-    """The study stops once a trial within all limits scores this or less."""
+    target_bpb: float | None = Field(default=None, gt=0, le=100)
+    """The study stops once a trial within all limits scores this or less; imported ones do not count."""
+
+    @field_validator("gpu_hour_dollars")
+    @classmethod
+    def _a_price(cls, dollars: float) -> float:
+        if 0 < dollars < 1e-6:
+            raise ValueError("must be 0, or a millionth of a dollar at least")
+        return dollars
 
 
 class NewStudy(Frozen):

@@ -14,7 +14,7 @@ from orchestrator.errors import IllegalMove
 from orchestrator.history import History
 from orchestrator.lifecycle import StudyState
 from orchestrator.proposer import Proposer
-from orchestrator.replicates import earned
+from orchestrator.replicates import contenders_needed, earned
 from orchestrator.rungs import Ladder, promote, tell_of_low
 from orchestrator.shortening import Rung
 from orchestrator.study import ReplicationConfig, Study
@@ -136,7 +136,7 @@ class Supply:
                 return False
             standings = seeds.list_standings(session, study.id)
         added = False
-        for due in earned(standings, terms, idle):
+        for due in earned(standings, terms, idle, contenders_needed(study.definition.max_trials)):
             with self.database.write() as session:
                 run = seeds.add_seed(session, study.id, due.trial_id, due.seed, now, origin="earned", why=due.why)
             added = added or run is not None

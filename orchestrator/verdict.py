@@ -8,6 +8,11 @@ every seed within the byte cap and both time limits. What makes the p mean what 
   study has 6/(π²k²) of the 0.01, so that all of them together have 0.01, however many there are.
 - The test is made once the study's list of seeds is done, not whenever it looks good. With twice as many seeds it may
   be made again, and so on; look j has 0.8 · 0.2^(j-1) of the trial's share.
+- The champion's sample is fixed too: its first seeds beyond its own, as many as the study's list has, at every look.
+  Once a look is made its p never changes, however many seeds the champion still gets.
+- Choosing the champion gains nothing: whatever other trial was asked for all its seeds before the champion has to be
+  beaten as well. So a false record against any of several is one against the first of them.
+- A seed that diverged counts against the trial: what is left would be the seeds at which it went well.
 """
 
 from collections.abc import Sequence
@@ -28,11 +33,21 @@ GONE = frozenset({RunState.FAILED, RunState.CANCELLED})
 
 @dataclass(frozen=True)
 class Champion:
-    """What a trial is held against: losses in nats, one a seed. `grows`: it could be given further seeds."""
+    """What a trial is held against: losses in nats, one a seed. There is no test before it has the `planned` ones."""
 
     name: str
     sample: Sample
-    grows: bool
+    planned: int = FEWEST_SEEDS
+    asked: int | None = None
+    """The id of the run at the last of its planned seeds; None where they were not all asked for."""
+
+    @classmethod
+    def of(cls, number: int, runs: Sequence[Run], own: int, planned: int, scale: float = 1.0) -> "Champion":
+        """A trial of the study by its first seeds but for the screening one, as far as they are done."""
+        kept = [run for run in _further(runs, own) if run.state not in GONE and run.state is not RunState.STOPPED]
+        asked = kept[:planned]
+        losses = [run.scores.val_loss * scale for run in takewhile(_finished, asked) if run.scores is not None]
+        return cls(f"trial {number}", Sample.of(losses), planned, asked[-1].id if len(asked) == planned else None)
 
 
 @dataclass(frozen=True)
@@ -75,13 +90,17 @@ def planned_seeds(terms: ReplicationConfig | None, own: int) -> int:
     return max(FEWEST_SEEDS, sum(seed != own for seed in (terms or ReplicationConfig()).seeds))
 
 
-def losses_of(runs: Sequence[Run], own: int) -> list[float]:
-    """The losses of a trial's complete runs at full budget but for the screening one, in nats."""
-    return [run.scores.val_loss for run in _further(runs, own) if _finished(run) and run.scores is not None]
-
-
-def judge_record(runs: Sequence[Run], own: int, planned: int, declared: int, champion: Champion) -> RecordVerdict:
-    """The verdict on the trial of these runs, whose own seed screened it."""
+def judge_record(
+    runs: Sequence[Run],
+    own: int,
+    planned: int,
+    declared: int,
+    champion: Champion,
+    others: Sequence[Champion] = (),
+    diverged: frozenset[int] = frozenset(),
+) -> RecordVerdict:
+    """The verdict on the trial of these runs, whose own seed screened it. `others` are the study's further declared
+    trials; `diverged` are those of the failed seeds whose training did."""
     further = _further(runs, own)
     failed = tuple(run.seed for run in further if run.state in GONE)
     finished = list(takewhile(_finished, (run for run in further if run.state not in GONE)))
@@ -89,10 +108,12 @@ def judge_record(runs: Sequence[Run], own: int, planned: int, declared: int, cha
     tested = finished[: look * planned]
     losses = [run.scores.val_loss for run in tested if run.scores is not None]
     sample = Sample.of(losses) if losses else None
-    missing = [*_seeds_missing(len(finished), look, planned, champion), *_caps_missed(runs)]
+    before = [other for other in others if other.asked and champion.asked and other.asked < champion.asked]
+    missing = [*_seeds_missing(len(finished), planned, failed, [champion, *before]), *_caps_missed(runs)]
+    missing += [f"seed {seed} diverged, which counts against it" for seed in failed if seed in diverged]
     missing += [f"seed {run.seed} was stopped before its end" for run in further if run.state is RunState.STOPPED]
     alpha = share(declared, max(look, 1))
-    test, settle = None, planned if look == 0 else None
+    test, settle = None, planned if look == 0 and not diverged else None
     if not missing and sample is not None:
         test = welch(sample, champion.sample, MARGIN_NATS)
         ahead = champion.sample.mean - sample.mean
@@ -101,6 +122,7 @@ def judge_record(runs: Sequence[Run], own: int, planned: int, declared: int, cha
         elif test.p >= alpha:
             settle = _settle(sample, champion, share(declared, look + 1), look, planned)
             missing.append(f"p = {test.p:.2g} is not below {alpha:.2g}")
+        missing += _not_beaten(sample, before, alpha)
     return RecordVerdict(
         record=not missing, declared=declared, look=look, alpha=alpha, seeds=tuple(run.seed for run in tested),
         failed=failed, planned=planned, sample=sample, champion=champion, test=test, settle=settle,
@@ -117,13 +139,23 @@ def _finished(run: Run) -> bool:
     return run.state is RunState.SUCCEEDED and run.scores is not None
 
 
-def _seeds_missing(finished: int, look: int, planned: int, champion: Champion) -> list[str]:
+def _seeds_missing(finished: int, planned: int, failed: Sequence[int], champions: Sequence[Champion]) -> list[str]:
     missing = []
-    if look == 0:
-        missing.append(f"it has {finished} of the {planned} seeds, beyond its own, that the test is made on")
-    if champion.sample.count < FEWEST_SEEDS:
-        had = f"{champion.name}: {champion.sample.count} of the {FEWEST_SEEDS} seeds"
-        missing.append(f"{had}, at least, that it is held against")
+    if finished < planned:
+        instead = f"; {len(failed)} failed or were cancelled, and others can be submitted instead" if failed else ""
+        missing.append(f"it has {finished} of the {planned} seeds, beyond its own, that the test is made on{instead}")
+    waiting = [champion for champion in champions if champion.sample.count < champion.planned]
+    held = "seeds that it is held against"
+    return [*missing, *(f"{one.name}: {one.sample.count} of the {one.planned} {held}" for one in waiting)]
+
+
+def _not_beaten(sample: Sample, others: Sequence[Champion], alpha: float) -> list[str]:
+    missing = []
+    for other in others:
+        ahead, p = other.sample.mean - sample.mean, welch(sample, other.sample, MARGIN_NATS).p
+        if ahead < MARGIN_NATS or p >= alpha:
+            why = f"{other.name} had its seeds before and has to be beaten too"
+            missing.append(f"{why}: {ahead:.4f} nats ahead of it, p = {p:.2g}")
     return missing
 
 
@@ -139,5 +171,5 @@ def _settle(sample: Sample, champion: Champion, alpha: float, look: int, planned
     squares = sample.sd**2 * (sample.count - 1) + other.sd**2 * (other.count - 1)
     spread = Spread((squares / degrees) ** 0.5, degrees)
     ahead = other.mean - sample.mean - MARGIN_NATS
-    needed = numbers_needed(ahead, spread, None if champion.grows else other.count, alpha)
+    needed = numbers_needed(ahead, spread, other.count, alpha)
     return None if needed is None else planned * max(look + 1, ceil(needed / planned))

@@ -71,8 +71,12 @@ def test_importing_again_under_one_key_adds_nothing(caddie: Caddie, made: Callab
     with pytest.raises(ApiError, match="that of trial 0") as refused:
         caddie.import_result("sweep", **made(2), idempotency_key="another")
     assert refused.value.problem.existing == "/v1/studies/sweep/trials/0"
-    with pytest.raises(ApiError, match="that of trial 0"):
-        caddie.import_result("sweep", **made(2, val_bpb=1.0), idempotency_key="once")
+    other_spec = made(2)
+    other_spec["spec"]["optimizer"]["matrix_lr"] = 0.011
+    for other in (made(2, val_bpb=1.0), made(4, val_bpb=2.3), other_spec):
+        with pytest.raises(ApiError, match="Idempotency-Key: was used for trial 0, which has another") as refused:
+            caddie.import_result("sweep", **other, idempotency_key="once")
+        assert refused.value.status == 409
     assert len(caddie.trials("sweep")) == 1
 
 
@@ -82,6 +86,23 @@ def test_a_result_that_cannot_be_the_specs_is_refused(
 ) -> None:
     with pytest.raises(ApiError, match=f"result.{field}"):
         caddie.import_result("sweep", **made(2, **{field: 7}))
+    assert caddie.trials("sweep") == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("val_bpb", -5.0), ("val_bpb_prequant", 0.0), ("val_loss", 0.0), ("val_loss", 1e308), ("model_bytes", 10**30),
+        ("code_bytes", -1), ("steps", 0), ("tokens", 10**30), ("train_seconds", -1.0), ("step_seconds", 1e300),
+        ("bytes_by_class", {"mlp": 10**40}),
+    ],
+)  # fmt: skip
+def test_a_result_that_nobody_can_have_is_refused(
+    field: str, value: Any, caddie: Caddie, made: Callable[..., dict[str, Any]]
+) -> None:
+    with pytest.raises(ApiError, match=f"result.{field}") as refused:
+        caddie.import_result("sweep", **made(2, **{field: value}))
+    assert refused.value.status == 422
     assert caddie.trials("sweep") == []
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Barrier, Event
@@ -17,7 +18,7 @@ from orchestrator.leases import claim, finish
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.loop import Loop
-from orchestrator.replicates import earned
+from orchestrator.replicates import contenders_needed, earned
 from orchestrator.standing import Standing, ranked, spread_of
 from orchestrator.study import AttemptResult, NewStudy, NewTrial, ReplicationConfig, Study, Trial
 from orchestrator.supply import Supply
@@ -38,8 +39,10 @@ def standing(number: int, *bpb: float, over: int = 0, waits: bool = False) -> St
     )
 
 
-def due(standings: list[Standing], terms: ReplicationConfig = TERMS, idle: bool = False) -> dict[int, int]:
-    return {one.trial_id - 100: one.seed for one in earned(standings, terms, idle)}
+def due(
+    standings: list[Standing], terms: ReplicationConfig = TERMS, idle: bool = False, needed: int = 1
+) -> dict[int, int]:
+    return {one.trial_id - 100: one.seed for one in earned(standings, terms, idle, needed)}
 
 
 # Who earns a seed
@@ -59,6 +62,21 @@ def test_the_first_incumbents_seeds_show_how_much_seeds_differ() -> None:
     assert due([standing(0, 2.0), standing(1, 2.3)]) == {0: 1}
     assert due([standing(0, 2.0, 2.001), standing(1, 2.3)]) == {0: 2}
     assert due([standing(0, 2.0, 2.001, 2.002), standing(1, 2.3)]) == {}
+
+
+def test_no_trial_earns_a_seed_before_a_few_have_finished_unless_nothing_else_is_left() -> None:
+    few = [standing(0, 2.0), standing(1, 2.3), standing(2, over=1), standing(3, 2.4)]
+    assert due(few, needed=4) == {}
+    assert due(few, needed=4, idle=True) == {0: 1}
+    assert due([*few, standing(4, 2.5)], needed=4) == {0: 1}
+    assert [contenders_needed(most) for most in (0, 40, 100, 5000)] == [4, 4, 10, 20]
+
+
+def test_seeds_that_failed_are_replaced_by_the_same_others_for_all_but_not_for_ever() -> None:
+    seen = (2.0, 2.001, 1.999, 2.0, 2.0)
+    for failed, taken, seed in ((1, (), 0), (2, (0,), 5), (9, (0, 5), None), (0, (), None)):
+        stands = replace(standing(0, *seen), failed=failed, taken=frozenset((OWN, *TERMS.seeds, *taken)))
+        assert due([stands], idle=True) == ({} if seed is None else {0: seed})
 
 
 def test_where_seeds_differ_more_more_trials_may_still_be_better() -> None:
@@ -275,18 +293,17 @@ def test_trials_are_declared_in_the_order_of_their_second_seeds(bench: Bench, ne
     for number, seed in ((2, 1), (0, 1), (2, 2), (3, 1)):
         bench.add(trials[number], seed)
 
-    def declared(number: int, against: int | None = None) -> int:
-        with bench.database.read() as session:
-            return seeds.count_declared(session, bench.study.id, number, against)
-
-    assert [declared(number) for number in range(4)] == [2, 4, 1, 3]
-    assert [declared(number, against=2) for number in (0, 3, 1)] == [1, 2, 3]
+    with bench.database.read() as session:
+        assert seeds.list_declared(session, bench.study.id) == (2, 0, 3)
 
 
 def test_the_supply_asks_for_earned_seeds_once_and_again_only_after_news(bench: Bench, new_trial: NewTrials) -> None:
     bench.complete(new_trial(), val_bpb=2.0)
     bench.complete(new_trial(), val_bpb=2.0001)
     bench.complete(new_trial(), val_bpb=2.5)
+    supply = Supply(bench.database)
+    assert not supply.replicate(bench.study, None, bench.now), "three are too few to know a contender"
+    bench.complete(new_trial(), val_bpb=2.6)
     supply = Supply(bench.database)
     assert supply.replicate(bench.study, None, bench.now)
     assert not supply.replicate(bench.study, None, bench.now)

@@ -7,6 +7,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import event
 from track import TTL, Track
 
@@ -14,8 +15,10 @@ from orchestrator import leases
 from orchestrator.database import Database
 from orchestrator.errors import OverBudget
 from orchestrator.lifecycle import Outcome
+from orchestrator.records import import_trial
 from orchestrator.spending import Account, Purses, account_of, limit_hours
 from orchestrator.study import NewStudy, NewTrial, SpendingConfig
+from worker.inventory import count_parameters
 from worker.recipes import load_recipe
 from worker.report import TrialResult
 from worker.spec import GangConfig, override
@@ -58,6 +61,37 @@ def test_the_nearer_limit_counts() -> None:
     assert limit_hours(SpendingConfig(dollars=10)) == 4
     assert limit_hours(SpendingConfig(dollars=10, gpu_hours=3)) == 3
     assert limit_hours(SpendingConfig(dollars=10, gpu_hour_dollars=0)) is None, "what costs nothing is not limited"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("wall_hours", 1e12), ("gpu_hours", float("inf")), ("dollars", 1e300), ("gpu_hour_dollars", 1e300),
+        ("gpu_hour_dollars", 1e-300), ("target_bpb", 1e300),
+    ],
+)  # fmt: skip
+def test_a_number_that_no_study_needs_is_refused_by_name(
+    field: str, value: float, new_study: Callable[..., NewStudy]
+) -> None:
+    with pytest.raises(ValidationError, match=f"spending.{field}"):
+        new_study(spending={field: value})
+
+
+def test_an_imported_trial_reaches_no_target(track: Callable[..., Track], new_trial: NewTrials) -> None:
+    there = track(target_bpb=2.0)
+    new = new_trial(origin="imported")
+    result = there.result(val_bpb=1.5, parameters=count_parameters(new.spec.model, new.spec.sharing))
+
+    def enough() -> dict[int, str]:
+        with there.database.read() as session:
+            return there.purses.enough(session, [there.current()], there.now)
+
+    with there.database.write() as session:
+        import_trial(session, there.study, new, result, there.now)
+    assert enough() == {}, "nobody here has measured it"
+    submit(there, new_trial, 1)
+    there.end(there.claimed(), 1.9)
+    assert enough() == {there.study.id: "trial 1 has reached the target of 2 BPB with 1.9000"}
 
 
 def test_a_first_run_shows_alone_what_its_like_costs_and_then_so_many_start_as_can_be_paid_for(

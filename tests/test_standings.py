@@ -16,7 +16,7 @@ from api.client import ApiError, Caddie
 from api.studies import leaderboard
 from orchestrator import leases, store
 from orchestrator.database import Database
-from orchestrator.lifecycle import Outcome, RunState, TrialState
+from orchestrator.lifecycle import Cause, Outcome, RunState, TrialState
 from orchestrator.study import AttemptResult, NewStudy, NewTrial
 from orchestrator.tables import RunRow, TrialRow
 from worker.report import TrialResult
@@ -236,7 +236,7 @@ def test_a_record_is_proved_against_another_trial(caddie: Caddie, end: Callable[
     assert not found.record and found.against_trial == 0 and found.settle_seeds == found.planned_seeds == 3
     assert found.missing == [
         "it has 0 of the 3 seeds, beyond its own, that the test is made on",
-        "trial 0: 0 of the 2 seeds, at least, that it is held against",
+        "trial 0: 0 of the 3 seeds that it is held against",
     ]
     for rank, nats in ((1, 4.0), (2, 3.9)):
         for seed in (1, 2, 3):
@@ -251,6 +251,22 @@ def test_a_record_is_proved_against_another_trial(caddie: Caddie, end: Callable[
     assert not caddie.verdict("sweep", 0).record
 
 
+def test_a_diverged_seed_and_a_trial_that_had_its_seeds_before_stand_against_a_record(
+    caddie: Caddie, end: Callable[..., None], database: Database, now: datetime
+) -> None:
+    for rank, nats in ((0, 3.9001), (1, 4.0), (2, 3.9)):
+        for seed in (OWN, 1, 2, 3):
+            caddie.submit("sweep", at(seed, rank))
+            end(nats + seed % 10 / 1000)
+    assert caddie.verdict("sweep", 2, against=1).missing[0].startswith("trial 0 had its seeds before")
+    caddie.submit("sweep", at(4, 2))
+    with database.write() as session:
+        claim = leases.claim(session, GangConfig(), "host", now, TTL)
+        assert claim is not None
+        leases.finish(session, claim.lease, AttemptResult(Outcome.FAILED, "nan", cause=Cause.DIVERGED), now)
+    assert caddie.verdict("sweep", 2, against=0).missing == ["seed 4 diverged, which counts against it"]
+
+
 def test_a_record_is_proved_against_losses_from_elsewhere(caddie: Caddie, end: Callable[..., None]) -> None:
     caddie.submit("sweep", BODY)
     end()
@@ -261,7 +277,7 @@ def test_a_record_is_proved_against_losses_from_elsewhere(caddie: Caddie, end: C
     luck = caddie.verdict("sweep", 0, losses=[4.0, 4.02, 4.03])
     assert not luck.record and luck.missing[0].startswith("p = ")
     assert caddie.verdict("sweep", 0, losses=[4.1]).missing == [
-        "the losses given: 1 of the 2 seeds, at least, that it is held against"
+        "the losses given: 1 of the 2 seeds that it is held against"
     ]
 
 
@@ -278,7 +294,7 @@ def test_a_verdict_that_cannot_be_is_refused(caddie: Caddie, url: str, end: Call
         with pytest.raises(ApiError) as refused:
             caddie.verdict("sweep", number, against=against)
         assert refused.value.status == 404
-    for bad in (-1.0, float("nan"), float("inf")):
+    for bad in (-1.0, float("nan"), float("inf"), 1e308):
         with pytest.raises(ApiError) as refused:
             caddie.verdict("sweep", 0, losses=[bad])
         assert refused.value.status == 422

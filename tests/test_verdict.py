@@ -11,7 +11,7 @@ from scipy import stats
 from orchestrator.lifecycle import RunState
 from orchestrator.statistics import Sample
 from orchestrator.study import ReplicationConfig, Run, Scores
-from orchestrator.verdict import ALPHA, MARGIN_NATS, Champion, judge_record, losses_of, planned_seeds, share
+from orchestrator.verdict import ALPHA, MARGIN_NATS, Champion, judge_record, planned_seeds, share
 from worker.spec import BudgetConfig, GangConfig
 
 OWN = 1337
@@ -37,7 +37,7 @@ def around(mean: float, count: int = 5) -> list[float]:
     return [mean + SD * noise for noise in NOISE[:count]]
 
 
-STANDING = Champion("trial 0", Sample.of(around(2.0)), grows=True)
+STANDING = Champion("trial 0", Sample.of(around(2.0)), planned=5)
 
 
 def test_a_clear_lead_at_all_seeds_is_a_record() -> None:
@@ -51,7 +51,8 @@ def test_a_clear_lead_at_all_seeds_is_a_record() -> None:
 def test_the_screening_run_is_left_out_of_the_test_however_good_or_bad_it_was() -> None:
     verdicts = [judge_record(runs_of(around(1.985), screening), OWN, 5, 1, STANDING) for screening in (1.0, 3.0)]
     assert verdicts[0] == verdicts[1]
-    assert losses_of(runs_of(around(1.985), screening=1.0), OWN) == around(1.985)
+    held = Champion.of(0, runs_of(around(1.985), screening=1.0), OWN, 5)
+    assert (held.name, held.sample, held.asked) == ("trial 0", Sample.of(around(1.985)), 5)
 
 
 def test_no_test_is_made_before_all_planned_seeds_are_done() -> None:
@@ -77,10 +78,13 @@ def test_a_lead_under_the_margin_is_no_record_however_certain() -> None:
 
 
 def test_a_lead_that_may_be_luck_says_how_many_seeds_would_settle_it() -> None:
-    found = judge_record(runs_of(around(1.9935)), OWN, 5, 1, STANDING)
+    losses = Champion("the losses given", Sample.of(around(2.0, 10) * 2))
+    found = judge_record(runs_of(around(1.9935)), OWN, 5, 1, losses)
     assert not found.record and found.missing[0].startswith("p = ")
-    nearer = judge_record(runs_of(around(1.9931)), OWN, 5, 1, STANDING)
+    nearer = judge_record(runs_of(around(1.9934)), OWN, 5, 1, losses)
     assert (nearer.settle, found.settle) == (10, 15)
+    few = judge_record(runs_of(around(1.9935)), OWN, 5, 1, STANDING)
+    assert few.settle is None, "five of the champion's are too few for so small a lead"
 
 
 @pytest.mark.parametrize("which", [0, 3])
@@ -104,9 +108,49 @@ def test_a_failed_seed_is_left_out_and_named_and_a_stopped_one_has_to_be_explain
     assert "seed 42 was stopped before its end" in judge_record(runs, OWN, 5, 1, STANDING).missing
 
 
+def test_a_seed_that_diverged_counts_against_the_trial_and_one_that_failed_otherwise_can_be_replaced() -> None:
+    runs = runs_of(around(1.985))
+    runs[2] = run_of(2, 42, None, state=RunState.FAILED)
+    found = judge_record(runs, OWN, 5, 1, STANDING)
+    assert found.settle == 5 and found.missing == (
+        "it has 4 of the 5 seeds, beyond its own, that the test is made on; 1 failed or were cancelled, and others can"
+        " be submitted instead",
+    )
+    runs.append(run_of(6, 46, 1.985))
+    assert judge_record(runs, OWN, 5, 1, STANDING).record
+    found = judge_record(runs, OWN, 5, 1, STANDING, diverged=frozenset((42,)))
+    assert found.missing == ("seed 42 diverged, which counts against it",) and found.settle is None
+
+
+def test_a_champion_is_tested_with_its_first_planned_seeds_and_not_before_it_has_them() -> None:
+    short = Champion.of(0, runs_of([*around(2.0, 4), None, 1.0]), OWN, 5)
+    assert (short.sample.count, short.asked) == (4, 5)
+    found = judge_record(runs_of(around(1.9)), OWN, 5, 1, short)
+    assert found.missing == ("trial 0: 4 of the 5 seeds that it is held against",) and found.test is None
+    assert Champion.of(0, runs_of([*around(2.0), 2.5, 2.6]), OWN, 5) == Champion.of(0, runs_of(around(2.0)), OWN, 5)
+    failed = runs_of([*around(2.0), None])
+    failed[2] = run_of(2, 42, None, state=RunState.FAILED)
+    assert Champion.of(0, failed, OWN, 5).asked == 6
+
+
+def test_who_had_its_seeds_before_the_champion_has_to_be_beaten_too() -> None:
+    first, second = (Champion(f"trial {n}", Sample.of(around(2.0 - n / 100)), 5, asked=10 + n) for n in (0, 1))
+    trial = runs_of(around(1.988))
+    assert judge_record(trial, OWN, 5, 1, first, [second]).record, "it came later"
+    assert judge_record(runs_of(around(1.975)), OWN, 5, 1, second, [first]).record
+    better = Champion("trial 2", Sample.of(around(1.99)), 5, asked=9)
+    assert judge_record(trial, OWN, 5, 1, first, [better]).missing == (
+        "trial 2 had its seeds before and has to be beaten too: 0.0020 nats ahead of it, p = 1",
+    )
+    unfinished = Champion("trial 3", Sample.of(around(1.99, 3)), 5, asked=9)
+    assert judge_record(trial, OWN, 5, 1, first, [unfinished]).missing == (
+        "trial 3: 3 of the 5 seeds that it is held against",
+    )
+
+
 def test_a_champion_of_one_seed_cannot_be_beaten() -> None:
-    found = judge_record(runs_of(around(1.9)), OWN, 5, 1, Champion("trial 0", Sample.of([2.0]), grows=True))
-    assert found.missing == ("trial 0: 1 of the 2 seeds, at least, that it is held against",)
+    found = judge_record(runs_of(around(1.9)), OWN, 5, 1, Champion("the losses given", Sample.of([2.0])))
+    assert found.missing == ("the losses given: 1 of the 2 seeds that it is held against",)
 
 
 def test_runs_of_cheaper_rungs_count_for_nothing() -> None:
@@ -155,9 +199,45 @@ def test_fewer_than_15_in_1000_null_studies_report_a_record() -> None:
     assert 0.001 < np.mean(records.any(axis=1)) < 0.01
     assert np.mean(records[:, 0]) < 0.0075  # the best of 50 alone
     for study in range(100):
-        sample = Champion("champion", Sample.of(list(champion[study, 0])), grows=False)
+        sample = Champion("champion", Sample.of(list(champion[study, 0])))
         once = judge_record(runs_of(list(further[study, 0, :5])), OWN, 5, 1, sample)
         assert once.record == (p_of(further[study, 0, :5], champion[study, 0]) < share(1, 1))
+
+
+RIVALS = 5
+BATCHES = ((6, 4, 2, 0, 0), (10, 8, 6, 4, 2), (20, 20, 20, 20, 20))
+
+
+def test_champions_that_grow_and_are_chosen_freely_add_no_false_records() -> None:
+    """At the edge again. Five champions are as good as each other and get up to 20 seeds each; after every batch each
+    of the six trials is held against every one of them. A record at any time is one too many."""
+    rng = np.random.default_rng(6)
+    further, champions = rng.normal(0, SD, (STUDIES, REPLICATED, 5)), rng.normal(MARGIN_NATS, SD, (STUDIES, RIVALS, 20))
+    alpha = np.array([share(1 + place, 1) for place in range(REPLICATED)])
+    free = np.zeros((STUDIES, REPLICATED), bool)
+    for rival in range(RIVALS):
+        for count in {counts[rival] for counts in BATCHES} - {0}:
+            free |= p_of(further, champions[:, rival : rival + 1, :count]) < alpha
+    # Who beats any beats the first: with as many seeds as are planned, whenever it is asked.
+    false = p_of(further, champions[:, :1, :5]) < alpha
+    assert np.mean(free.any(axis=1)) > 0.02
+    assert 0.001 < np.mean(false.any(axis=1)) < 0.01
+    for study, place in [*np.argwhere(free & ~false)[:10], *np.argwhere(false)[:5]]:
+        assert _recorded(further[study, place], int(place), champions[study]) == false[study, place]
+
+
+def _recorded(losses: np.ndarray, place: int, champions: np.ndarray) -> bool:
+    """Whether the trial is ever said to set a record."""
+    trial, said = runs_of(list(losses)), []
+    for counts in BATCHES:
+        held = []
+        for rival, count in enumerate(counts):
+            runs = [run_of(100 * seed + rival, seed, champions[rival, seed - 1]) for seed in range(1, count + 1)]
+            held.append(Champion.of(rival, runs, OWN, 5))
+        for champion in held:
+            others = [one for one in held if one is not champion]
+            said.append(judge_record(trial, OWN, 5, 1 + place, champion, others).record)
+    return any(said)
 
 
 def test_equal_configurations_hardly_ever_report_a_record() -> None:
