@@ -12,6 +12,7 @@ from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.errors import NotFound
 from orchestrator.settings import GPU_HOUR_DOLLARS
+from orchestrator.spending import Accounts
 
 LARGEST_ID = 2**31 - 1  # what an INTEGER holds on PostgreSQL
 MAX_PAGE = 500
@@ -26,6 +27,7 @@ class Context:
     artifacts: ArtifactStore | None
     gpu_hour_dollars: float = GPU_HOUR_DOLLARS
     closing: threading.Event = field(default_factory=threading.Event)
+    accounts: Accounts = field(default_factory=Accounts)
 
 
 async def _context(request: Request) -> Context:

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from api import diagnostics
-from api.context import Context, ContextOf, DatabaseOf, Now, StudyName, TrialNumber
+from api.context import Context, ContextOf, Now, StudyName, TrialNumber
 from api.pictures import bytes_bar, curve_picture, tying_picture, tying_strip
 from api.problems import ProblemDetails
 from api.schemas import TrialSummary, parameters_by_class
@@ -54,10 +54,11 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
-def show_studies(request: Request, database: DatabaseOf, now: Now) -> HTMLResponse:
+def show_studies(request: Request, context: ContextOf, now: Now) -> HTMLResponse:
     """Every study, latest first."""
-    with database.read() as session:
-        studies = [describe(session, study, now) for study in reversed(store.list_studies(session))]
+    with context.database.read() as session:
+        listed = reversed(store.list_studies(session))
+        studies = [describe(session, study, now, context.accounts) for study in listed]
         seen = _last_id(latest_events(session, None, 1))
     return page(request, "studies.html", studies=studies, seen=seen)
 
@@ -155,7 +156,7 @@ def readable_bytes(size: float) -> str:
 def _study_facts(session: Session, study: Study, context: Context, now: datetime) -> dict[str, Any]:
     # Before the rest: what happens while we read comes again in the stream, rather than never.
     events = latest_events(session, study.id, SHOWN_EVENTS)
-    described = describe(session, study, now)
+    described = describe(session, study, now, context.accounts)
     planned = max(described.max_trials - described.proposed, 0)
     # What is in state s, with how many there are: lists are cut, counts are not.
     listed = {

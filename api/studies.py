@@ -19,7 +19,7 @@ from orchestrator.arms import arms
 from orchestrator.database import Database
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
-from orchestrator.spending import account_of
+from orchestrator.spending import Accounts
 from orchestrator.standing import ranked, spread_of
 from orchestrator.stopping import regret
 from orchestrator.study import Study
@@ -34,7 +34,7 @@ def create_study(body: StudyIn, database: DatabaseOf, now: Now, response: Respon
     definition = body.definition()
     with database.write() as session:
         study = store.create_study(session, definition, now)
-        described = describe(session, study, now)
+        described = describe(session, study, now, Accounts())
     log.info("study %s was created", study.name, extra={"study_id": study.id})
     response.headers["Location"] = f"/v1/studies/{study.name}"
     return described
@@ -42,24 +42,24 @@ def create_study(body: StudyIn, database: DatabaseOf, now: Now, response: Respon
 
 @router.get("/studies")
 def list_studies(
-    database: DatabaseOf,
+    context: ContextOf,
     now: Now,
     state: Annotated[tuple[StudyState, ...], Query()] = (),
     limit: Limit = 100,
     after: After = -1,
 ) -> Page[StudyOut]:
     """Studies, oldest first."""
-    with database.read() as session:
+    with context.database.read() as session:
         studies = [study for study in store.list_studies(session, state) if study.id > after]
-        items = [describe(session, study, now) for study in studies[:limit]]
+        items = [describe(session, study, now, context.accounts) for study in studies[:limit]]
     return Page(items=items, next=items[-1].id if len(studies) > limit else None)
 
 
 @router.get("/studies/{study}", responses=responses(404))
-def get_study(study: StudyName, database: DatabaseOf, now: Now) -> StudyOut:
+def get_study(study: StudyName, context: ContextOf, now: Now) -> StudyOut:
     """One study."""
-    with database.read() as session:
-        return describe(session, store.get_study(session, study), now)
+    with context.database.read() as session:
+        return describe(session, store.get_study(session, study), now, context.accounts)
 
 
 @router.post("/studies/{study}/pause", responses=responses(404, 409))
@@ -118,10 +118,11 @@ def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
     return LedgerOut.of(study, None, found, context.gpu_hour_dollars)
 
 
-def describe(session: Session, study: Study, now: datetime) -> StudyOut:
-    """The study with its counts, its best trial, and what it has spent of its budget."""
+def describe(session: Session, study: Study, now: datetime, accounts: Accounts) -> StudyOut:
+    """The study with its counts, its best trial, and what it has spent of its budget. In a session that writes,
+    `accounts` are new ones: those that are kept know only what was committed."""
     first = next(iter(ranked(seeds.list_standings(session, study.id, limit=1))), None)
-    best, account = first if first and first.bpb else None, account_of(session, study, now)
+    best, account = first if first and first.bpb else None, accounts.read(session, study, now)
     return StudyOut.of(study, store.count_trials(session, study.id), best, account)
 
 
@@ -140,6 +141,6 @@ def leaderboard(session: Session, study: Study, limit: int) -> LeaderboardOut:
 def _move(database: Database, name: str, to: StudyState, now: datetime) -> StudyOut:
     with database.write() as session:
         study = store.move_study(session, store.get_study(session, name).id, to, now)
-        described = describe(session, study, now)
+        described = describe(session, study, now, Accounts())
     log.info("study %s is %s", name, to, extra={"study_id": study.id})
     return described

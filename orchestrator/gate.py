@@ -34,7 +34,7 @@ class Gate:
         fill = memory.domain.fill
         self._fill: Fill | None = None
         if fill is not None:
-            self._fill = fill_to(self._predictor, self._definition.cap_bytes, fill.probability)
+            self._fill = fill_to(self._predictor, self._definition, fill.probability)
         self._specs: dict[str, TrialSpec | None] = {}
         self._checked: dict[str, Passed | Refusal] = {}
 

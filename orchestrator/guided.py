@@ -16,6 +16,7 @@ from worker.tying import TyingMap
 
 INCUMBENTS = 6  # best trials whose findings are followed
 CLOSING = 0.8  # of its value at the start, the mean gate of a path: below, training has closed it
+LARGEST = 1e9  # of what a diagnostic may say; infinities and what is no number are beyond
 SETTLED, UNSETTLED = 0.25, 0.75  # change of the stream by one more pass, relative to it: below, passes contract
 
 
@@ -50,21 +51,43 @@ def findings(lesson: Lesson) -> Iterator[Finding]:
     """What the trial's diagnostics suggest; nothing where it has none."""
     result, spec = lesson.trial.result, lesson.trial.spec
     shown: Mapping[str, Any] = result.diagnostics if result is not None else {}
-    yield from _closed_gates(spec, shown.get("gammas") or {}, lesson.number)
-    yield from _idle_layers(spec, shown.get("block_influence") or [], lesson.number)
-    yield from _loops(spec, (shown.get("contraction") or {}).get("changes") or [], lesson.number)
+    gammas = {path: _numbers(each) for path, each in _mapping(shown.get("gammas")).items()}
+    yield from _closed_gates(spec, gammas, lesson.number)
+    yield from _idle_layers(spec, _numbers(shown.get("block_influence")), lesson.number)
+    yield from _loops(spec, _changes(_mapping(shown.get("contraction")).get("changes")), lesson.number)
+
+
+def _mapping(shown: Any) -> Mapping[Any, Any]:
+    """What an imported trial shows may have any shape: of another than a mapping's, an empty one."""
+    return shown if isinstance(shown, Mapping) else {}
+
+
+def _numbers(shown: Any) -> list[float]:
+    """A list of finite numbers; empty where it is anything else."""
+    if not isinstance(shown, list | tuple):
+        return []
+    legal = all(isinstance(each, int | float) and abs(each) <= LARGEST for each in shown)
+    return list(shown) if legal else []
+
+
+def _changes(shown: Any) -> list[float]:
+    """As _numbers, passes aside whose change is not known."""
+    return _numbers([each for each in shown if each is not None]) if isinstance(shown, list | tuple) else []
 
 
 def _closed_gates(spec: TrialSpec, gammas: Mapping[str, Sequence[float]], number: int) -> Iterator[Finding]:
     """LoRA paths whose gates training has closed go; with the last of them the rank."""
-    start = 1 / (1 + exp(-spec.sharing.lora.gate_init))
-    means = {path: sum(each) / len(each) for path, each in gammas.items() if each}
+    lora = spec.sharing.lora
+    layers = spec.sharing.virtual_layers
+    shown = {path: gammas.get(path, ()) for path in lora.paths}
+    means = {path: sum(each) / layers for path, each in shown.items() if len(each) == layers}
+    start = 1 / (1 + exp(-lora.gate_init))
     closed = [path for path, mean in means.items() if mean < CLOSING * start]
-    if not closed or not spec.sharing.lora.rank:
+    if not closed or not lora.rank:
         return
     told = " and ".join(f"{path} {means[path]:.3f}" for path in closed)
     why = f"trial {number} ended with mean gammas of {told}, from {start:.3f} at the start"
-    left = [path for path in spec.sharing.lora.paths if path not in closed]
+    left = [path for path in lora.paths if path not in closed]
     if left:
         yield Finding("drop_lora_path", {"sharing.lora.paths": left}, f"{why}: without LoRA there")
     else:
@@ -87,14 +110,13 @@ def _idle_layers(spec: TrialSpec, influence: Sequence[float], number: int) -> It
     yield Finding("tie_least_influential", tied_by(tied), f"{why}: one block for both")
 
 
-def _loops(spec: TrialSpec, changes: Sequence[float | None], number: int) -> Iterator[Finding]:
+def _loops(spec: TrialSpec, changes: Sequence[float], number: int) -> Iterator[Finding]:
     """Where further passes change the stream little, one more pass of the loop; where much, one fewer."""
-    known = [change for change in changes if change is not None]
     loop = _longest_loop(spec.sharing.tying_map)
-    if not known or loop is None:
+    if not changes or loop is None:
         return
     start, period, passes = loop
-    tying_map, last = spec.sharing.tying_map, known[-1]
+    tying_map, last = spec.sharing.tying_map, changes[-1]
     segment = f"layers {start} to {start + period - 1}"
     if last < SETTLED:
         longer = (*tying_map[: start + period], *tying_map[start:])

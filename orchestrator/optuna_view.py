@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from orchestrator import store
-from orchestrator.caps import excess
+from orchestrator.caps import excess, refused_by
 from orchestrator.database import Database
 from orchestrator.errors import NotFound
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
@@ -66,15 +66,16 @@ def frozen_trial(
 ) -> FrozenTrial:
     """A trial as Optuna knows one: state, values, the dimensions of its point, constraint, attributes, scores by step.
 
-    The constraints are what the result has above each cap of the study; where the trial was refused as infeasible, the
-    predicted bytes above theirs; before that, none. They stand under the keys that Optuna 5 writes and in the list that
-    Optuna's dashboard reads. Scores by step are those of a single objective: Optuna has none beside several.
+    The constraints are what the result has above each cap of the study; where the trial was refused as infeasible, what
+    was predicted above them, one at least violated; before that, none. They stand under the keys that Optuna 5 writes
+    and in the list that Optuna's dashboard reads. Scores by step are those of a single objective: Optuna has none
+    beside several.
     """
     state = OPTUNA_STATES[trial.state]
     params = {path: as_category(value) for path, value in trial.params.items() if path in distributions}
     over: dict[str, float] = {}
     if trial.state is TrialState.INFEASIBLE:
-        over = {"artifact_bytes": float(trial.prediction.artifact_bytes - study.cap_bytes)}
+        over = refused_by(trial, study)
     elif trial.result is not None:
         over = excess(trial.result, study)
     values: list[float] | None = None
@@ -226,6 +227,13 @@ class StudyView(ReadOnlyStorage):
         return self._distributions[study.id]
 
     def _load(self, study: Study) -> list[FrozenTrial]:
+        while True:
+            trials = self._look(study)
+            if trials is not None:
+                return trials
+
+    def _look(self, study: Study) -> list[FrozenTrial] | None:
+        """The trials of one snapshot; None where another thread has meanwhile followed promotions that it lacks."""
         with self._lock:
             finished = self._finished.setdefault(study.id, {})
             known, followed = set(finished), self._promoted_until.get(study.id, 0)
@@ -248,9 +256,11 @@ class StudyView(ReadOnlyStorage):
             for trial in trials
         }
         with self._lock:
+            if last < self._promoted_until.get(study.id, 0):
+                return None
+            self._promoted_until[study.id] = last
             for number in promoted:
                 finished.pop(number, None)
-            self._promoted_until[study.id] = max(last, self._promoted_until.get(study.id, 0))
             finished.update({n: frozen for n, (state, frozen) in fresh.items() if state not in OPEN_TRIALS})
             self._studies.update({frozen._trial_id: study.id for _, frozen in fresh.values()})
             merged = {**{n: frozen for n, (_, frozen) in fresh.items()}, **finished}

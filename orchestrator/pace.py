@@ -13,6 +13,7 @@ from orchestrator.lifecycle import TrialState
 from orchestrator.regression import Forecast, Observation, Regression, Vector
 from orchestrator.study import Trial
 from worker.inventory import tensor_inventory
+from worker.report import TrialResult
 from worker.shape import ModelConfig
 from worker.sharing import SharingConfig
 from worker.spec import TrialSpec
@@ -62,10 +63,12 @@ class Pace:
         device = result.hardware.device if result.hardware else spec.gang.device
         self._latest[spec.gang.device] = max(self._latest.get(spec.gang.device, (-1, "")), (trial.number, device))
         whole = trial.state is TrialState.COMPLETE
-        if whole or not spec.sharing.tying.from_fraction:  # one that was stopped may have seen the first tying alone
-            self._put(_Kind(device), trial, result.train_seconds / result.steps, _train_flops)
+        ran = spec if whole else _as_measured(trial, result)
+        # One that was stopped may have seen the first tying alone.
+        if ran is not None and (whole or not spec.sharing.tying.from_fraction):
+            self._put(_Kind(device), trial, ran, result.train_seconds / result.steps, _train_flops)
         if whole and result.evaluate_seconds:
-            self._put(_Kind(device, spec.data.dataset), trial, result.evaluate_seconds, _evaluate_flops)
+            self._put(_Kind(device, spec.data.dataset), trial, spec, result.evaluate_seconds, _evaluate_flops)
 
     def timing(self, spec: TrialSpec, configuration: Callable[[], str]) -> Timing:
         """Of a spec, on the model of device that the last trial with its kind of gang ran on."""
@@ -82,12 +85,15 @@ class Pace:
             _seconds(scoring, _evaluate_flops(spec)),
         )
 
-    def _put(self, kind: "_Kind", trial: Trial, seconds: float, flops_of: Callable[[TrialSpec], float]) -> None:
+    def _put(
+        self, kind: "_Kind", trial: Trial, ran: TrialSpec, seconds: float, flops_of: Callable[[TrialSpec], float]
+    ) -> None:
         observed = self._observed.setdefault(kind, [])
         if len(observed) == RECENT and trial.number < observed[0][0]:
             return
-        ratio = log(seconds / flops_of(trial.spec))
-        new = Observation(_features(trial.spec), trial.spec_hash, np.array([ratio]))
+        ratio = log(seconds / flops_of(ran))
+        configuration = trial.spec_hash if ran is trial.spec else ran.canonical_hash
+        new = Observation(_features(ran), configuration, np.array([ratio]))
         insort(observed, (trial.number, new), key=lambda each: each[0])
         del observed[:-RECENT]
         self._fitted.pop(kind, None)
@@ -105,6 +111,16 @@ class _Kind(NamedTuple):
 
     device: str
     dataset: str | None = None
+
+
+def _as_measured(trial: Trial, result: TrialResult) -> TrialSpec | None:
+    """The spec of a trial that has not ended whole, on the ranks that its result is of: a cheap rung may have fewer.
+    None where they are not known."""
+    gang = trial.spec.gang
+    ranks = gang.ranks if result.hardware is None else result.hardware.ranks
+    if ranks == gang.ranks:
+        return None if result.hardware is None and ranks > 1 else trial.spec
+    return trial.spec.model_copy(update={"gang": gang.model_copy(update={"ranks": ranks})})
 
 
 def _seconds(forecast: Forecast | None, flops: float) -> Seconds:

@@ -37,7 +37,7 @@ def draw_samples(study: NewStudy, count: int) -> Samples:
     """So many points drawn evenly by the study's seed, for its shapes of gang in turn, before any trial has taught the
     predictor: what a first proposal knows."""
     domain, predictor, rng = Domain(study.base, study.space), Predictor(), random.Random(study.seed)
-    fill = fill_to(predictor, study.cap_bytes, domain.fill.probability) if domain.fill is not None else None
+    fill = fill_to(predictor, study, domain.fill.probability) if domain.fill is not None else None
     shapes = study.shapes
     points = (domain.random(rng) for _ in range(count))
     turns = (shapes[place % len(shapes)] for place in range(count))

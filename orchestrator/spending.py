@@ -8,6 +8,7 @@ Seconds here are those of every rank together, of CPU ranks too. What a run will
 A run that takes longer than that is not stopped: by so much a study may overspend.
 """
 
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,10 +197,20 @@ class Purses:
         return f"trial {best.number} has reached the target of {target_bpb:g} BPB with {best.val_bpb:.4f}"
 
 
-def account_of(session: Session, study: Study, now: datetime) -> Account | None:
-    """What the study has spent; None where nothing limits its hours."""
-    purse = purse_of(study)
-    return None if purse is None else purse.read(session, now)
+class Accounts:
+    """Those of every study, for readers on several threads. All of it is cache, of what was committed."""
+
+    def __init__(self) -> None:
+        self._purses: dict[int, Purse | None] = {}
+        self._lock = threading.Lock()
+
+    def read(self, session: Session, study: Study, now: datetime) -> Account | None:
+        """What the study has spent; None where nothing limits its hours."""
+        with self._lock:
+            if study.id not in self._purses:
+                self._purses[study.id] = purse_of(study)
+            purse = self._purses[study.id]
+            return None if purse is None else purse.read(session, now)
 
 
 def purse_of(study: Study) -> Purse | None:

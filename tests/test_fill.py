@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.caps import Caps
 from orchestrator.feasibility import Predictor
 from orchestrator.fill import NothingFits, fill_to
 from orchestrator.points import Domain
@@ -26,7 +27,7 @@ def at_width(width: Any) -> TrialSpec | None:
 @pytest.mark.parametrize("cap_bytes", [150_000, 400_000, 1_000_000])
 def test_the_filled_value_is_the_largest_legal_one_that_fits(cap_bytes: int, probability: float) -> None:
     predictor = Predictor()
-    found = fill_to(predictor, cap_bytes, probability)(at_width, WIDTHS)
+    found = fill_to(predictor, Caps(cap_bytes=cap_bytes), probability)(at_width, WIDTHS)
     fitting = [
         width for width in WIDTHS
         if (spec := at_width(width)) is not None and predictor.quantile(spec, probability) <= cap_bytes
@@ -35,7 +36,8 @@ def test_the_filled_value_is_the_largest_legal_one_that_fits(cap_bytes: int, pro
 
 
 def test_the_surer_it_shall_be_the_smaller_the_value() -> None:
-    found = [fill_to(Predictor(), 1_000_000, probability)(at_width, WIDTHS) for probability in (0.05, 0.5, 0.95)]
+    caps = Caps(cap_bytes=1_000_000)
+    found = [fill_to(Predictor(), caps, probability)(at_width, WIDTHS) for probability in (0.05, 0.5, 0.95)]
     assert found == sorted(found, reverse=True)
     assert len(set(found)) == 3
 
@@ -52,7 +54,7 @@ def test_quantiles_rise_with_probability_and_meet_the_prediction() -> None:
 @pytest.mark.parametrize(("values", "cap_bytes"), [(WIDTHS, 60_000), ((35, 37), 10**9), ((), 10**9)])
 def test_where_no_value_is_legal_and_fits_nothing_is_filled(values: tuple[int, ...], cap_bytes: int) -> None:
     with pytest.raises(NothingFits):
-        fill_to(Predictor(), cap_bytes, 0.5)(at_width, values)
+        fill_to(Predictor(), Caps(cap_bytes=cap_bytes), 0.5)(at_width, values)
 
 
 def test_a_point_of_a_space_is_filled_to_the_cap() -> None:
@@ -62,11 +64,11 @@ def test_a_point_of_a_space_is_filled_to_the_cap() -> None:
         "model.width": Parameter(fill=FillRange(probability=0.9, low=32, high=512, step=8)),
     }
     domain, predictor = Domain(base, space), Predictor()
-    fill = fill_to(predictor, 400_000, 0.9)
+    fill = fill_to(predictor, Caps(cap_bytes=400_000), 0.9)
     plain, adapted = (domain.spec({"sharing.lora.rank": rank}, GangConfig(), fill) for rank in (0, 16))
     assert plain.model.width > adapted.model.width
     for spec in (plain, adapted):
         wider = override(spec.model_dump(mode="json"), {"model.width": spec.model.width + 8})
         assert predictor.quantile(spec, 0.9) <= 400_000 < predictor.quantile(parse_spec(wider), 0.9)
     with pytest.raises(NothingFits):
-        domain.spec({"sharing.lora.rank": 16}, GangConfig(), fill_to(predictor, 60_000, 0.9))
+        domain.spec({"sharing.lora.rank": 16}, GangConfig(), fill_to(predictor, Caps(cap_bytes=60_000), 0.9))

@@ -105,6 +105,21 @@ def test_what_is_no_point_of_the_space_is_not_proposed() -> None:
     assert proposals(study, [trained(study, {"model.width": 60}, shown)]) == []
 
 
+@pytest.mark.parametrize("shown", [
+    {"gammas": {"q": ["x"]}}, {"gammas": {"q": [0.0] * 6}}, {"gammas": [1]}, {"gammas": {"mlp": 0.0}},
+    {"gammas": {"attention": [0.02] * 5}}, {"gammas": {"attention": [0.02] * 5 + [None]}},
+    {"gammas": {"attention": [0.02] * 5 + [float("-inf")]}}, {"gammas": {"attention": [-(10**400)] * 6}},
+    {"contraction": [1]}, {"contraction": {"changes": ["a"]}}, {"contraction": {"changes": 0.1}},
+    {"contraction": {"changes": [0.1, float("nan")]}}, {"contraction": None},
+    {"block_influence": 5}, {"block_influence": [0.1] * 7}, {"block_influence": [0.1] * 5 + ["a"]},
+    {"block_influence": [0.1] * 5 + [None]}, {"block_influence": {str(layer): 0.1 for layer in range(6)}},
+])  # fmt: skip
+def test_diagnostics_of_another_shape_suggest_nothing(shown: dict[str, Any]) -> None:
+    study = make_study({**FREE, "sharing.virtual_layers": {"choice": [4, 6, 8]}})
+    looped = {"sharing.tying": [0, 1, 2, 1, 2, 3], "sharing.unique_blocks": 4, "model.width": 60}
+    assert proposals(study, [trained(study, looped, shown)]) == []
+
+
 def test_a_rule_is_followed_once_for_each_trial() -> None:
     study = make_study(FREE, cap_bytes=250_000)
     parent = trained(study, TIED, CLOSED)

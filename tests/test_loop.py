@@ -18,7 +18,7 @@ from orchestrator.local_launcher import LocalLauncher
 from orchestrator.loop import Loop, run
 from orchestrator.queue import BACKFILL
 from orchestrator.rungs import PROMOTED
-from orchestrator.spending import account_of
+from orchestrator.spending import Accounts
 from orchestrator.study import NewStudy, NewTrial, Study, Trial
 from orchestrator.tables import MeasurementRow
 from worker.recipes import load_recipe
@@ -662,7 +662,7 @@ def test_a_study_starts_no_run_that_its_budget_cannot_pay_and_stops_once_nothing
     assert TrialState.COMPLETE in stage.states()
     assert not set(stage.states()) & OPEN_TRIALS
     with stage.database.read() as session:
-        account = account_of(session, stage.current(), stage.now)
+        account = Accounts().read(session, stage.current(), stage.now)
     assert account is not None
     assert account.spent_hours < 2e-3
 

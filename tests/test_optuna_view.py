@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from fractions import Fraction
 from io import BytesIO
@@ -18,16 +18,27 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState as OptunaState
 from optuna_dashboard import wsgi
 from pydantic import ValidationError
+from searches import as_trial, make_study, must
 from sqlalchemy import event
 
 from orchestrator import leases, store
 from orchestrator.database import Database
-from orchestrator.lifecycle import Cause, Outcome
-from orchestrator.optuna_view import DashboardView, ReadOnlyError, StudyView, distribution_of
+from orchestrator.lifecycle import Cause, Outcome, TrialState
+from orchestrator.optuna_view import (
+    DashboardView,
+    ReadOnlyError,
+    StudyView,
+    distribution_of,
+    distributions_of,
+    frozen_trial,
+    is_feasible,
+)
+from orchestrator.points import Domain
+from orchestrator.proposer import Proposer
 from orchestrator.space import Parameter, as_category
 from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
 from worker.report import Measurement, TrialResult
-from worker.spec import GangConfig
+from worker.spec import GangConfig, override, parse_spec
 
 TTL = timedelta(minutes=5)
 OVER = 16_000_001
@@ -223,6 +234,31 @@ def test_an_infeasible_trial_violates_its_constraint_by_its_predicted_bytes(
     (trial,) = optuna.load_study(study_name=study.name, storage=StudyView(database)).trials
     assert trial.constraints["artifact_bytes"] == new_trial().prediction.artifact_bytes - 100_000 > 0
     assert trial.user_attrs["reason"] == "too large"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "target", "violated"),
+    [
+        ({"train_seconds": 900.0, "train_seconds_low": 800.0, "train_seconds_high": 1000.0}, None, {"train_seconds"}),
+        ({"evaluate_seconds": 9e3, "evaluate_seconds_low": 601.0, "evaluate_seconds_high": 1e4}, None,
+         {"evaluate_seconds"}),
+        ({"train_seconds": 900.0, "train_seconds_low": 500.0, "train_seconds_high": 1000.0}, 50_000,
+         {"artifact_bytes"}),
+        ({}, None, {"verdict"}),
+    ],
+)  # fmt: skip
+def test_a_trial_refused_for_seconds_or_a_target_is_infeasible_to_every_sampler(
+    seconds: dict[str, Any], target: int | None, violated: set[str]
+) -> None:
+    study = make_study({"sharing.lora.rank": {"choice": [0, 2]}})
+    new = must(Proposer(study).propose([], GangConfig()))
+    spec = parse_spec(override(new.spec.model_dump(mode="json"), {"quantisation.target_bytes": target}))
+    refused = replace(new, spec=spec, prediction=replace(new.prediction, **seconds), verdict="cannot_fit")
+    distributions = distributions_of(Domain(study.definition.base, study.definition.space))
+    frozen = frozen_trial(as_trial(0, refused, TrialState.INFEASIBLE), distributions, study.definition, {})
+    by_name = {name: over for name, over in frozen.constraints.items() if not name.isdigit()}  # the list has indices
+    assert {name for name, over in by_name.items() if over > 0} == violated
+    assert not is_feasible(frozen)
 
 
 def test_times_are_naive_and_local_as_optuna_has_them(every_state: Sweep) -> None:

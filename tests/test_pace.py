@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.caps import Caps
 from orchestrator.feasibility import Predictor, judge, predict
+from orchestrator.fill import NothingFits, fill_to
 from orchestrator.lifecycle import TrialState
 from orchestrator.study import Origin, Prediction, Trial
 from worker.recipes import load_recipe
@@ -25,11 +26,11 @@ def laptop(**changes: object) -> TrialSpec:
 
 def timed(
     number: int, spec: TrialSpec, step_seconds: float, evaluate_seconds: float = 2.0, device: str | None = None,
-    state: TrialState = TrialState.COMPLETE, origin: Origin = "proposed",
+    state: TrialState = TrialState.COMPLETE, origin: Origin = "proposed", ranks: int | None = None,
 ) -> Trial:  # fmt: skip
     hardware = None if device is None else Hardware(
-        device=device, node="n", node_devices=8, ranks=spec.gang.ranks, clocks_mhz=(), clock_limit_mhz=None, torch="2",
-        cuda=None, probe_seconds=(1.0,), probe_after_seconds=(1.0,),
+        device=device, node="n", node_devices=8, ranks=ranks or spec.gang.ranks, clocks_mhz=(), clock_limit_mhz=None,
+        torch="2", cuda=None, probe_seconds=(1.0,), probe_after_seconds=(1.0,),
     )  # fmt: skip
     result = TrialResult(
         val_bpb=1.5, val_bpb_prequant=1.4, val_loss=2.5, parameters=1, model_bytes=200_000, code_bytes=0,
@@ -120,6 +121,21 @@ def test_a_pruned_trial_shows_a_step_but_no_evaluation() -> None:
     assert said.evaluate_seconds is None
 
 
+def test_a_trial_pruned_at_a_rung_shows_a_step_on_the_ranks_that_it_had_there() -> None:
+    wide = laptop(gang__ranks=4)
+    pruned = [timed(number, wide, 0.4, device="chip", state=TrialState.PRUNED, ranks=1) for number in range(3)]
+    said = predict(wide, pruned)
+    assert said.step_seconds == pytest.approx(0.1, rel=0.01)
+    assert judge(said, Caps(cap_train_seconds=20), wide)[0] != "cannot_fit"
+    assert predict(laptop(), pruned).step_seconds == pytest.approx(0.4, rel=0.01)
+
+
+def test_a_pruned_trial_of_unknown_ranks_shows_no_speed_and_no_bytes() -> None:
+    wide = laptop(gang__ranks=4)
+    pruned = timed(0, wide, 0.4, state=TrialState.PRUNED)
+    assert predict(wide, [pruned]) == predict(wide)
+
+
 @pytest.mark.parametrize(
     ("caps", "verdict"),
     [
@@ -133,6 +149,23 @@ def test_seconds_are_judged_like_bytes(caps: Caps, verdict: str) -> None:
     assert found == verdict
     assert (reason is None) == (verdict == "fits")
     assert verdict != "cannot_fit" or "over the cap of" in str(reason)
+
+
+def test_a_value_that_is_certain_to_take_too_long_is_not_filled_though_its_bytes_fit() -> None:
+    def at_width(width: Any) -> TrialSpec:
+        return laptop(model__width=width)
+
+    widths = range(32, 513, 16)
+    predictor = Predictor.of([timed(number, laptop(), 0.1) for number in range(5)])
+    for caps in (Caps(cap_train_seconds=40), Caps(cap_evaluate_seconds=6)):
+        found = fill_to(predictor, caps, 0.9)(at_width, widths)
+        specs = {width: at_width(width) for width in widths}
+        verdicts = {width: judge(predictor.predict(spec), caps, spec)[0] for width, spec in specs.items()}
+        assert found == max(width for width, verdict in verdicts.items() if verdict != "cannot_fit")
+        assert verdicts[widths[-1]] == "cannot_fit"
+        assert predictor.quantile(specs[widths[-1]], 0.9) < caps.cap_bytes
+    with pytest.raises(NothingFits):
+        fill_to(predictor, Caps(cap_train_seconds=0.1), 0.9)(at_width, widths)
 
 
 def test_a_budget_in_seconds_is_judged_before_anything_was_measured() -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.trial import TrialState as OptunaState
 from pydantic import ValidationError
+from sqlalchemy import event
 from track import ONE_CPU, Track
 
 from orchestrator import store
@@ -17,7 +19,7 @@ from orchestrator.lifecycle import Outcome, StudyState, TrialState
 from orchestrator.optuna_view import StudyView
 from orchestrator.rungs import Finished, Ladder, Promotion, promote
 from orchestrator.shortening import Rung, share_of, shortened
-from orchestrator.study import Claim, NewStudy, NewTrial, Study
+from orchestrator.study import Claim, NewStudy, NewTrial, PromotionConfig, Study
 from worker.recipes import load_recipe
 from worker.report import TrialResult
 from worker.spec import BudgetConfig, GangConfig, override, parse_spec, problems_of
@@ -316,6 +318,26 @@ def test_a_study_waits_for_the_promotions_that_are_due(track: Callable[..., Trac
     there.supply.complete(there.current(), None, there.now)
     assert there.current().state is StudyState.RUNNING
     assert there.claimed().rung == -1
+
+
+def test_a_promotion_is_not_undone_by_a_reader_of_an_older_snapshot(track: Callable[..., Track], now: datetime) -> None:
+    there = track(ONE)
+    assert there.add()
+    there.end(there.claimed(), 2.5)
+    view, overtaken = StudyView(there.database), False
+
+    def overtake(*arguments: Any) -> None:  # amid the first look, whose snapshot has the trial pruned
+        nonlocal overtaken
+        if "trials.spec," in arguments[2] and not overtaken:
+            overtaken = True
+            rung = Ladder(there.study, PromotionConfig.model_validate(ONE)).rung(0, ONE_CPU)
+            with there.database.write() as session:
+                assert promote(session, there.study.id, Promotion(0, rung, ""), now)
+            assert [trial.state for trial in view.get_all_trials(there.study.id)] == [OptunaState.WAITING]
+
+    event.listen(there.database.engine, "before_cursor_execute", overtake)
+    for _ in range(2):
+        assert [trial.state for trial in view.get_all_trials(there.study.id)] == [OptunaState.WAITING]
 
 
 def test_caches_of_finished_trials_follow_a_promotion(track: Callable[..., Track]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from sqlalchemy import event
+from sqlalchemy import event, update
 from track import TTL, Track
 
 from orchestrator import leases
@@ -16,8 +16,9 @@ from orchestrator.database import Database
 from orchestrator.errors import OverBudget
 from orchestrator.lifecycle import Outcome
 from orchestrator.records import import_trial
-from orchestrator.spending import Account, Purses, account_of, limit_hours
+from orchestrator.spending import Account, Accounts, Purses, limit_hours
 from orchestrator.study import NewStudy, NewTrial, SpendingConfig
+from orchestrator.tables import AttemptRow
 from worker.inventory import count_parameters
 from worker.recipes import load_recipe
 from worker.report import TrialResult
@@ -40,7 +41,7 @@ def track(
 
 def account(there: Track) -> Account:
     with there.database.read() as session:
-        found = account_of(session, there.study, there.now)
+        found = Accounts().read(session, there.study, there.now)
     assert found is not None
     return found
 
@@ -140,6 +141,26 @@ def test_an_attempt_that_takes_longer_than_expected_holds_what_it_has_taken(
     assert seconds(there) == (14, 6)
     there.now += timedelta(seconds=10)
     assert seconds(there) == (24, 0)
+
+
+def test_kept_accounts_read_an_ended_attempt_once_and_say_what_new_ones_do(
+    track: Callable[..., Track], new_trial: NewTrials
+) -> None:
+    there, kept = track(gpu_hours=1), Accounts()
+    submit(there, new_trial, 3)
+
+    def look() -> Account | None:
+        with there.database.read() as session:
+            return kept.read(session, there.study, there.now)
+
+    for _ in range(3):
+        claim = there.claimed()
+        assert look() == account(there)
+        there.end(claim, seconds=10)
+        assert look() == account(there)
+    with there.database.write() as session:
+        session.execute(update(AttemptRow).values(phase_seconds={}, started_at=AttemptRow.finished_at))
+    assert look() != account(there), "they are not looked at again"
 
 
 def test_a_run_in_seconds_is_paid_for_with_its_evaluation_before_any_was_measured(
