@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from math import exp, log, log2
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 
@@ -28,6 +29,9 @@ RECENT = 150  # finished trials that count, the latest; more would change little
 TAIL = 0.05  # of each side: the interval holds 90%
 CLASSES = tuple(TensorClass)
 CODECS = (*LEVELS, "ans", "auto")
+
+Cap = Literal["target", "bytes", "training", "evaluation"]
+"""What a trial has to keep: a target is of its own spec, the others are the study's."""
 
 
 def predict(spec: TrialSpec, history: Sequence[Trial] = ()) -> Prediction:
@@ -106,22 +110,35 @@ def judge(prediction: Prediction, caps: NewStudy | Caps, spec: TrialSpec) -> tup
     tolerance where it is bytes, and is grey between. A target that no steps can meet, which would fail the trial once
     it has trained, is a smaller cap. Seconds that nothing is known of are no reason.
     """
-    target = spec.quantisation.target_bytes
-    if target is not None and prediction.artifact_bytes_low > target:
-        least = f"at least {prediction.artifact_bytes_low:,} bytes ({prediction.code_bytes:,} of them code)"
-        return (
-            "cannot_fit",
-            f"the artifact is predicted to need {least}: over quantisation.target_bytes, {target:,}",
-        )
-    found = (
-        _judge_bytes(prediction, caps),
-        _judge_seconds("training", prediction.train_seconds, prediction.train_seconds_low,
-                       prediction.train_seconds_high, caps.cap_train_seconds),
-        _judge_seconds("evaluation", prediction.evaluate_seconds, prediction.evaluate_seconds_low,
-                       prediction.evaluate_seconds_high, caps.cap_evaluate_seconds),
-    )  # fmt: skip
-    worst = max((verdict for verdict, _ in found), key=("fits", "grey", "cannot_fit").index)
-    return worst, "; ".join(reason for verdict, reason in found if verdict == worst and reason) or None
+    found = _judge_each(prediction, caps, spec)
+    if found["target"][0] == "cannot_fit":
+        return found["target"]
+    worst = max((verdict for verdict, _ in found.values()), key=("fits", "grey", "cannot_fit").index)
+    return worst, "; ".join(reason for verdict, reason in found.values() if verdict == worst and reason) or None
+
+
+def missed(prediction: Prediction, caps: NewStudy | Caps, spec: TrialSpec) -> Cap:
+    """The first cap that a trial, judged not to fit, is certain to miss."""
+    found = _judge_each(prediction, caps, spec)
+    return next(cap for cap, (verdict, _) in found.items() if verdict == "cannot_fit")
+
+
+def _judge_each(prediction: Prediction, caps: NewStudy | Caps, spec: TrialSpec) -> dict[Cap, tuple[Verdict, str]]:
+    return {
+        "target": _judge_target(prediction, spec.quantisation.target_bytes),
+        "bytes": _judge_bytes(prediction, caps),
+        "training": _judge_seconds("training", prediction.train_seconds, prediction.train_seconds_low,
+                                   prediction.train_seconds_high, caps.cap_train_seconds),
+        "evaluation": _judge_seconds("evaluation", prediction.evaluate_seconds, prediction.evaluate_seconds_low,
+                                     prediction.evaluate_seconds_high, caps.cap_evaluate_seconds),
+    }  # fmt: skip
+
+
+def _judge_target(prediction: Prediction, target: int | None) -> tuple[Verdict, str]:
+    if target is None or prediction.artifact_bytes_low <= target:
+        return "fits", ""
+    least = f"at least {prediction.artifact_bytes_low:,} bytes ({prediction.code_bytes:,} of them code)"
+    return "cannot_fit", f"the artifact is predicted to need {least}: over quantisation.target_bytes, {target:,}"
 
 
 def _judge_bytes(prediction: Prediction, caps: NewStudy | Caps) -> tuple[Verdict, str]:

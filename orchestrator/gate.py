@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator.feasibility import judge
+from orchestrator.feasibility import Cap, judge, missed
 from orchestrator.fill import NothingFits, fill_to
 from orchestrator.lesson import key_of
 from orchestrator.memory import Memory
@@ -11,7 +11,8 @@ from orchestrator.points import Fill, Point
 from orchestrator.study import Prediction, Verdict
 from worker.spec import GangConfig, InvalidSpec, TrialSpec
 
-Refusal = Literal["invalid", "known", "cannot_fit"]
+Refusal = Literal["invalid", "known", "cannot_fit"] | Cap
+"""Why a point may not: a cap that it is certain to miss; cannot_fit where nothing that it could be filled with fits."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Gate:
         prediction = self._predictor.predict(spec)
         verdict, reason = judge(prediction, self._definition, spec)
         if verdict == "cannot_fit":
-            return "cannot_fit"
+            return missed(prediction, self._definition, spec)
         return Passed(point, spec, prediction, verdict, reason)
 
     def fits(self, spec: TrialSpec) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 from orchestrator.gate import Gate
 from orchestrator.lesson import Lesson
-from orchestrator.moves import changed, spend, tied_by
+from orchestrator.moves import SIZES, changed, spend, tied_by
+from orchestrator.points import Point
 from orchestrator.study import Suggestion
 from worker.spec import TrialSpec
 from worker.tying import TyingMap
@@ -41,10 +42,18 @@ def guided(gate: Gate, incumbents: Sequence[Lesson], used: set[tuple[str, int]])
             point = changed(gate.memory.domain, lesson.trial.spec, finding.changes)
             if point is None:
                 continue
-            spent = spend(gate, point)
-            told = [f"{name} {spent[name]:g}" for name in spent if spent[name] != point[name]]
+            spent = _spent(gate, point, finding)
+            grown = [name for name in SIZES if name in point and name in spent and spent[name] != point[name]]
+            told = [f"{name} {spent[name]:g}" for name in grown]
             why = f"{finding.why}; the freed bytes go into {' and '.join(told)}" if told else finding.why
             yield spent, Suggestion(arm="guided", rule=finding.rule, parent=lesson.number, why=why)
+
+
+def _spent(gate: Gate, point: Point, finding: Finding) -> Point:
+    """The point grown; as it is where by growing it would lose, through a condition, what was found."""
+    spent = spend(gate, point)
+    spec = gate.spec(spent)
+    return spent if spec is not None and changed(gate.memory.domain, spec, finding.changes) == spent else point
 
 
 def findings(lesson: Lesson) -> Iterator[Finding]:

@@ -20,6 +20,8 @@ class Memory:
 
     def __init__(self, study: Study, domain: Domain) -> None:
         self.study, self.domain = study, domain
+        self.revision = 0
+        """Grows with all that is learned. While it stays the same, so does what can be proposed."""
         self._hashed: dict[str, str] = {}  # the canonical hash of specs, which takes ten times what writing one does
         self._forget()
 
@@ -44,9 +46,15 @@ class Memory:
         if numbers[: len(self._trials)] != list(self._trials):
             self._forget()
         news = [trial for trial in history if self._trials.get(trial.number) is not trial]
+        self.revision += any(map(self._is_telling, news))
         for trial in news:
             self._take(trial)
         self._predict_from(news)
+
+    def _is_telling(self, trial: Trial) -> bool:
+        """Whether more is new than how far an open trial has come."""
+        before = self._trials.get(trial.number)
+        return before is None or trial.state not in OPEN_TRIALS or before.state not in OPEN_TRIALS
 
     def _take(self, trial: Trial) -> None:
         assert trial.study_id == self.study.id, "a memory is of one study"
@@ -100,11 +108,6 @@ class Memory:
     def count(self) -> int:
         """Trials so far."""
         return len(self._trials)
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Trials, and finished ones: while they stay the same, so does what can be proposed."""
-        return len(self._trials), sum(trial.state not in OPEN_TRIALS for trial in self._trials.values())
 
     def best(self, count: int) -> list[Lesson]:
         """Scored within every cap, the best by the first objective first."""

@@ -50,7 +50,10 @@ class Mix:
             "tpe": lambda: self._sampled(gate, seed),
             "random": lambda: self._drawn(random.Random(seed(3))),
         }
-        for arm in draw_arms(PRIORS, memory.latest("scored", WINDOW), random.Random(seed(0))):
+        tried = sorted(
+            [*memory.latest("scored", WINDOW), *memory.latest("stopped", WINDOW)], key=lambda each: each.number
+        )
+        for arm in draw_arms(PRIORS, tried[-WINDOW:], random.Random(seed(0))):
             yield from arms[arm]()
 
     def _expected(self, gate: Gate, rng: random.Random) -> Iterator[Candidate]:

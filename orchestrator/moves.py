@@ -1,7 +1,7 @@
 """Small changes of a point: what exploits a good trial, and what spends the bytes that a change has freed."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import exp, inf, log
 from typing import Any
 
@@ -91,32 +91,33 @@ def changed(domain: Domain, spec: TrialSpec, changes: Mapping[str, Any]) -> dict
 
 
 def spend(gate: Gate, point: Point) -> dict[str, Any]:
-    """The point with its sizes, one after the other, as large as may fit; the point itself where none can grow."""
-    grown = dict(point)
-    for name, larger in _larger(gate.memory.domain, point):
+    """The canonical point with its sizes, one after the other, as large as may fit; the point itself where none can
+    grow. What becomes active by that has the base's value."""
+    domain, grown = gate.memory.domain, dict(point)
+    for each in domain.dimensions:
+        if each.name not in SIZES or each.name not in grown:
+            continue
+        larger = _larger(each.parameter, grown[each.name])
         low, high = 0, len(larger)  # larger[:low] fit
         while low < high:
             middle = (low + high) // 2
-            spec = gate.spec({**grown, name: larger[middle]})
+            spec = gate.spec({**grown, each.name: larger[middle]})
             if spec is not None and gate.fits(spec):
                 low = middle + 1
             else:
                 high = middle
-        if low:
-            grown[name] = larger[low - 1]
+        best = gate.spec({**grown, each.name: larger[low - 1]}) if low else None
+        if best is not None and (whole := domain.point(best)) is not None:
+            grown = whole
     return grown
 
 
-def _larger(domain: Domain, point: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Each size that is a dimension of the point, with the values above its own."""
-    for each in domain.dimensions:
-        if each.name not in SIZES or each.name not in point:
-            continue
-        parameter, now = each.parameter, point[each.name]
-        if parameter.count <= 1024:
-            values = list(parameter.values)
-        else:
-            assert parameter.high is not None
-            values = [now + (parameter.high - now) * step / TRIED for step in range(1, TRIED + 1)]
-            values = [round(value) for value in values] if parameter.whole else values
-        yield each.name, sorted(value for value in values if value > now and parameter.contains(value))
+def _larger(parameter: Parameter, now: Any) -> list[Any]:
+    """The values above one, of a continuous size some of them."""
+    if parameter.count <= 1024:
+        values = list(parameter.values)
+    else:
+        assert parameter.high is not None
+        values = [now + (parameter.high - now) * step / TRIED for step in range(1, TRIED + 1)]
+        values = [round(value) for value in values] if parameter.whole else values
+    return sorted(value for value in values if value > now and parameter.contains(value))

@@ -15,6 +15,7 @@ from orchestrator.moves import mutate
 from orchestrator.points import Domain, Point
 from orchestrator.study import NewStudy
 from orchestrator.surrogate import SIZE_EFFECT, Matrix, Surrogate
+from worker.spec import GangConfig
 
 WHOLE = 1024  # points of a space up to which all are looked at
 DRAWN, MUTATED, REFINED = 24, 16, 16  # points of a larger space that are: at random, near the best, near the likeliest
@@ -27,13 +28,13 @@ WILD = 3.0  # above the median by so many times what the best is below it, a val
 
 
 class Outlook:
-    """The surrogate of one study. What it keeps are features of points, which follow from the points."""
+    """The surrogate of one study. What it keeps are features of points, by the gang: not every gang can train each."""
 
     def __init__(self, domain: Domain, study: NewStudy) -> None:
         self._domain, self._study = domain, study
         self._descriptors = Descriptors(domain)
-        self._rows: dict[str, Features | None] = {}
-        self._all: tuple[Matrix, list[dict[str, Any]], list[str]] | None = None
+        self._rows: dict[tuple[GangConfig, str], Features | None] = {}
+        self._all: dict[GangConfig, tuple[Matrix, list[dict[str, Any]], list[str]]] = {}
         self._is_small = domain.count <= WHOLE
 
     def points(self, gate: Gate, rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -72,10 +73,10 @@ class Outlook:
         return rows[new], [points[place] for place in new]
 
     def _everything(self, gate: Gate) -> tuple[Matrix, list[dict[str, Any]], list[str]]:
-        if self._all is None:
+        if gate.gang not in self._all:
             rows, points = self._described(gate, list(self._domain.points()))
-            self._all = rows, points, [key_of(point) for point in points]
-        return self._all
+            self._all[gate.gang] = rows, points, [key_of(point) for point in points]
+        return self._all[gate.gang]
 
     def _pool(self, memory: Memory, rng: random.Random) -> list[dict[str, Any]]:
         pool = [self._domain.random(rng) for _ in range(DRAWN)]
@@ -90,7 +91,7 @@ class Outlook:
         return np.array([row for row, _ in found]), [point for _, point in found]
 
     def row(self, gate: Gate, point: Point) -> Features | None:
-        key = key_of(point)
+        key = gate.gang, key_of(point)
         if key not in self._rows:
             if len(self._rows) >= KEPT:
                 self._rows.clear()

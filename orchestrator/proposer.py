@@ -19,6 +19,7 @@ SAMPLES = 32  # of an Optuna sampler in one call
 SAMPLES_OF_GP = 4  # each costs as much as a hundred others
 WALKED = 512  # points of a sequence in one call
 UNIFORM_SAMPLES = 500  # after the sampler's own, where the space is too large to go through
+WALKS = ("qmc", "grid")  # samplers that come from position to position
 SMALL_SPACE = 4096  # points that are gone through one by one when samples keep being refused
 
 
@@ -52,7 +53,7 @@ class Proposer:
         self._domain = Domain(definition.base, definition.space)
         self._memory = Memory(study, self._domain)
         self._candidates = _sampler(study, self._domain)
-        self._gave_up: dict[GangConfig, tuple[tuple[int, int], str]] = {}
+        self._gave_up: dict[GangConfig, tuple[int, str]] = {}
 
     def propose(self, history: Sequence[Trial], gang: GangConfig) -> Proposed:
         """The next trial for a gang of this shape, given every trial of the study by number, open ones included.
@@ -63,7 +64,7 @@ class Proposer:
         """
         memory = self._memory
         memory.learn(history)
-        if gang in self._gave_up and self._gave_up[gang][0] == memory.progress:
+        if gang in self._gave_up and self._gave_up[gang][0] == memory.revision:
             return Proposed(None, 0, self._gave_up[gang][1])
         gate, refused = Gate(memory, gang), Counter[Refusal]()
         found = _first(self._candidates(gate, self._seed), gate, refused)
@@ -75,7 +76,7 @@ class Proposer:
             found = _first(self._uniform(), gate, refused)
         if found is not None:
             return Proposed(found, refused.total(), None)
-        self._gave_up[gang] = (memory.progress, self._sentence(reasons))
+        self._gave_up[gang] = (memory.revision, self._sentence(reasons))
         return Proposed(None, refused.total(), self._gave_up[gang][1])
 
     def _seed(self, attempt: int) -> int:
@@ -87,18 +88,28 @@ class Proposer:
         """Every point of a small space, in an order drawn from the study's seed and the number of trials."""
         points = list(self._domain.points())
         random.Random(self._seed(SAMPLES)).shuffle(points)
-        return ((point, Suggestion(arm="rest")) for point in points)
+        return ((point, Suggestion(arm="rest", position=self._walked_to())) for point in points)
 
     def _uniform(self) -> Iterator[Candidate]:
         rng = random.Random(self._seed(SAMPLES))
-        return ((self._domain.random(rng), Suggestion(arm="random")) for _ in range(UNIFORM_SAMPLES))
+        told = Suggestion(arm="random", position=self._walked_to())
+        return ((self._domain.random(rng), told) for _ in range(UNIFORM_SAMPLES))
+
+    def _walked_to(self) -> int | None:
+        """How far a walk has come once it found nothing: noted by the trial found elsewhere, or it would stay there."""
+        return self._memory.position + WALKED if self._definition.sampler in WALKS else None
 
     def _sentence(self, refused: Counter[Refusal]) -> str:
         """Why nothing is left to propose, with the numbers."""
+        study = self._definition
         why: dict[Refusal, str] = {
             "known": "tried already, or equal to one that was",
             "invalid": "not a valid spec",
-            "cannot_fit": f"certain not to fit the cap of {self._definition.cap_bytes:,} bytes",
+            "cannot_fit": f"with no value of {self._domain.fill_path} that fits the caps",
+            "target": "certain not to fit their quantisation.target_bytes",
+            "bytes": f"certain not to fit the cap of {study.cap_bytes:,} bytes",
+            "training": f"certain to train for longer than the cap of {study.cap_train_seconds:,g} s",
+            "evaluation": f"certain to be evaluated for longer than the cap of {study.cap_evaluate_seconds:,g} s",
         }
         counts = ", ".join(f"{refused[kind]} {why[kind]}" for kind in why if refused[kind])
         if self._domain.count <= SMALL_SPACE:
@@ -117,7 +128,7 @@ def _sampler(study: Study, domain: Domain) -> Candidates:
         return Mix(domain, definition).candidates
     if name == "random":
         return lambda gate, seed: _drawn(domain, seed)
-    if name in ("qmc", "grid"):
+    if name in WALKS:
         sequence = Halton(domain, definition.seed) if name == "qmc" else Grid(domain, definition.seed)
         return lambda gate, seed: _walked(name, sequence, gate)
     sampler = OptunaSampler(name, domain, definition)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 from itertools import count, islice
-from math import ceil, exp, floor, inf, log
+from math import ceil, exp, floor, inf, log, prod
 from typing import Any
 
 from orchestrator.points import Domain
@@ -11,7 +11,8 @@ from orchestrator.space import Parameter
 
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 DIGITS = 40  # of a base-2 fraction that are told apart; fewer in larger bases
-SHUFFLED = 4096  # points of a grid up to which it is gone through in an order drawn once
+LISTED = 4096  # points of a grid up to which they are listed and shuffled
+ROUNDS = 4  # of a Feistel network, from which on its order passes for random
 
 
 class Halton:
@@ -46,22 +47,46 @@ class Halton:
 
 
 class Grid:
-    """Every point of a finite space, by position from 0: drawn in an order of the seed where they are few."""
+    """Every point of a finite space, by position from 0, in an order of the seed.
+
+    Where they are many, each combination of values has a position, so that points which conditions make equal, or the
+    spelling of a tying, come again.
+    """
 
     def __init__(self, domain: Domain, seed: int) -> None:
-        self._domain, self._points = domain, list[dict[str, Any]]()
-        self._rest: Iterator[dict[str, Any]] = iter(())
-        if domain.count != inf:
-            self._rest = domain.points()
-        if domain.count <= SHUFFLED:
-            self._points = list(self._rest)
+        self._domain, self._seed = domain, seed
+        self._size = prod(int(each.parameter.count) for each in domain.dimensions)
+        self._points: list[dict[str, Any]] | None = None
+        if domain.count <= LISTED:
+            self._points = list(domain.points())
+            self._size = len(self._points)
             random.Random(f"grid {seed}").shuffle(self._points)
 
     def at(self, position: int) -> dict[str, Any] | None:
         """The canonical point at a position; None after the last."""
-        missing = position + 1 - len(self._points)
-        self._points += islice(self._rest, max(missing, 0))
-        return self._points[position] if position < len(self._points) else None
+        if position >= self._size:
+            return None
+        if self._points is not None:
+            return self._points[position]
+        left, point = shuffled(position, self._size, f"grid {self._seed}"), dict[str, Any]()
+        for dimension in self._domain.dimensions:
+            left, index = divmod(left, int(dimension.parameter.count))
+            if self._domain.is_active(dimension.name, point):
+                point[dimension.name] = dimension.parameter.value_at(index)
+        return self._domain.canonical(point)
+
+
+def shuffled(position: int, size: int, seed: str) -> int:
+    """What comes at a position when the numbers below `size` are shuffled, without shuffling them: a Feistel network,
+    gone through until it ends below `size` (Black and Rogaway, 2002)."""
+    half = (size.bit_length() + 1) // 2
+    while True:
+        left, right = position >> half, position % 2**half
+        for turn in range(ROUNDS):
+            left, right = right, left ^ random.Random(f"{seed} {turn} {right}").getrandbits(half)
+        position = left << half | right
+        if position < size:
+            return position
 
 
 def walk(sequence: Halton | Grid, start: int, most: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -31,8 +31,8 @@ def draw_arms(priors: Mapping[str, tuple[float, float]], lessons: Sequence[Lesso
 def successes(lessons: Sequence[Lesson]) -> dict[str, tuple[int, int]]:
     """By arm, how many of its trials were among the best tenth of those before them, and how many were not.
 
-    The lessons are in the order of their numbers. One that was stopped was not; one before which there is too little
-    to compare with is not counted.
+    The lessons are in the order of their numbers. One that was stopped was not, until it is promoted and does better;
+    one before which there is too little to compare with is not counted.
     """
     counts: dict[str, tuple[int, int]] = {}
     before: list[float] = []

@@ -220,7 +220,7 @@ class Suggestion(Frozen):
     """The number of the trial that it was made from."""
     why: str | None = None
     position: int | None = None
-    """Of a qmc or grid proposal: its place in the sequence that they walk."""
+    """In the sequence that qmc or grid walk: the proposal's place; of one found elsewhere, how far they had come."""
 
 
 @dataclass(frozen=True)

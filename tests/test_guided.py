@@ -120,6 +120,26 @@ def test_diagnostics_of_another_shape_suggest_nothing(shown: dict[str, Any]) -> 
     assert proposals(study, [trained(study, looped, shown)]) == []
 
 
+def test_bytes_are_spent_on_a_point_and_not_on_what_undoes_the_finding() -> None:
+    def space(condition: str) -> dict[str, Any]:
+        return {
+            "sharing.tying": {"families": ["free"]}, "model.width": {"choice": [60, 120, 192]},
+            "sharing.lora.rank": {"choice": [0, 4], "when": condition},
+            "sharing.lora.gate_init": {"choice": [-2.0, -1.0], "when": "model.width > 100"},
+        }  # fmt: skip
+
+    ((kept, _),) = proposals(
+        study := make_study(space("model.width < 200"), cap_bytes=500_000), [trained(study, TIED, CLOSED)]
+    )
+    assert kept.model.width > 60
+    assert Domain(study.definition.base, study.definition.space).point(kept) is not None
+    ((narrow, told),) = proposals(
+        study := make_study(space("model.width < 100"), cap_bytes=500_000), [trained(study, TIED, CLOSED)]
+    )
+    assert (narrow.model.width, narrow.sharing.lora.rank) == (60, 0), "wider, it would have the rank of the base"
+    assert told.why is not None and "freed" not in told.why
+
+
 def test_a_rule_is_followed_once_for_each_trial() -> None:
     study = make_study(FREE, cap_bytes=250_000)
     parent = trained(study, TIED, CLOSED)

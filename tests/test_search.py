@@ -16,13 +16,13 @@ from orchestrator.lesson import front
 from orchestrator.lifecycle import TrialState
 from orchestrator.memory import BEST, LATEST, Memory
 from orchestrator.points import Domain
-from orchestrator.proposer import Proposed, Proposer
+from orchestrator.proposer import WALKED, Proposed, Proposer
 from orchestrator.samplers import POPULATION
-from orchestrator.sequences import Grid, Halton
+from orchestrator.sequences import Grid, Halton, shuffled
 from orchestrator.shares import draw_arms, successes
 from orchestrator.study import NewTrial, Study, Suggestion, Trial
 from worker.recipes import load_recipe
-from worker.spec import parse_spec
+from worker.spec import GangConfig, parse_spec
 
 SAMPLERS = ("caddie", "tpe", "nsga2", "random", "qmc", "grid")
 FAMILIES: dict[str, Any] = {
@@ -42,33 +42,49 @@ WIDTHS: dict[str, Any] = {
     "model.width": {"low": 48, "high": 192, "step": 6},
     "optimizer.matrix_lr": {"low": 0.01, "high": 0.1, "log": True},
 }
+CONDITIONAL: dict[str, Any] = {  # on a size that grows; and on four ranks some tokens make no whole batch
+    "model.width": {"choice": [96, 192, 288]},
+    "sharing.lora.rank": {"choice": [1, 2, 8], "when": "model.width < 200"},
+    "sharing.lora.gate_init": {"choice": [-3.0, -1.0], "when": "model.width > 200"},
+    "data.batch_tokens": {"choice": [768, 1024, 1536]},
+    "sharing.unique_blocks": {"low": 2, "high": 4},
+}
+SHOWN = {
+    "gammas": {"attention": [0.02] * 6, "mlp": [0.3] * 6}, "block_influence": [0.1] * 6,
+    "contraction": {"changes": [0.1]},
+}  # fmt: skip
 STATES = [
     TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED, TrialState.RUNNING,
     TrialState.INFEASIBLE,
 ]  # fmt: skip
+FOUR = GangConfig(ranks=4)
 
 
 def by_size(new: NewTrial) -> float:
     return 3 - new.prediction.parameters / 1e6
 
 
-@settings(max_examples=14, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=18, suppress_health_check=[HealthCheck.too_slow])
 @given(
     sampler=st.sampled_from(SAMPLERS),
-    space=st.sampled_from([FAMILIES, FILLED]),
+    space=st.sampled_from([FAMILIES, FILLED, CONDITIONAL]),
     seed=st.integers(0, 99),
     several=st.booleans(),
     states=st.lists(st.sampled_from(STATES), min_size=9, max_size=9),
+    promoted=st.integers(5, 9),
 )
 def test_every_proposal_is_legal_canonical_new_and_follows_from_the_history(
-    sampler: str, space: dict[str, Any], seed: int, several: bool, states: list[TrialState]
+    sampler: str, space: dict[str, Any], seed: int, several: bool, states: list[TrialState], promoted: int
 ) -> None:
     objectives = ("val_bpb", "artifact_bytes") if several else ("val_bpb",)
-    study = make_study(space, sampler, seed, cap_bytes=200_000, objectives=objectives)
+    study = make_study(space, sampler, seed, cap_bytes=300_000, objectives=objectives)
     domain, proposer, history = Domain(study.definition.base, study.definition.space), Proposer(study), list[Trial]()
     for number, state in enumerate(states):
-        proposed = proposer.propose(history, ONE)
-        assert proposed == Proposer(study).propose(history, ONE), "what a proposer keeps is only a cache"
+        if number == promoted:
+            history = [reopened(trial) if trial.state is TrialState.PRUNED else trial for trial in history]
+        gang = (FOUR, ONE)[number % 2]
+        proposed = proposer.propose(history, gang)
+        assert proposed == Proposer(study).propose(history, gang), "what a proposer keeps is only a cache"
         new = must(proposed)
         assert new.spec == parse_spec(new.spec.model_dump(mode="json"))
         assert domain.canonical(new.params) == new.params
@@ -77,7 +93,50 @@ def test_every_proposal_is_legal_canonical_new_and_follows_from_the_history(
         assert new.verdict != "cannot_fit"
         assert new.suggestion is not None
         scored = state in (TrialState.COMPLETE, TrialState.PRUNED)
-        history.append(as_trial(number, new, state, by_size(new) if scored else None))
+        history.append(as_trial(number, new, state, by_size(new) if scored else None, SHOWN))
+
+
+def reopened(trial: Trial) -> Trial:
+    """As promotion makes it."""
+    return replace(trial, state=TrialState.QUEUED, result=None, feasible=None, finished_at=None)
+
+
+def test_what_one_shape_of_gang_cannot_train_is_proposed_to_another() -> None:
+    study = make_study(CONDITIONAL, "caddie", cap_bytes=2_000_000)
+    proposer, history = Proposer(study), list[Trial]()
+    for number in range(10):
+        gang = (FOUR, ONE)[number % 2]
+        proposed = proposer.propose(history, gang)
+        assert proposed == Proposer(study).propose(history, gang)
+        new = must(proposed)
+        assert Domain(study.definition.base, study.definition.space).point(new.spec) == new.params
+        history.append(as_trial(number, new, TrialState.COMPLETE, by_size(new), SHOWN))
+
+
+def test_a_trial_is_promoted_while_another_ends_and_what_was_given_up_is_proposed_again() -> None:
+    study = make_study({"sharing.lora.rank": {"choice": [0, 1, 2, 4]}}, "caddie", cap_train_seconds=20)
+    first = must(Proposer(study).propose([], ONE))
+    second = must(Proposer(study).propose([as_trial(0, first)], ONE))
+    slow, proposer = paced(as_trial(0, first, TrialState.PRUNED, 2.5), 30, 30.0), Proposer(study)
+    given_up = proposer.propose([slow, as_trial(1, second)], ONE)
+    assert given_up.reason is not None
+    assert "2 certain to train for longer than the cap of 20 s" in given_up.reason
+    assert "bytes" not in given_up.reason
+    history = [reopened(slow), paced(as_trial(1, second, TrialState.COMPLETE, 2.5), 120, 2.0)]
+    assert must(proposer.propose(history, ONE)) == must(Proposer(study).propose(history, ONE))
+
+
+def paced(trial: Trial, steps: int, seconds: float) -> Trial:
+    assert trial.result is not None
+    timed = {"steps": steps, "train_seconds": seconds, "step_seconds": seconds / steps}
+    return replace(trial, result=trial.result.model_copy(update=timed))
+
+
+def test_what_misses_the_target_of_its_own_spec_is_not_said_to_miss_the_cap() -> None:
+    base = {**load_recipe("laptop"), "quantisation": {"half_below": 4096, "target_bytes": 60_000}}
+    study = make_study({"sharing.lora.rank": {"choice": [2, 4]}}, "random", base=base)
+    reason = Proposer(study).propose([], ONE).reason
+    assert reason is not None and "2 certain not to fit their quantisation.target_bytes" in reason
 
 
 @pytest.mark.parametrize("objectives", [("val_bpb",), ("val_bpb", "artifact_bytes")])
@@ -131,7 +190,36 @@ def test_a_grid_of_many_points_is_walked_without_making_them_all() -> None:
         {"model.width": {"low": 16, "high": 16_384}, "sharing.lora.rank": {"low": 0, "high": 4096}}, "grid"
     )
     grid = Grid(Domain(study.definition.base, study.definition.space), 0)
-    assert grid.at(5000) != grid.at(5001)
+    widths = sorted(point["model.width"] for position in range(5000, 5100) if (point := grid.at(position)) is not None)
+    assert widths[20] < 16_384 / 3 < 2 * 16_384 / 3 < widths[80], "a stretch of it is from all over the grid"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64, 1000])
+def test_a_shuffle_by_position_comes_to_every_number_once(size: int) -> None:
+    order = [shuffled(position, size, "grid 7") for position in range(size)]
+    assert sorted(order) == list(range(size))
+    if size > 3:
+        assert order != [shuffled(position, size, "grid 8") for position in range(size)] != sorted(order)
+
+
+def test_a_large_grid_is_walked_on_though_its_first_values_cannot_fit() -> None:
+    space = {
+        "model.width": {"choice": [960, 864, 192]}, "optimizer.matrix_lr": {"low": 0.01, "high": 0.2, "step": 0.001},
+        "sharing.unique_blocks": {"low": 1, "high": 6}, "sharing.lora.rank": {"choice": [0, 1, 2, 4]},
+    }  # fmt: skip
+    study = make_study(space, "grid", cap_bytes=500_000)
+    told = [trial.suggestion for trial in search(study, 5, by_size)]
+    assert {each.arm for each in told if each is not None} == {"grid"}
+
+
+@pytest.mark.parametrize("sampler", ["grid", "qmc"])
+def test_a_walk_goes_on_behind_what_it_was_refused_in_vain(sampler: str) -> None:
+    """Ten of so many numbers of heads divide the width, and none of these is among the first that are walked over."""
+    study = make_study({"model.heads": {"low": 1, "high": 4000}}, sampler, seed=1)
+    new = must(Proposer(study).propose([], ONE))
+    assert new.suggestion is not None and new.suggestion.arm == "rest"
+    memory = memory_of(study, [as_trial(0, new)])
+    assert memory.position == new.suggestion.position == WALKED - 1
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -154,7 +242,7 @@ def test_a_space_where_nothing_fits_says_so_after_a_bounded_number_of_samples(
 def test_a_space_to_fill_where_nothing_fits_says_so_too() -> None:
     proposed = Proposer(make_study(FILLED, "caddie", cap_bytes=60_000)).propose([], ONE)
     assert proposed.trial is None
-    assert proposed.reason is not None and "certain not to fit" in proposed.reason
+    assert proposed.reason is not None and "with no value of model.width that fits the caps" in proposed.reason
 
 
 # What trials teach
@@ -268,6 +356,25 @@ def test_an_arm_that_does_well_is_drawn_more_often_and_none_dies() -> None:
     first = Counter(draw_arms(priors, lessons, random.Random(seed))[0] for seed in range(400))
     assert first["good"] > 350
     assert first["bad"] > 0
+
+
+def test_an_arm_whose_trials_are_stopped_is_drawn_less() -> None:
+    study = make_study(WIDTHS, "caddie")
+    history = search(study, 30, by_size)
+    told = Suggestion(arm="surrogate")
+    scored = [replace(trial, suggestion=Suggestion(arm="recipe")) for trial in history[:6]]
+    stopped = [replace(trial, suggestion=told, state=TrialState.PRUNED) for trial in history[6:]]
+    cancelled = [replace(trial, suggestion=told, state=TrialState.CANCELLED) for trial in history[6:]]
+
+    def drawn(rest: list[Trial]) -> int:
+        firsts = Counter[str]()
+        for last in range(20):
+            new = must(Proposer(study).propose([*scored, *rest[: len(rest) - last]], ONE))
+            assert new.suggestion is not None
+            firsts[new.suggestion.arm] += 1
+        return firsts["surrogate"]
+
+    assert drawn(stopped) < drawn(cancelled) / 2
 
 
 def test_two_objectives_are_both_pursued_by_the_mix() -> None:
