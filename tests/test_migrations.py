@@ -116,6 +116,8 @@ def test_results_from_before_are_judged_by_the_one_cap_there_was(
     empty.migrate()
     with empty.read() as session:
         assert session.scalars(select(TrialRow.feasible)).all() == [False]
+        (definition,) = session.scalars(select(StudyRow.definition))
+        assert definition["cap_train_seconds"] == definition["cap_evaluate_seconds"] == 1e9, "there was none"
         (scores,) = session.scalars(select(RunRow.scores))
         assert scores is not None
         assert Scores(**scores).val_bpb == result["val_bpb"]
