@@ -131,6 +131,7 @@ for number in (1, 2):
             assert told == {"outcome": "succeeded", "reason": "trained to the end of its budget", "left": 0}
 
 
+@pytest.mark.soak  # half a minute
 def test_a_local_ray_that_lost_its_node_is_started_again(tmp_path: Path) -> None:
     code = """
 import psutil
