@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import cast
 
 from sqlalchemy.exc import IntegrityError, OperationalError
 
@@ -41,7 +40,8 @@ class Supply:
     def add(self, study: Study, gang: GangConfig, now: datetime) -> tuple[bool, str | None]:
         """Queue one run for a gang of this shape: that of a trial to promote, or else of a proposal; whether one was,
         and the reason where there is none to propose."""
-        added, why = False, cast(str | None, "the proposer failed")
+        added = False
+        why: str | None = "the proposer failed"
         with self._alone(study, "the proposer", now):
             added, why = self._add(study, gang, now)
         return added, why

@@ -219,7 +219,7 @@ class Cluster:
         """What `caddie doctor` finds."""
         command = [sys.executable, "-m", "api.cli", "doctor", "--json"]
         said = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        assert said.returncode in (0, 1), said.stderr
+        assert said.returncode in (0, 1) and said.stdout, said.stderr
         found: list[Any] = json.loads(said.stdout)["remaining"]
         return found
 
