@@ -2,13 +2,18 @@
 
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
+from sqlalchemy.orm import Session
 
+from orchestrator.access import LOCAL, Principal
 from orchestrator.artifacts import ArtifactStore
+from orchestrator.audit import add_audit
 from orchestrator.database import Database
 from orchestrator.errors import NotFound
 from orchestrator.settings import GPU_HOUR_DOLLARS
@@ -30,6 +35,23 @@ class Context:
     accounts: Accounts = field(default_factory=Accounts)
 
 
+@dataclass(frozen=True)
+class Writer:
+    """What one request writes with: every session of it is committed together with who did what, when."""
+
+    database: Database
+    actor: str
+    now: datetime
+
+    @contextmanager
+    def write(self, action: str, subject: str) -> Iterator[Session]:
+        """A session as Database.write gives. `action` is such as `trial.cancel`, `subject` such as
+        `studies/sweep/trials/3`: the path below /v1 of what is changed."""
+        with self.database.write() as session:
+            yield session
+            add_audit(session, self.actor, action, subject, self.now)
+
+
 async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
     return context
@@ -44,6 +66,20 @@ async def _now() -> datetime:
     return datetime.now(UTC)
 
 
+async def _principal(request: Request) -> Principal:
+    principal: Principal = getattr(request.state, "principal", LOCAL)
+    return principal
+
+
+PrincipalOf = Annotated[Principal, Depends(_principal)]
+
+
+async def _writer(
+    principal: PrincipalOf, database: Annotated[Database, Depends(_database)], now: Annotated[datetime, Depends(_now)]
+) -> Writer:
+    return Writer(database, principal.name, now)
+
+
 async def _study_name(study: Annotated[str, Path(description="The study's name.")]) -> str:
     # A name that no study can have never reaches the database: PostgreSQL refuses some text, such as NUL.
     if not STUDY_NAME.fullmatch(study):
@@ -54,6 +90,7 @@ async def _study_name(study: Annotated[str, Path(description="The study's name."
 ContextOf = Annotated[Context, Depends(_context)]
 DatabaseOf = Annotated[Database, Depends(_database)]
 Now = Annotated[datetime, Depends(_now)]
+WriterOf = Annotated[Writer, Depends(_writer)]
 StudyName = Annotated[str, Depends(_study_name)]
 TrialNumber = Annotated[int, Path(ge=0, le=LARGEST_ID, description="The trial's number within its study.")]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="How many at the most.")]

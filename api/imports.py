@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from sqlalchemy.exc import IntegrityError
 
 from api.bodies import ImportIn
-from api.context import ContextOf, Now, StudyName
+from api.context import ContextOf, StudyName, WriterOf
 from api.problems import responses
 from api.schemas import TrialOut
 from api.submission import recent_trials
@@ -25,7 +25,7 @@ router = APIRouter(prefix="/studies/{study}/imports", tags=["trials"], responses
     "", status_code=201, responses={**responses(400, 409, 415), 200: {"model": TrialOut, "description": "Replayed"}}
 )
 def import_result(
-    study: StudyName, body: ImportIn, context: ContextOf, now: Now, response: Response, key: Key = None
+    study: StudyName, body: ImportIn, context: ContextOf, writer: WriterOf, response: Response, key: Key = None
 ) -> TrialOut:
     """Add a trial that was trained elsewhere, with its result. It teaches the sampler and costs the study nothing."""
     database = context.database
@@ -38,8 +38,8 @@ def import_result(
     params = Domain(found.definition.base, found.definition.space).partial(spec)
     new = NewTrial(spec, params, "imported", prediction, verdict, reason, key)
     try:
-        with database.write() as session:
-            trial = import_trial(session, found, new, body.result, now)
+        with writer.write("trial.import", f"studies/{study}") as session:
+            trial = import_trial(session, found, new, body.result, writer.now)
     except (Conflict, IntegrityError):
         with database.read() as session:
             replay = None if key is None else store.find_trial(session, found.id, idempotency_key=key)

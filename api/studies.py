@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Response
 from sqlalchemy.orm import Session
 
 from api.bodies import StudyIn
-from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName
+from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName, Writer, WriterOf
 from api.problems import responses
 from api.reports import ArmOut, ArmsOut, LedgerOut, StoppingOut
 from api.schemas import ActivityOut, Page, StudyOut
@@ -16,7 +16,6 @@ from api.standings import LeaderboardOut, rows_of
 from orchestrator import seeds, store
 from orchestrator.activity import list_activity
 from orchestrator.arms import arms
-from orchestrator.database import Database
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
 from orchestrator.spending import Accounts
@@ -29,12 +28,12 @@ router = APIRouter(tags=["studies"], responses=responses(422))
 
 
 @router.post("/studies", status_code=201, responses=responses(400, 409, 415))
-def create_study(body: StudyIn, database: DatabaseOf, now: Now, response: Response) -> StudyOut:
+def create_study(body: StudyIn, writer: WriterOf, response: Response) -> StudyOut:
     """Create a study; it runs at once."""
     definition = body.definition()
-    with database.write() as session:
-        study = store.create_study(session, definition, now)
-        described = describe(session, study, now, Accounts())
+    with writer.write("study.create", f"studies/{definition.name}") as session:
+        study = store.create_study(session, definition, writer.now)
+        described = describe(session, study, writer.now, Accounts())
     log.info("study %s was created", study.name, extra={"study_id": study.id})
     response.headers["Location"] = f"/v1/studies/{study.name}"
     return described
@@ -63,21 +62,21 @@ def get_study(study: StudyName, context: ContextOf, now: Now) -> StudyOut:
 
 
 @router.post("/studies/{study}/pause", responses=responses(404, 409))
-def pause_study(study: StudyName, database: DatabaseOf, now: Now) -> StudyOut:
+def pause_study(study: StudyName, writer: WriterOf) -> StudyOut:
     """Start nothing more; what runs goes on to its end."""
-    return _move(database, study, StudyState.PAUSED, now)
+    return _move(writer, study, StudyState.PAUSED, "study.pause")
 
 
 @router.post("/studies/{study}/resume", responses=responses(404, 409))
-def resume_study(study: StudyName, database: DatabaseOf, now: Now) -> StudyOut:
+def resume_study(study: StudyName, writer: WriterOf) -> StudyOut:
     """Propose and start again."""
-    return _move(database, study, StudyState.RUNNING, now)
+    return _move(writer, study, StudyState.RUNNING, "study.resume")
 
 
 @router.post("/studies/{study}/stop", responses=responses(404, 409))
-def stop_study(study: StudyName, database: DatabaseOf, now: Now) -> StudyOut:
+def stop_study(study: StudyName, writer: WriterOf) -> StudyOut:
     """Start nothing more, for good, and cancel what is queued; what runs goes on to its end."""
-    return _move(database, study, StudyState.STOPPED, now)
+    return _move(writer, study, StudyState.STOPPED, "study.stop")
 
 
 @router.get("/studies/{study}/leaderboard", responses=responses(404))
@@ -138,9 +137,9 @@ def leaderboard(session: Session, study: Study, limit: int) -> LeaderboardOut:
     )  # fmt: skip
 
 
-def _move(database: Database, name: str, to: StudyState, now: datetime) -> StudyOut:
-    with database.write() as session:
-        study = store.move_study(session, store.get_study(session, name).id, to, now)
-        described = describe(session, study, now, Accounts())
+def _move(writer: Writer, name: str, to: StudyState, action: str) -> StudyOut:
+    with writer.write(action, f"studies/{name}") as session:
+        study = store.move_study(session, store.get_study(session, name).id, to, writer.now)
+        described = describe(session, study, writer.now, Accounts())
     log.info("study %s is %s", name, to, extra={"study_id": study.id})
     return described

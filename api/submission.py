@@ -6,8 +6,8 @@ from datetime import datetime
 
 from sqlalchemy.orm import Session
 
+from api.context import Writer
 from orchestrator import feasibility, seeds, store
-from orchestrator.database import Database
 from orchestrator.errors import Conflict
 from orchestrator.lifecycle import TrialState
 from orchestrator.points import Domain
@@ -31,10 +31,9 @@ class Submitted:
 
 
 def submit(
-    database: Database,
+    writer: Writer,
     study: Study,
     spec: TrialSpec,
-    now: datetime,
     *,
     key: str | None = None,
     allow_duplicate: bool = False,
@@ -49,7 +48,7 @@ def submit(
     duplicates are not allowed, or where no seed is left; IllegalMove where the study takes no trials. A refused
     submission leaves nothing behind.
     """
-    with database.read() as session:
+    with writer.database.read() as session:
         replay = _replay(session, study, spec, key)
         history = recent_trials(session, study)
     if replay is not None:
@@ -58,9 +57,9 @@ def submit(
     verdict, reason = feasibility.judge(prediction, study.definition, spec)
     params = Domain(study.definition.base, study.definition.space).partial(spec)
     new = NewTrial(spec, params, "submitted", prediction, verdict, reason, key)
-    with database.write() as session:
+    with writer.write("trial.submit", f"studies/{study.name}") as session:
         store.hold_study(session, study.id)  # from here on no other submission can slip in between
-        submitted = _replay(session, study, spec, key) or _add(session, study, new, now, allow_duplicate)
+        submitted = _replay(session, study, spec, key) or _add(session, study, new, writer.now, allow_duplicate)
     trial = submitted.trial
     log.info(
         "trial %d of study %s was submitted: %s", trial.number, study.name, trial.state, extra={"trial_id": trial.id}

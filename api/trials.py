@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 
 from api.bodies import TrialIn
-from api.context import After, Context, ContextOf, DatabaseOf, Limit, Now, StudyName, TrialNumber
+from api.context import After, Context, ContextOf, DatabaseOf, Limit, Now, StudyName, TrialNumber, WriterOf
 from api.problems import responses
 from api.reports import LedgerOut
 from api.schemas import MeasurementOut, Page, SubmittedOut, TrialOut, TrialSummary
@@ -38,7 +38,7 @@ Key = Annotated[
     "", status_code=201, responses={**responses(400, 409, 415), 200: {"model": SubmittedOut, "description": "Replayed"}}
 )
 def submit_trial(
-    study: StudyName, body: TrialIn, context: ContextOf, now: Now, response: Response, key: Key = None
+    study: StudyName, body: TrialIn, context: ContextOf, writer: WriterOf, response: Response, key: Key = None
 ) -> SubmittedOut:
     """Submit a trial. One that cannot fit the byte cap is kept as infeasible, with the reason, and never runs.
 
@@ -48,7 +48,7 @@ def submit_trial(
     with database.read() as session:
         found = store.get_study(session, study)
     spec = body.build(found.definition)
-    submitted = submit(database, found, spec, now, key=key, allow_duplicate=body.allow_duplicate)
+    submitted = submit(writer, found, spec, key=key, allow_duplicate=body.allow_duplicate)
     response.headers["Location"] = f"/v1/studies/{study}/trials/{submitted.trial.number}"
     if submitted.replayed:
         response.status_code = 200
@@ -84,10 +84,10 @@ def get_trial(study: StudyName, number: TrialNumber, context: ContextOf) -> Tria
 
 
 @router.post("/{number}/cancel", responses=responses(409))
-def cancel_trial(study: StudyName, number: TrialNumber, context: ContextOf, now: Now) -> TrialOut:
+def cancel_trial(study: StudyName, number: TrialNumber, context: ContextOf, writer: WriterOf) -> TrialOut:
     """End a queued or running trial; its gang is stopped."""
-    with context.database.write() as session:
-        trial = store.cancel_trial(session, store.get_study(session, study).id, number, now)
+    with writer.write("trial.cancel", f"studies/{study}/trials/{number}") as session:
+        trial = store.cancel_trial(session, store.get_study(session, study).id, number, writer.now)
         described = describe(session, study, trial, context)
     log.info("trial %d of study %s was cancelled", number, study, extra={"trial_id": trial.id})
     return described

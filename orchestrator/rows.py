@@ -32,7 +32,7 @@ def study_of(row: StudyRow) -> Study:
     return Study(
         id=row.id, name=row.name, state=StudyState(row.state), definition=_definition(json.dumps(row.definition)),
         proposed=row.proposed, refused=row.refused, reason=row.reason,
-        created_at=row.created_at, changed_at=row.changed_at,
+        created_at=row.created_at, changed_at=row.changed_at, priority=row.priority, archived_at=row.archived_at,
     )  # fmt: skip
 
 

@@ -184,6 +184,8 @@ class Study:
     reason: str | None
     created_at: datetime
     changed_at: datetime
+    priority: int = 0
+    archived_at: datetime | None = None
 
 
 @dataclass(frozen=True)

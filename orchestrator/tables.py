@@ -86,7 +86,7 @@ class StudyRow(Base):
     name: Mapped[str] = mapped_column(String(64), unique=True)
     state: Mapped[str] = mapped_column(String(16))
     definition: Mapped[dict[str, Any]]
-    """A NewStudy, as JSON; never changed after creation."""
+    """A NewStudy, as JSON; after creation only its budget may change: `max_trials` and `spending`."""
     max_trials: Mapped[int]
     next_number: Mapped[int] = mapped_column(default=0)
     proposed: Mapped[int] = mapped_column(default=0)
@@ -96,6 +96,10 @@ class StudyRow(Base):
     created_at: Mapped[datetime]
     changed_at: Mapped[datetime]
     """When the state last changed."""
+    priority: Mapped[int] = mapped_column(server_default=text("0"))
+    """Whose runs start first, higher before lower, where studies share gangs."""
+    archived_at: Mapped[datetime | None]
+    """Since when it is left out of lists. Only a study that is stopped or complete can be."""
 
 
 class TrialRow(Base):
@@ -270,6 +274,66 @@ class EventRow(Base):
     at: Mapped[datetime]
     kind: Mapped[str] = mapped_column(String(64))
     message: Mapped[str] = mapped_column(AnyText)
+
+
+class LogRow(Base):
+    """A line that an attempt's rank 0 logged, numbered by its gang from 1."""
+
+    __tablename__ = "log_lines"
+
+    attempt_id: Mapped[int] = mapped_column(ForeignKey("attempts.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    elapsed_seconds: Mapped[float]
+    """Since the attempt began, by its gang's clock."""
+    line: Mapped[str] = mapped_column(AnyText)
+
+
+class NoteRow(Base):
+    __tablename__ = "notes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    trial_id: Mapped[int] = mapped_column(ForeignKey("trials.id"), index=True)
+    at: Mapped[datetime]
+    author: Mapped[str] = mapped_column(AnyText)
+    """The name of the token that wrote it."""
+    text: Mapped[str] = mapped_column(AnyText)
+
+
+class TagRow(Base):
+    __tablename__ = "tags"
+
+    trial_id: Mapped[int] = mapped_column(ForeignKey("trials.id"), primary_key=True)
+    tag: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+
+class TokenRow(Base):
+    """An access token, of which only the hash is kept."""
+
+    __tablename__ = "tokens"
+    __table_args__ = (CheckConstraint("role IN ('viewer', 'submitter', 'admin')", name="role"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    role: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class AuditRow(Base):
+    """One write through the API: who changed what, when. Committed with the change itself."""
+
+    __tablename__ = "audits"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(index=True)
+    actor: Mapped[str] = mapped_column(AnyText)
+    """The name of the token, or `local` where the door is open."""
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(AnyText)
+    """The path of what was changed below /v1, such as studies/sweep/trials/3."""
 
 
 STUDIES, TRIALS, RUNS, ATTEMPTS, EVENTS = (

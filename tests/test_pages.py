@@ -16,6 +16,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
+from api.context import Writer
 from api.pictures import curve_picture, tying_picture
 from api.schemas import parameters_by_class
 from api.submission import submit
@@ -112,7 +113,7 @@ class Sweep:
     def submit(self, changes: dict[str, Any]) -> TrialSpec:
         self.now += timedelta(seconds=3)
         spec = parse_spec(override(self.study.definition.base, changes))
-        submit(self.database, self.study, spec, self.now)
+        submit(Writer(self.database, "local", self.now), self.study, spec)
         return spec
 
     def start(self, changes: dict[str, Any]) -> Claim:
@@ -353,7 +354,7 @@ def test_the_pages_show_what_attempts_cost_and_ran_on(
     url = serve(small_database, dashboard=False, gpu_hour_dollars=3.0)
     assert "GPU-hour" not in httpx.get(f"{url}/studies/demo").text
     spec, queued = parse_spec(new.base), now
-    submit(small_database, study, spec, now)
+    submit(Writer(small_database, "local", now), study, spec)
     slow = "step 0.125 s, 14% slower than the 0.11 s of 5 attempts on 4 × NVIDIA H100, and the limit is 10%"
     result = result_of(spec, random.Random(7))
     ends = (
@@ -420,7 +421,7 @@ def test_what_a_user_wrote_is_shown_as_text(small_database: Database, serve: Cal
     new = NewStudy.model_validate({"name": "demo", "base": load_recipe("laptop"), "space": space})
     with small_database.write() as session:
         study = store.create_study(session, new, now)
-    submit(small_database, study, parse_spec(new.base), now)
+    submit(Writer(small_database, "local", now), study, parse_spec(new.base))
     with small_database.write() as session:
         claim = leases.claim(session, parse_spec(new.base).gang, "<script>alert(1)</script>", now, TTL)
         assert claim is not None

@@ -1,0 +1,33 @@
+"""Who changed what, when: one row for every write that came through the API, committed with the change itself."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import insert, select
+from sqlalchemy.orm import Session
+
+from orchestrator.tables import AuditRow
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One write. `subject` is the path of what was changed below /v1."""
+
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    subject: str
+
+
+def add_audit(session: Session, actor: str, action: str, subject: str, now: datetime) -> None:
+    """Say in this transaction who makes it."""
+    session.execute(insert(AuditRow).values(at=now, actor=actor, action=action, subject=subject))
+
+
+def list_audits(session: Session, *, before: int | None = None, limit: int = 100) -> tuple[Audit, ...]:
+    """The latest writes, latest first: those with ids below `before`, where given."""
+    query = select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(AuditRow.id < before)
+    return tuple(Audit(row.id, row.at, row.actor, row.action, row.subject) for row in session.scalars(query))
