@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -18,7 +19,7 @@ from orchestrator.tables import AttemptRow, RunRow, StudyRow, TrialRow
 from worker.report import Hardware
 from worker.spec import GangConfig
 
-MAX_ATTEMPTS = 2000
+MAX_ATTEMPTS = 1000
 MAX_SEGMENTS = 1000
 """Of all lanes together: with more, neighbours are joined until so many are left."""
 MAX_LANES = 256
@@ -265,39 +266,44 @@ def _lane(place: Sequence[_Stay], now: datetime, live: set[str], known: dict[int
 
 def _joined(lanes: Sequence[Lane], least_seconds: float) -> tuple[list[Lane], float]:
     """The lanes with what is too short to see joined to its neighbours, and how short that was."""
-    while True:
-        coarser = [
-            replace(
-                lane, segments=tuple(_coarser(lane.segments, least_seconds)),
-                beside=tuple(segment for segment in lane.beside if segment.seconds >= least_seconds),
-            )
-            for lane in lanes
-        ]  # fmt: skip
-        if sum(len(lane.segments) + len(lane.beside) for lane in coarser) <= MAX_SEGMENTS:
-            return coarser, least_seconds
-        least_seconds *= 2
+    lengths = [[segment.seconds for segment in lane.segments] for lane in lanes]
+    beside = [segment.seconds for lane in lanes for segment in lane.beside]
+    while (
+        sum(len(_cuts(own, least_seconds)) for own in lengths) + sum(s >= least_seconds for s in beside) > MAX_SEGMENTS
+    ):
+        least_seconds *= 1.5
+    coarser = [
+        replace(
+            lane,
+            segments=tuple(_one(lane.segments[a:b]) for a, b in pairwise([0, *_cuts(own, least_seconds)])),
+            beside=tuple(segment for segment in lane.beside if segment.seconds >= least_seconds),
+        )
+        for lane, own in zip(lanes, lengths, strict=True)
+    ]  # fmt: skip
+    return coarser, least_seconds
 
 
-def _coarser(segments: Sequence[Segment], least_seconds: float) -> Iterator[Segment]:
-    short: list[Segment] = []
-    for segment in segments:
-        if segment.seconds < least_seconds:
-            short.append(segment)
-        if short and (segment.seconds >= least_seconds or _length(short) >= least_seconds):
-            yield _one(short)
-            short = []
-        if segment.seconds >= least_seconds:
-            yield segment
-    if short:
-        yield _one(short)
-
-
-def _length(segments: Sequence[Segment]) -> float:
-    return (segments[-1].ended_at - segments[0].started_at).total_seconds()
+def _cuts(lengths: Sequence[float], least_seconds: float) -> list[int]:
+    """Where neighbours end that are joined because each is shorter than this; what is as long stays alone."""
+    cuts, short = [], 0.0
+    for place, seconds in enumerate(lengths):
+        if seconds >= least_seconds:
+            if short:
+                cuts.append(place)
+            cuts.append(place + 1)
+            short = 0.0
+        else:
+            short += seconds
+            if short >= least_seconds:
+                cuts.append(place + 1)
+                short = 0.0
+    return [*cuts, len(lengths)] if short else cuts
 
 
 def _one(segments: Sequence[Segment]) -> Segment:
     """Neighbours as one segment."""
+    if len(segments) == 1:
+        return segments[0]
     longest = max(segments, key=lambda segment: segment.seconds)
     same = len({segment.attempt_id for segment in segments}) == 1
     whole = longest if same else Segment(longest.phase, longest.started_at, longest.ended_at)
