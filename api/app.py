@@ -8,7 +8,22 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from api import cluster, events, health, imports, pages, preview, studies, trials, verdicts
+from api import (
+    cluster,
+    cluster_page,
+    docs_page,
+    events,
+    health,
+    imports,
+    pages,
+    preview,
+    studies,
+    studies_page,
+    study_page,
+    trial_page,
+    trials,
+    verdicts,
+)
 from api.context import Context
 from api.dashboard import Dashboard
 from api.problems import EXPECTED, MEDIA_TYPE, problem_of, respond
@@ -41,7 +56,8 @@ def create_app(
         version_1.include_router(module.router)
     app.include_router(version_1)
     app.include_router(health.router)
-    app.include_router(pages.router)
+    for shown in (studies_page, study_page, trial_page, cluster_page, docs_page):
+        app.include_router(shown.router)
     pages.mount_assets(app)
     if dashboard:
         Dashboard(database).mount(app)
