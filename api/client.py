@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 import httpx
 from pydantic import BaseModel
 
-from api.problems import ProblemDetails
+from api.refusals import ProblemDetails
 from api.reports import LedgerOut, StoppingOut
 from api.schemas import (
     ActivityOut,

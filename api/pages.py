@@ -17,7 +17,7 @@ from starlette.staticfiles import StaticFiles
 from api import diagnostics
 from api.context import Context, ContextOf, Now, StudyName, TrialNumber
 from api.pictures import bytes_bar, curve_picture, tying_picture, tying_strip
-from api.problems import ProblemDetails
+from api.refusals import ProblemDetails
 from api.schemas import TrialSummary, parameters_by_class
 from api.studies import describe, leaderboard
 from api.trials import artifact_of
