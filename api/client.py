@@ -11,7 +11,7 @@ import httpx
 from pydantic import BaseModel
 
 from api.cluster import ClusterOut
-from api.problems import ProblemDetails
+from api.refusals import ProblemDetails
 from api.reports import LedgerOut, StoppingOut
 from api.schemas import (
     ActivityOut,

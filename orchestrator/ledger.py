@@ -13,13 +13,10 @@ from typing import Generic, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from orchestrator.cost import FREE, IDLE, QUEUE, STORE, Cost, held_seconds
 from orchestrator.lifecycle import Outcome
 from orchestrator.tables import AttemptRow, RunRow, TrialRow
-from worker.spec import GangConfig
 
-QUEUE, IDLE, STORE = "queue", "idle", "store"
-FREE = frozenset({QUEUE, STORE})
-"""The phases that hold no GPU: its ranks are at another attempt, or at none."""
 WAITS = frozenset({QUEUE, IDLE})
 """What came before the attempt had its gang: not wasted, whatever came of it."""
 WASTED = frozenset({Outcome.FAILED, Outcome.PREEMPTED, Outcome.LOST, Outcome.VOID})
@@ -30,18 +27,6 @@ PHASES = (QUEUE, IDLE, "start", "data", "compile", "train", "evaluate", "pack", 
 MOST = 10
 
 Key = TypeVar("Key")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of attempts; `gpu_seconds` are those of each GPU."""
-
-    seconds: float = 0.0
-    gpu_seconds: float = 0.0
-    dollars: float = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.seconds + other.seconds, self.gpu_seconds + other.gpu_seconds, self.dollars + other.dollars)
 
 
 @dataclass(frozen=True)
@@ -101,13 +86,6 @@ def ledger(
     )  # fmt: skip
 
 
-def cost_of(phase_seconds: Mapping[str, float], gang: GangConfig, gpu_hour_dollars: float) -> Cost:
-    """What an attempt of this gang has cost, by its seconds in each phase."""
-    seconds = sum(phase_seconds.values())
-    gpu_seconds = held_seconds(phase_seconds) * (gang.ranks if gang.device == "gpu" else 0)
-    return Cost(seconds, gpu_seconds, gpu_seconds * gpu_hour_dollars / 3600)
-
-
 def seconds_by_phase(
     queued_at: datetime | None,
     started_at: datetime,
@@ -128,11 +106,6 @@ def seconds_by_phase(
     elif until is not None:
         _count(seconds, UNKNOWN, started_at, until)
     return seconds
-
-
-def held_seconds(phase_seconds: Mapping[str, float]) -> float:
-    """Seconds in which an attempt held its GPUs."""
-    return sum(seconds for phase, seconds in phase_seconds.items() if phase not in FREE)
 
 
 def _count(seconds: dict[str, float], phase: str, since: datetime, until: datetime) -> None:
