@@ -12,7 +12,8 @@ from itertools import pairwise
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from orchestrator.ledger import FREE, IDLE, QUEUE, place_of, seconds_by_phase
+from orchestrator.cost import FREE, IDLE, QUEUE
+from orchestrator.ledger import place_of, seconds_by_phase
 from orchestrator.lifecycle import Outcome, RunState, StudyState
 from orchestrator.rows import gang_of
 from orchestrator.tables import AttemptRow, RunRow, StudyRow, TrialRow
