@@ -7,7 +7,8 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from orchestrator.ledger import Spent, held_seconds
+from orchestrator.cost import held_seconds
+from orchestrator.ledger import Spent
 from orchestrator.lifecycle import TrialState
 from orchestrator.tables import TRIALS
 
