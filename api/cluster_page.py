@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Annotated, Any
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import HTMLResponse
@@ -13,16 +13,17 @@ from api.pages import page
 from orchestrator.activity import latest_events
 from orchestrator.lanes import Cluster, Segment, read_cluster
 
-WINDOWS = {"0.25": "15 min", "1": "1 h", "6": "6 h", "24": "24 h", "168": "7 days"}
-"""Hours, as they stand in the address, and what the page calls them."""
+WINDOWS = {5: "5 min", 30: "30 min", 180: "3 h", 1440: "24 h", 10_080: "7 days"}
+"""Minutes, and what the page calls them."""
+USUAL = 30
 WIDTH = 1000.0
 """Of a lane's picture, in its own units: the page stretches it."""
-STEPS = (60, 300, 900, 3600, 4 * 3600, 24 * 3600)
+STEPS = (60, 300, 1800, 4 * 3600, 24 * 3600)
 """Seconds between two marks of the axis: the first of these that makes MARKS at the most."""
 MARKS = 7
 
 router = APIRouter(include_in_schema=False)
-Hours = Annotated[str, Query(pattern="^(" + "|".join(name.replace(".", "[.]") for name in WINDOWS) + ")$")]
+Minutes = Annotated[Literal[5, 30, 180, 1440, 10_080], Query(description="The length of the window.")]
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,22 @@ class Stretch:
 
 
 @router.get("/cluster")
-def show_cluster(request: Request, context: ContextOf, now: Now, hours: Hours = "1") -> HTMLResponse:
+def show_cluster(request: Request, context: ContextOf, now: Now, minutes: Minutes = USUAL) -> HTMLResponse:
     """Each gang as a lane."""
-    return page(request, "cluster.html", **_facts(context, now, hours))
+    return page(request, "cluster.html", **_facts(context, now, minutes))
 
 
 @router.get("/cluster/live")
-def show_cluster_live(request: Request, context: ContextOf, now: Now, hours: Hours = "1") -> HTMLResponse:
+def show_cluster_live(request: Request, context: ContextOf, now: Now, minutes: Minutes = USUAL) -> HTMLResponse:
     """The part of the page that changes."""
-    return page(request, "cluster_live.html", **_facts(context, now, hours))
+    return page(request, "cluster_live.html", **_facts(context, now, minutes))
 
 
-def _facts(context: Context, now: Now, hours: str) -> dict[str, Any]:
-    window = timedelta(hours=float(hours))
+def _facts(context: Context, now: datetime, minutes: int) -> dict[str, Any]:
+    window = timedelta(minutes=minutes)
     with context.database.read() as session:
         seen = next((event.id for event in latest_events(session, None, 1)), 0)
-        found = context.kept.get(("cluster", hours), lambda: read_cluster(session, now, window))
+        found = context.kept.get(("cluster", minutes), lambda: read_cluster(session, now, window))
     cluster = found.value
     return {
         "cluster": cluster,
@@ -58,7 +59,7 @@ def _facts(context: Context, now: Now, hours: str) -> dict[str, Any]:
         "marks": list(_marks(cluster)),
         "shown": sorted({each.phase for lane in cluster.lanes for each in (*lane.segments, *lane.beside)}),
         "windows": WINDOWS,
-        "hours": hours,
+        "minutes": minutes,
         "seen": seen,
         "again": found.seconds_left,
     }

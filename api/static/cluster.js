@@ -2,9 +2,9 @@
 import { follow, refresh, soon } from "./live.js";
 
 const live = document.getElementById("live");
-const EVERY = { 0.25: 2, 1: 5, 6: 20, 24: 60, 168: 300 }; // seconds in which a lane grows by about a pixel or two
-const update = soon(() => refresh(`/cluster/live?hours=${live.dataset.hours}`, ["live"]), 500);
+const EVERY = { 5: 1, 30: 3, 180: 15, 1440: 60, 10080: 300 }; // seconds in which a lane grows by about a pixel or two
+const update = soon(() => refresh(`/cluster/live?minutes=${live.dataset.minutes}`, ["live"]), 500);
 
 follow(`/v1/events?after=${live.dataset.seen}`, { message: update });
-setInterval(() => { if (!document.hidden) update(); }, 1000 * EVERY[live.dataset.hours]);
+setInterval(() => { if (!document.hidden) update(); }, 1000 * EVERY[live.dataset.minutes]);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) update(); });
