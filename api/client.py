@@ -11,7 +11,7 @@ import httpx
 from pydantic import BaseModel
 
 from api.problems import ProblemDetails
-from api.reports import LedgerOut, StoppingOut
+from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     EventOut,
@@ -105,6 +105,14 @@ class Caddie:
     def stopping(self, study: str) -> StoppingOut:
         """How often the study's runs were stopped early, and how often that would have been a mistake."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/stopping", StoppingOut)
+
+    def pareto(self, study: str) -> ParetoOut:
+        """The trials that no other beats in both BPB and bytes."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/pareto", ParetoOut)
+
+    def importance(self, study: str) -> ImportanceOut:
+        """Which parameters matter, and how the families of tying maps compare."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/importance", ImportanceOut)
 
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""

@@ -44,7 +44,8 @@ def list_standings(session: Session, study_id: int, limit: int | None = None) ->
     query = select(RUNS.c.trial_id, RUNS.c.seed, RUNS.c.state, RUNS.c.scores).order_by(RUNS.c.id)
     for trial_id, seed, state, scores in session.execute(query.where(RUNS.c.trial_id.in_(several), RUNS.c.rung == 0)):
         runs.setdefault(trial_id, []).append((seed, state, scores if state == RunState.SUCCEEDED else None))
-    for trial_id, number, val_bpb, _, own in session.execute(trials.where(TRIALS.c.id.in_(several))):
+    found = session.execute(trials.where(TRIALS.c.id.in_(several))) if runs else ()
+    for trial_id, number, val_bpb, _, own in found:
         if (of := runs.pop(trial_id, None)) is None:
             continue  # seen, at the run before
         scored = [(seed, scores) for seed, _, scores in of if scores is not None]
