@@ -44,10 +44,10 @@ def list_standings(session: Session, study_id: int, limit: int | None = None) ->
     query = select(RUNS.c.trial_id, RUNS.c.seed, RUNS.c.state, RUNS.c.scores).order_by(RUNS.c.id)
     for trial_id, seed, state, scores in session.execute(query.where(RUNS.c.trial_id.in_(several), RUNS.c.rung == 0)):
         runs.setdefault(trial_id, []).append((seed, state, scores if state == RunState.SUCCEEDED else None))
-    found = session.execute(trials.where(TRIALS.c.id.in_(several))) if runs else ()
-    for trial_id, number, val_bpb, _, own in found:
-        if (of := runs.pop(trial_id, None)) is None:
-            continue  # seen, at the run before
+    declared = select(TRIALS.c.id, TRIALS.c.number, TRIALS.c.val_bpb).where(*complete, TRIALS.c.id.in_(several))
+    for trial_id, number, val_bpb in session.execute(declared):
+        of = runs[trial_id]
+        own = of[0][0]
         scored = [(seed, scores) for seed, _, scores in of if scores is not None]
         standings.append(Standing(
             trial_id, number, own, val_bpb,

@@ -130,4 +130,4 @@ def test_importance_and_the_pareto_set_of_10_000_trials_are_quick(database: Data
             middle = process_time()
             assert 1 < len(front(scored(session, study))) < 100
             taken.append((middle - began, process_time() - middle))
-    assert min(first for first, _ in taken) < 0.3 and min(second for _, second in taken) < 0.3, taken
+    assert min(first for first, _ in taken) < 0.5 and min(second for _, second in taken) < 0.5, taken
