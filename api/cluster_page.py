@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import HTMLResponse
@@ -14,7 +14,7 @@ from orchestrator.activity import latest_events
 from orchestrator.lanes import Cluster, Segment, read_cluster
 
 WINDOWS = {5: "5 min", 30: "30 min", 180: "3 h", 1440: "24 h", 10_080: "7 days"}
-"""Minutes, and what the page calls them."""
+"""Minutes that the page offers, and what it calls them."""
 USUAL = 30
 WIDTH = 1000.0
 """Of a lane's picture, in its own units: the page stretches it."""
@@ -23,7 +23,7 @@ STEPS = (60, 300, 1800, 4 * 3600, 24 * 3600)
 MARKS = 7
 
 router = APIRouter(include_in_schema=False)
-Minutes = Annotated[Literal[5, 30, 180, 1440, 10_080], Query(description="The length of the window.")]
+Minutes = Annotated[int, Query(ge=1, le=10_080, description="The length of the window.")]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def _facts(context: Context, now: datetime, minutes: int) -> dict[str, Any]:
         "marks": list(_marks(cluster)),
         "shown": sorted({each.phase for lane in cluster.lanes for each in (*lane.segments, *lane.beside)}),
         "windows": WINDOWS,
+        "window": WINDOWS.get(minutes, f"{minutes} min"),
         "minutes": minutes,
         "seen": seen,
         "again": found.seconds_left,

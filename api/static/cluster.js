@@ -2,9 +2,9 @@
 import { follow, refresh, soon } from "./live.js";
 
 const live = document.getElementById("live");
-const EVERY = { 5: 1, 30: 3, 180: 15, 1440: 60, 10080: 300 }; // seconds in which a lane grows by about a pixel or two
+const every = Math.max(1, live.dataset.minutes * 60 / 600); // seconds in which a lane grows by about a pixel
 const update = soon(() => refresh(`/cluster/live?minutes=${live.dataset.minutes}`, ["live"]), 500);
 
 follow(`/v1/events?after=${live.dataset.seen}`, { message: update });
-setInterval(() => { if (!document.hidden) update(); }, 1000 * EVERY[live.dataset.minutes]);
+setInterval(() => { if (!document.hidden) update(); }, 1000 * every);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) update(); });
