@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from api import (
+    cluster,
     cluster_page,
     docs_page,
     events,
@@ -52,7 +53,7 @@ def create_app(
     app.state.context = Context(database, store, gpu_hour_dollars)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, events):
+    for module in (studies, trials, verdicts, imports, preview, cluster, events):
         version_1.include_router(module.router)
     app.include_router(version_1)
     app.include_router(health.router)

@@ -10,7 +10,8 @@ from urllib.parse import quote, urlencode
 import httpx
 from pydantic import BaseModel
 
-from api.problems import ProblemDetails
+from api.cluster import ClusterOut
+from api.refusals import ProblemDetails
 from api.reports import LedgerOut, StoppingOut
 from api.schemas import (
     ActivityOut,
@@ -105,6 +106,10 @@ class Caddie:
     def stopping(self, study: str) -> StoppingOut:
         """How often the study's runs were stopped early, and how often that would have been a mistake."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/stopping", StoppingOut)
+
+    def cluster(self, hours: float = 1.0) -> ClusterOut:
+        """What each gang does, and did within the last hours; how much of it was idle, and what waits."""
+        return self._read("GET", f"/v1/cluster?hours={hours}", ClusterOut)
 
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""

@@ -12,7 +12,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from api.pictures import tying_strip
-from api.problems import ProblemDetails
+from api.refusals import ProblemDetails
 from orchestrator.access import LOCAL
 from worker.tying import TyingMap
 

@@ -1,11 +1,16 @@
 """What the API reports about a whole study: what it cost, and what came of what proposed its trials."""
 
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel
 
-from orchestrator.arms import Record
-from orchestrator.ledger import Cost, Ledger
-from orchestrator.spending import Account
-from orchestrator.stopping import Regret
+from orchestrator.cost import Cost
+
+if TYPE_CHECKING:  # SQLAlchemy comes with these, and clients read answers without it
+    from orchestrator.arms import Record
+    from orchestrator.ledger import Ledger
+    from orchestrator.spending import Account
+    from orchestrator.stopping import Regret
 
 
 class CostOut(BaseModel):
@@ -44,7 +49,7 @@ class LedgerOut(BaseModel):
     other_trials: CostOut
 
     @classmethod
-    def of(cls, study: str, trial: int | None, found: Ledger, gpu_hour_dollars: float) -> "LedgerOut":
+    def of(cls, study: str, trial: int | None, found: "Ledger", gpu_hour_dollars: float) -> "LedgerOut":
         return cls(
             study=study, trial=trial, gpu_hour_dollars=gpu_hour_dollars, attempts=found.attempts,
             phases={phase: CostOut.of(cost) for phase, cost in found.phases.items()},
@@ -69,7 +74,7 @@ class SpendingOut(BaseModel):
     gpu_hour_dollars: float
 
     @classmethod
-    def of(cls, account: Account, gpu_hour_dollars: float) -> "SpendingOut":
+    def of(cls, account: "Account", gpu_hour_dollars: float) -> "SpendingOut":
         return cls(
             limit_gpu_hours=account.limit_hours, spent_gpu_hours=account.spent_hours,
             reserved_gpu_hours=account.reserved_hours, left_gpu_hours=account.left_hours,
@@ -96,7 +101,7 @@ class StoppingOut(BaseModel):
     """The mean of what the best score would have been worse by, without one of the finished."""
 
     @classmethod
-    def of(cls, found: Regret) -> "StoppingOut":
+    def of(cls, found: "Regret") -> "StoppingOut":
         return cls(
             stopped=found.stopped, spared=found.spared, finished=found.finished, wrong=found.wrong,
             error_rate_low=found.error_rate.low, error_rate_high=found.error_rate.high, best=found.best,
@@ -123,7 +128,7 @@ class ArmOut(BaseModel):
     """BPB of the trial that each was made from, minus its own."""
 
     @classmethod
-    def of(cls, record: Record) -> "ArmOut":
+    def of(cls, record: "Record") -> "ArmOut":
         return cls(
             name=record.name, trials=record.trials, scored=len(record.scores), bests=record.bests,
             best_bpb=record.best_bpb, median_bpb=record.median_bpb, compared=len(record.gains), better=record.better,

@@ -13,13 +13,10 @@ from typing import Generic, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from orchestrator.cost import FREE, IDLE, QUEUE, STORE, Cost, held_seconds
 from orchestrator.lifecycle import Outcome
 from orchestrator.tables import AttemptRow, RunRow, TrialRow
-from worker.spec import GangConfig
 
-QUEUE, IDLE, STORE = "queue", "idle", "store"
-FREE = frozenset({QUEUE, STORE})
-"""The phases that hold no GPU: its ranks are at another attempt, or at none."""
 WAITS = frozenset({QUEUE, IDLE})
 """What came before the attempt had its gang: not wasted, whatever came of it."""
 WASTED = frozenset({Outcome.FAILED, Outcome.PREEMPTED, Outcome.LOST, Outcome.VOID})
@@ -30,18 +27,6 @@ PHASES = (QUEUE, IDLE, "start", "data", "compile", "train", "evaluate", "pack", 
 MOST = 10
 
 Key = TypeVar("Key")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of attempts; `gpu_seconds` are those of each GPU."""
-
-    seconds: float = 0.0
-    gpu_seconds: float = 0.0
-    dollars: float = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.seconds + other.seconds, self.gpu_seconds + other.gpu_seconds, self.dollars + other.dollars)
 
 
 @dataclass(frozen=True)
@@ -101,13 +86,6 @@ def ledger(
     )  # fmt: skip
 
 
-def cost_of(phase_seconds: Mapping[str, float], gang: GangConfig, gpu_hour_dollars: float) -> Cost:
-    """What an attempt of this gang has cost, by its seconds in each phase."""
-    seconds = sum(phase_seconds.values())
-    gpu_seconds = held_seconds(phase_seconds) * (gang.ranks if gang.device == "gpu" else 0)
-    return Cost(seconds, gpu_seconds, gpu_seconds * gpu_hour_dollars / 3600)
-
-
 def seconds_by_phase(
     queued_at: datetime | None,
     started_at: datetime,
@@ -130,11 +108,6 @@ def seconds_by_phase(
     return seconds
 
 
-def held_seconds(phase_seconds: Mapping[str, float]) -> float:
-    """Seconds in which an attempt held its GPUs."""
-    return sum(seconds for phase, seconds in phase_seconds.items() if phase not in FREE)
-
-
 def _count(seconds: dict[str, float], phase: str, since: datetime, until: datetime) -> None:
     spent = max((until - since).total_seconds(), 0.0)  # another machine's clock may be behind
     seconds[phase] = seconds.get(phase, 0.0) + spent
@@ -152,7 +125,7 @@ def _ends(
         else:
             phases.add(phase, spent, held)
     by_phase, by_end = phases.costs(gpu_hour_dollars), ends.costs(gpu_hour_dollars)
-    ordered = dict(sorted(by_phase.items(), key=lambda item: _place(item[0])))
+    ordered = dict(sorted(by_phase.items(), key=lambda item: place_of(item[0])))
     return ordered, sum(by_end.values(), Cost()), by_end.get(Outcome.VOID, Cost())
 
 
@@ -171,7 +144,8 @@ class _Tally(Generic[Key]):
         return {key: Cost(sums[0], sums[1], sums[1] * gpu_hour_dollars / 3600) for key, sums in self._sums.items()}
 
 
-def _place(phase: str) -> int:
+def place_of(phase: str) -> int:
+    """The phase's place among PHASES, as what to sort by."""
     return PHASES.index(phase) if phase in PHASES else len(PHASES)
 
 
