@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.lanes import ClusterOut
 from api.reports import LedgerOut, StoppingOut
 from api.schemas import (
     ActivityOut,
@@ -101,6 +102,10 @@ class Caddie(Connection):
     def stopping(self, study: str) -> StoppingOut:
         """How often the study's runs were stopped early, and how often that would have been a mistake."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/stopping", StoppingOut)
+
+    def cluster(self, hours: float = 1.0) -> ClusterOut:
+        """What each gang does, and did within the last hours; how much of it was idle, and what waits."""
+        return self._read("GET", f"/v1/cluster?hours={hours}", ClusterOut)
 
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""

@@ -125,7 +125,7 @@ def _ends(
         else:
             phases.add(phase, spent, held)
     by_phase, by_end = phases.costs(gpu_hour_dollars), ends.costs(gpu_hour_dollars)
-    ordered = dict(sorted(by_phase.items(), key=lambda item: _place(item[0])))
+    ordered = dict(sorted(by_phase.items(), key=lambda item: place_of(item[0])))
     return ordered, sum(by_end.values(), Cost()), by_end.get(Outcome.VOID, Cost())
 
 
@@ -144,7 +144,8 @@ class _Tally(Generic[Key]):
         return {key: Cost(sums[0], sums[1], sums[1] * gpu_hour_dollars / 3600) for key, sums in self._sums.items()}
 
 
-def _place(phase: str) -> int:
+def place_of(phase: str) -> int:
+    """The phase's place among PHASES, as what to sort by."""
     return PHASES.index(phase) if phase in PHASES else len(PHASES)
 
 
