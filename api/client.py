@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from api.cluster import ClusterOut
 from api.refusals import ProblemDetails
-from api.reports import LedgerOut, StoppingOut
+from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     EventOut,
@@ -106,6 +106,14 @@ class Caddie:
     def stopping(self, study: str) -> StoppingOut:
         """How often the study's runs were stopped early, and how often that would have been a mistake."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/stopping", StoppingOut)
+
+    def pareto(self, study: str) -> ParetoOut:
+        """The trials that no other beats in both BPB and bytes."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/pareto", ParetoOut)
+
+    def importance(self, study: str) -> ImportanceOut:
+        """Which parameters matter, and how the families of tying maps compare."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/importance", ImportanceOut)
 
     def cluster(self, hours: float = 1.0) -> ClusterOut:
         """What each gang does, and did within the last hours; how much of it was idle, and what waits."""
