@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 
 from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
 from api.lanes import ClusterOut
-from api.reports import LedgerOut, StoppingOut
+from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     EventOut,
@@ -102,6 +102,14 @@ class Caddie(Connection):
     def stopping(self, study: str) -> StoppingOut:
         """How often the study's runs were stopped early, and how often that would have been a mistake."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/stopping", StoppingOut)
+
+    def pareto(self, study: str) -> ParetoOut:
+        """The trials that no other beats in both BPB and bytes."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/pareto", ParetoOut)
+
+    def importance(self, study: str) -> ImportanceOut:
+        """Which parameters matter, and how the families of tying maps compare."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/importance", ImportanceOut)
 
     def cluster(self, hours: float = 1.0) -> ClusterOut:
         """What each gang does, and did within the last hours; how much of it was idle, and what waits."""
