@@ -11,23 +11,26 @@ from urllib.parse import quote, urlencode
 
 from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
 from api.lanes import ClusterOut
+from api.previews import PreviewOut, StudyPreviewOut
 from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     EventOut,
     Health,
     MeasurementOut,
+    NoteOut,
     Page,
-    PreviewOut,
     RecipeOut,
     StudyOut,
-    StudyPreviewOut,
     SubmittedOut,
+    TagsOut,
     TrialOut,
     TrialSummary,
 )
 from api.standings import LeaderboardOut, VerdictOut
+from orchestrator.lifecycle import TrialState
 from orchestrator.settings import Settings
+from orchestrator.study import Origin, Verdict
 
 __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
@@ -133,9 +136,39 @@ class Caddie(Connection):
         path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
         return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
 
-    def trials(self, study: str) -> list[TrialSummary]:
-        """Every trial of the study, by number."""
-        return list(self._pages(f"/v1/studies/{_quoted(study)}/trials", Page[TrialSummary]))
+    def trials(
+        self,
+        study: str,
+        *,
+        state: Sequence[TrialState] = (),
+        origin: Sequence[Origin] = (),
+        verdict: Sequence[Verdict] = (),
+        arm: Sequence[str] = (),
+        tag: Sequence[str] = (),
+        sort: str = "number",
+    ) -> list[TrialSummary]:
+        """Every trial of the study that meets all of these, by number or as `sort` says: -val_bpb is worst first."""
+        query = {"state": state, "origin": origin, "verdict": verdict, "arm": arm, "tag": tag, "sort": sort}
+        return list(self._pages(f"{_trials(study)}?{urlencode(query, doseq=True)}", Page[TrialSummary]))
+
+    def tag(self, study: str, number: int, tags: Sequence[str]) -> list[str]:
+        """Give the trial these tags, and take all others from it."""
+        path, body = f"{_trials(study)}/{number}/tags", {"tags": list(tags)}
+        return self._read("PUT", path, TagsOut, body=body, attempts=ATTEMPTS).tags
+
+    def notes(self, study: str, number: int) -> list[NoteOut]:
+        return self._read("GET", f"{_trials(study)}/{number}/notes", Page[NoteOut]).items
+
+    def add_note(self, study: str, number: int, text: str) -> NoteOut:
+        """Write something about the trial. Not repeated: it would be there twice."""
+        return self._read("POST", f"{_trials(study)}/{number}/notes", NoteOut, body={"text": text})
+
+    def delete_note(self, study: str, number: int, note: int) -> None:
+        self._send("DELETE", f"{_trials(study)}/{number}/notes/{note}", attempts=1)
+
+    def trial_events(self, study: str, number: int) -> list[EventOut]:
+        """What became of the trial, oldest first."""
+        return list(self._pages(f"{_trials(study)}/{number}/events", Page[EventOut]))
 
     def trial(self, study: str, number: int) -> TrialOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/trials/{number}", TrialOut)
@@ -180,6 +213,10 @@ class Caddie(Connection):
         for message in self._follow(path, str(after or "")):
             if not message.kind:
                 yield EventOut.model_validate_json(message.data)
+
+
+def _trials(study: str) -> str:
+    return f"/v1/studies/{_quoted(study)}/trials"
 
 
 def _quoted(part: str) -> str:
