@@ -89,6 +89,7 @@ function drawCourse({ course, ...whole }) {
 
 function draw() {
   const data = drawn();
+  if (!data) return;
   drawBytes(data);
   drawCourse(data);
 }
@@ -120,7 +121,7 @@ document.getElementById("axis").addEventListener("click", (event) => {
   if (!event.target.value) return;
   axis = event.target.value;
   share("axis", axis, "trials");
-  drawCourse(drawn());
+  draw();
 });
 
 // Two to five trials side by side.
