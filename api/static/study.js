@@ -5,7 +5,7 @@ import { follow, refresh, share, shared, soon } from "./live.js";
 const root = document.getElementById("study");
 const name = encodeURIComponent(root.dataset.study);
 const cap = Number(root.dataset.cap);
-const AXES = { trials: "complete trials", gpu_seconds: "GPU-seconds of attempts (a CPU rank counts as one GPU)" };
+const AXES = { trials: "complete trials", gpu_seconds: "GPU-seconds" };
 let axis = shared("axis", "trials");
 if (!(axis in AXES)) axis = "trials";
 
@@ -31,7 +31,7 @@ function points(columns, marker, label, keep = () => true) {
     type: "scatter", mode: "markers", name: label, x: of("bytes"), y: of("bpb"), customdata: of("number"),
     text: of("seeds").map((seeds) => (seeds > 1 ? `mean of ${seeds} seeds` : "one seed")),
     hovertemplate: `<b>trial %{customdata}</b> ${label}<br>%{y:.4f} BPB, %{text}<br>%{x:,} bytes<extra></extra>`,
-    marker: { size: chosen.length > 300 ? 6 : 10, line: { width: chosen.length > 300 ? 0.5 : 1.5, color: colour("card") }, ...marker },
+    marker: { size: chosen.length > 100 ? 6 : 10, line: { width: chosen.length > 100 ? 0.5 : 1.5, color: colour("card") }, ...marker },
   };
 }
 
