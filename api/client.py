@@ -11,6 +11,7 @@ import httpx
 from pydantic import BaseModel
 
 from api.cluster import ClusterOut
+from api.previews import PreviewOut, StudyPreviewOut
 from api.refusals import ProblemDetails
 from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
@@ -18,16 +19,18 @@ from api.schemas import (
     EventOut,
     Health,
     MeasurementOut,
+    NoteOut,
     Page,
-    PreviewOut,
     RecipeOut,
     StudyOut,
-    StudyPreviewOut,
     SubmittedOut,
+    TagsOut,
     TrialOut,
     TrialSummary,
 )
 from api.standings import LeaderboardOut, VerdictOut
+from orchestrator.lifecycle import TrialState
+from orchestrator.study import Origin, Verdict
 
 ATTEMPTS = 4
 FIRST_WAIT_SECONDS = 0.2
@@ -137,9 +140,39 @@ class Caddie:
         path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
         return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
 
-    def trials(self, study: str) -> list[TrialSummary]:
-        """Every trial of the study, by number."""
-        return list(self._pages(f"/v1/studies/{_quoted(study)}/trials", Page[TrialSummary]))
+    def trials(
+        self,
+        study: str,
+        *,
+        state: Sequence[TrialState] = (),
+        origin: Sequence[Origin] = (),
+        verdict: Sequence[Verdict] = (),
+        arm: Sequence[str] = (),
+        tag: Sequence[str] = (),
+        sort: str = "number",
+    ) -> list[TrialSummary]:
+        """Every trial of the study that meets all of these, by number or as `sort` says: -val_bpb is worst first."""
+        query = {"state": state, "origin": origin, "verdict": verdict, "arm": arm, "tag": tag, "sort": sort}
+        return list(self._pages(f"{_trials(study)}", Page[TrialSummary], query, "cursor"))
+
+    def tag(self, study: str, number: int, tags: Sequence[str]) -> list[str]:
+        """Give the trial these tags, and take all others from it."""
+        path, body = f"{_trials(study)}/{number}/tags", {"tags": list(tags)}
+        return self._read("PUT", path, TagsOut, body=body, attempts=ATTEMPTS).tags
+
+    def notes(self, study: str, number: int) -> list[NoteOut]:
+        return self._read("GET", f"{_trials(study)}/{number}/notes", Page[NoteOut]).items
+
+    def add_note(self, study: str, number: int, text: str) -> NoteOut:
+        """Write something about the trial. Not repeated: it would be there twice."""
+        return self._read("POST", f"{_trials(study)}/{number}/notes", NoteOut, body={"text": text})
+
+    def delete_note(self, study: str, number: int, note: int) -> None:
+        self._send("DELETE", f"{_trials(study)}/{number}/notes/{note}", attempts=1)
+
+    def trial_events(self, study: str, number: int) -> list[EventOut]:
+        """What became of the trial, oldest first."""
+        return list(self._pages(f"{_trials(study)}/{number}/events", Page[EventOut]))
 
     def trial(self, study: str, number: int) -> TrialOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/trials/{number}", TrialOut)
@@ -193,14 +226,16 @@ class Caddie:
                 time.sleep(FIRST_WAIT_SECONDS * 2**failures)
         raise Unreachable(f"{self._http.base_url} does not answer")
 
-    def _pages(self, path: str, kind: type[Page[Answer]]) -> Iterator[Answer]:
-        after = -1
+    def _pages(
+        self, path: str, kind: type[Page[Answer]], query: Mapping[str, Any] | None = None, cursor: str = "after"
+    ) -> Iterator[Answer]:
+        asked = {**(query or {}), "limit": self._page_size}
         while True:
-            page = self._read("GET", f"{path}?limit={self._page_size}&after={after}", kind)
+            page = self._read("GET", f"{path}?{urlencode(asked, doseq=True)}", kind)
             yield from page.items
             if page.next is None:
                 return
-            after = page.next
+            asked[cursor] = page.next
 
     def _read(
         self,
@@ -264,6 +299,10 @@ def _messages(lines: Iterator[str]) -> Iterator[str]:
             data.append(line.removeprefix("data:").removeprefix(" "))
         elif line.startswith("event:"):
             named = True
+
+
+def _trials(study: str) -> str:
+    return f"/v1/studies/{_quoted(study)}/trials"
 
 
 def _quoted(part: str) -> str:
