@@ -8,7 +8,23 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from api import events, health, imports, pages, preview, studies, trials, verdicts
+from api import (
+    cluster,
+    cluster_page,
+    docs_page,
+    events,
+    health,
+    imports,
+    new_trial_page,
+    pages,
+    preview,
+    studies,
+    studies_page,
+    study_page,
+    trial_page,
+    trials,
+    verdicts,
+)
 from api.context import Context
 from api.dashboard import Dashboard
 from api.problems import EXPECTED, MEDIA_TYPE, problem_of, respond
@@ -37,11 +53,12 @@ def create_app(
     app.state.context = Context(database, store, gpu_hour_dollars)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, events):
+    for module in (studies, trials, verdicts, imports, preview, cluster, events):
         version_1.include_router(module.router)
     app.include_router(version_1)
     app.include_router(health.router)
-    app.include_router(pages.router)
+    for shown in (studies_page, study_page, trial_page, new_trial_page, cluster_page, docs_page):
+        app.include_router(shown.router)
     pages.mount_assets(app)
     if dashboard:
         Dashboard(database).mount(app)

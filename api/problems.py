@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from api.refusals import FieldProblem, ProblemDetails
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.errors import CaddieError, Conflict, IllegalMove, NotFound
 from worker.shape import FieldError
@@ -32,25 +32,6 @@ TITLES: dict[str, tuple[int, str]] = {
     "internal-error": (500, "Something is wrong on our side"),
     "not-ready": (503, "The service is not ready"),
 }
-
-
-class FieldProblem(BaseModel):
-    """One thing wrong with the input: the dotted path, the value there, and what would be right."""
-
-    field: str
-    value: Any
-    message: str
-
-
-class ProblemDetails(BaseModel):
-    """RFC 9457. `type` is stable; `existing` names what a conflict is with."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    problems: list[FieldProblem] = Field(default_factory=list)
-    existing: str | None = None
 
 
 class NotReady(Exception):

@@ -1,11 +1,19 @@
 """What the API reports about a whole study: what it cost, and what came of what proposed its trials."""
 
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel
 
-from orchestrator.arms import Record
-from orchestrator.ledger import Cost, Ledger
-from orchestrator.spending import Account
-from orchestrator.stopping import Regret
+from orchestrator.cost import Cost
+
+if TYPE_CHECKING:  # SQLAlchemy comes with these, and clients read answers without it
+    from orchestrator.arms import Record
+    from orchestrator.importance import Importance
+    from orchestrator.ledger import Ledger
+    from orchestrator.pareto import Point
+    from orchestrator.spending import Account
+    from orchestrator.stopping import Regret
 
 
 class CostOut(BaseModel):
@@ -44,7 +52,7 @@ class LedgerOut(BaseModel):
     other_trials: CostOut
 
     @classmethod
-    def of(cls, study: str, trial: int | None, found: Ledger, gpu_hour_dollars: float) -> "LedgerOut":
+    def of(cls, study: str, trial: int | None, found: "Ledger", gpu_hour_dollars: float) -> "LedgerOut":
         return cls(
             study=study, trial=trial, gpu_hour_dollars=gpu_hour_dollars, attempts=found.attempts,
             phases={phase: CostOut.of(cost) for phase, cost in found.phases.items()},
@@ -69,7 +77,7 @@ class SpendingOut(BaseModel):
     gpu_hour_dollars: float
 
     @classmethod
-    def of(cls, account: Account, gpu_hour_dollars: float) -> "SpendingOut":
+    def of(cls, account: "Account", gpu_hour_dollars: float) -> "SpendingOut":
         return cls(
             limit_gpu_hours=account.limit_hours, spent_gpu_hours=account.spent_hours,
             reserved_gpu_hours=account.reserved_hours, left_gpu_hours=account.left_hours,
@@ -96,7 +104,7 @@ class StoppingOut(BaseModel):
     """The mean of what the best score would have been worse by, without one of the finished."""
 
     @classmethod
-    def of(cls, found: Regret) -> "StoppingOut":
+    def of(cls, found: "Regret") -> "StoppingOut":
         return cls(
             stopped=found.stopped, spared=found.spared, finished=found.finished, wrong=found.wrong,
             error_rate_low=found.error_rate.low, error_rate_high=found.error_rate.high, best=found.best,
@@ -123,7 +131,7 @@ class ArmOut(BaseModel):
     """BPB of the trial that each was made from, minus its own."""
 
     @classmethod
-    def of(cls, record: Record) -> "ArmOut":
+    def of(cls, record: "Record") -> "ArmOut":
         return cls(
             name=record.name, trials=record.trials, scored=len(record.scores), bests=record.bests,
             best_bpb=record.best_bpb, median_bpb=record.median_bpb, compared=len(record.gains), better=record.better,
@@ -137,3 +145,65 @@ class ArmsOut(BaseModel):
     arms: list[ArmOut]
     rules: list[ArmOut]
     """Of guided proposals, by what a trained model had shown."""
+
+
+class ParetoPoint(BaseModel):
+    """A complete trial that keeps every cap: the mean BPB of its `seeds`, and the bytes of its artifact."""
+
+    number: int
+    val_bpb: float
+    seeds: int
+    artifact_bytes: int
+
+    @classmethod
+    def of(cls, point: "Point") -> "ParetoPoint":
+        return cls(**asdict(point))
+
+
+class ParetoOut(BaseModel):
+    """The trials that no other of the study beats in both BPB and bytes, smallest first."""
+
+    study: str
+    cap_bytes: int
+    points: list[ParetoPoint]
+
+
+class ParameterOut(BaseModel):
+    """One parameter: its share of the variance of ranks by BPB, among the `trials` that have it, of all variance."""
+
+    name: str
+    importance: float
+    trials: int
+
+
+class FamilyOut(BaseModel):
+    """What one family of tying maps has come to: `trials` are complete, scores are of those that keep every cap."""
+
+    family: str
+    trials: int
+    best_bpb: float | None
+    median_bpb: float | None
+
+
+class ImportanceOut(BaseModel):
+    """Which parameters matter, as far as the study's complete trials show, most important first; and its families of
+    tying maps, best first.
+
+    A parameter's importance is the share of the variance of ranks by BPB that lies between its values (epsilon squared:
+    Kelley, 1935, on ranks as Kruskal and Wallis, 1952), less what chance alone would show. It is of first order: what
+    two do only together is not seen, and two that moved together both count, so that shares need not add up to 1.
+    Parameters that fewer than 10 trials have are left out.
+    """
+
+    study: str
+    trials: int
+    parameters: list[ParameterOut]
+    families: list[FamilyOut]
+
+    @classmethod
+    def of(cls, study: str, found: "Importance") -> "ImportanceOut":
+        return cls(
+            study=study, trials=found.trials,
+            parameters=[ParameterOut(**asdict(each)) for each in found.parameters],
+            families=[FamilyOut(**asdict(each)) for each in found.families],
+        )  # fmt: skip

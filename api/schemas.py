@@ -4,16 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from math import isfinite
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
 from api.reports import CostOut, SpendingOut
-from orchestrator.activity import Activity
-from orchestrator.ledger import Cost, cost_of
+from orchestrator.cost import Cost, cost_of
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
-from orchestrator.sample import Sample, Samples
-from orchestrator.spending import Account
 from orchestrator.standing import Standing
 from orchestrator.study import (
     Attempt,
@@ -33,6 +30,11 @@ from worker.inventory import TensorClass, tensor_inventory
 from worker.report import Hardware, TrialResult
 from worker.spec import BudgetConfig, GangConfig, TrialSpec
 from worker.tying import TyingMap
+
+if TYPE_CHECKING:  # SQLAlchemy and NumPy come with these, and clients read answers without them
+    from orchestrator.activity import Activity
+    from orchestrator.sample import Sample, Samples
+    from orchestrator.spending import Account
 
 Item = TypeVar("Item")
 
@@ -69,7 +71,7 @@ class StudyOut(BaseModel):
 
     @classmethod
     def of(
-        cls, study: Study, counts: Mapping[TrialState, int], best: Standing | None, account: Account | None
+        cls, study: Study, counts: Mapping[TrialState, int], best: Standing | None, account: "Account | None"
     ) -> "StudyOut":
         new = study.definition
         return cls(
@@ -277,7 +279,7 @@ class ActivityOut(BaseModel):
     metrics: dict[str, float]
 
     @classmethod
-    def of(cls, activity: Activity) -> "ActivityOut":
+    def of(cls, activity: "Activity") -> "ActivityOut":
         return cls.model_validate(activity, from_attributes=True)
 
 
@@ -333,7 +335,7 @@ class SampleOut(BaseModel):
     reason: str | None
 
     @classmethod
-    def of(cls, sample: Sample) -> "SampleOut":
+    def of(cls, sample: "Sample") -> "SampleOut":
         return cls(
             params=sample.params, filled=sample.filled, tying_map=sample.spec and sample.spec.sharing.tying_map,
             prediction=sample.prediction and PredictionOut.of(sample.prediction), verdict=sample.verdict,
@@ -351,7 +353,7 @@ class StudyPreviewOut(BaseModel):
     """Of the space, at the most; none where it is continuous."""
 
     @classmethod
-    def of(cls, samples: Samples) -> "StudyPreviewOut":
+    def of(cls, samples: "Samples") -> "StudyPreviewOut":
         verdicts = [sample.verdict for sample in samples.drawn]
         return cls(
             samples=[SampleOut.of(sample) for sample in samples.drawn], invalid=verdicts.count(None),

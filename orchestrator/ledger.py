@@ -5,7 +5,7 @@ queue, neither before the claim nor behind another attempt in its gang, nor whil
 price of a GPU-hour is one setting, applied on reading: after a change of price the past is reckoned at the new one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Generic, TypeVar
@@ -13,13 +13,10 @@ from typing import Generic, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from orchestrator.cost import FREE, IDLE, QUEUE, STORE, Cost, held_seconds
 from orchestrator.lifecycle import Outcome
 from orchestrator.tables import AttemptRow, RunRow, TrialRow
-from worker.spec import GangConfig
 
-QUEUE, IDLE, STORE = "queue", "idle", "store"
-FREE = frozenset({QUEUE, STORE})
-"""The phases that hold no GPU: its ranks are at another attempt, or at none."""
 WAITS = frozenset({QUEUE, IDLE})
 """What came before the attempt had its gang: not wasted, whatever came of it."""
 WASTED = frozenset({Outcome.FAILED, Outcome.PREEMPTED, Outcome.LOST, Outcome.VOID})
@@ -30,18 +27,6 @@ PHASES = (QUEUE, IDLE, "start", "data", "compile", "train", "evaluate", "pack", 
 MOST = 10
 
 Key = TypeVar("Key")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of attempts; `gpu_seconds` are those of each GPU."""
-
-    seconds: float = 0.0
-    gpu_seconds: float = 0.0
-    dollars: float = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.seconds + other.seconds, self.gpu_seconds + other.gpu_seconds, self.dollars + other.dollars)
 
 
 @dataclass(frozen=True)
@@ -65,10 +50,29 @@ class Ledger:
     other_trials: Cost
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What one attempt has spent so far."""
+
+    outcome: str | None
+    gang: str | None
+    trial: int
+    gpus: int
+    ranks: int
+    by_phase: dict[str, float]
+    """Seconds."""
+    finished_at: datetime | None
+
+
 def ledger(
     session: Session, study_id: int, gpu_hour_dollars: float, now: datetime, *, number: int | None = None
 ) -> Ledger:
     """The ledger of a study, or of its trial of this number. Open attempts count up to `now`."""
+    return ledger_of(list_spent(session, study_id, now, number=number), gpu_hour_dollars)
+
+
+def list_spent(session: Session, study_id: int, now: datetime, *, number: int | None = None) -> list[Spent]:
+    """What each attempt of a study, or of its trial of this number, has spent up to `now`."""
     query = (
         select(
             AttemptRow.outcome, AttemptRow.gang, TrialRow.number, RunRow.ranks, RunRow.device, AttemptRow.finished_at,
@@ -80,32 +84,32 @@ def ledger(
     )  # fmt: skip
     if number is not None:
         query = query.where(TrialRow.number == number)
-    attempts, gangs, trials = 0, _Tally[str](), _Tally[int]()
+    return [
+        Spent(
+            outcome, gang, trial, ranks if device == "gpu" else 0, ranks,
+            seconds_by_phase(queued_at, start, last, since, before, end or now), end,
+        )
+        for outcome, gang, trial, ranks, device, end, queued_at, start, last, since, before in session.execute(query)
+    ]  # fmt: skip
+
+
+def ledger_of(attempts: Sequence[Spent], gpu_hour_dollars: float) -> Ledger:
+    """The ledger of these attempts."""
+    gangs, trials = _Tally[str](), _Tally[int]()
     seconds: dict[tuple[str | None, str, int], float] = {}  # by outcome, phase and GPUs
-    for outcome, gang, trial, ranks, device, end, queued_at, start, last, since, before in session.execute(query):
-        attempts += 1
-        gpus = ranks if device == "gpu" else 0
-        by_phase = seconds_by_phase(queued_at, start, last, since, before, end or now)
-        for phase, spent in by_phase.items():
-            key = (outcome, phase, gpus)
+    for one in attempts:
+        for phase, spent in one.by_phase.items():
+            key = (one.outcome, phase, one.gpus)
             seconds[key] = seconds.get(key, 0.0) + spent
-        whole = sum(by_phase.values())
-        held = held_seconds(by_phase)
-        trials.add(trial, whole, held * gpus)
-        if gang is not None:
-            gangs.add(gang, held, held * gpus)
+        held = held_seconds(one.by_phase)
+        trials.add(one.trial, sum(one.by_phase.values()), held * one.gpus)
+        if one.gang is not None:
+            gangs.add(one.gang, held, held * one.gpus)
     phases, wasted, void = _ends(seconds, gpu_hour_dollars)
     return Ledger(
-        attempts, phases, wasted, void, sum(phases.values(), wasted),
+        len(attempts), phases, wasted, void, sum(phases.values(), wasted),
         *_dearest(gangs.costs(gpu_hour_dollars)), *_dearest(trials.costs(gpu_hour_dollars)),
     )  # fmt: skip
-
-
-def cost_of(phase_seconds: Mapping[str, float], gang: GangConfig, gpu_hour_dollars: float) -> Cost:
-    """What an attempt of this gang has cost, by its seconds in each phase."""
-    seconds = sum(phase_seconds.values())
-    gpu_seconds = held_seconds(phase_seconds) * (gang.ranks if gang.device == "gpu" else 0)
-    return Cost(seconds, gpu_seconds, gpu_seconds * gpu_hour_dollars / 3600)
 
 
 def seconds_by_phase(
@@ -130,11 +134,6 @@ def seconds_by_phase(
     return seconds
 
 
-def held_seconds(phase_seconds: Mapping[str, float]) -> float:
-    """Seconds in which an attempt held its GPUs."""
-    return sum(seconds for phase, seconds in phase_seconds.items() if phase not in FREE)
-
-
 def _count(seconds: dict[str, float], phase: str, since: datetime, until: datetime) -> None:
     spent = max((until - since).total_seconds(), 0.0)  # another machine's clock may be behind
     seconds[phase] = seconds.get(phase, 0.0) + spent
@@ -152,7 +151,7 @@ def _ends(
         else:
             phases.add(phase, spent, held)
     by_phase, by_end = phases.costs(gpu_hour_dollars), ends.costs(gpu_hour_dollars)
-    ordered = dict(sorted(by_phase.items(), key=lambda item: _place(item[0])))
+    ordered = dict(sorted(by_phase.items(), key=lambda item: place_of(item[0])))
     return ordered, sum(by_end.values(), Cost()), by_end.get(Outcome.VOID, Cost())
 
 
@@ -171,7 +170,8 @@ class _Tally(Generic[Key]):
         return {key: Cost(sums[0], sums[1], sums[1] * gpu_hour_dollars / 3600) for key, sums in self._sums.items()}
 
 
-def _place(phase: str) -> int:
+def place_of(phase: str) -> int:
+    """The phase's place among PHASES, as what to sort by."""
     return PHASES.index(phase) if phase in PHASES else len(PHASES)
 
 

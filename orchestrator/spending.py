@@ -19,8 +19,9 @@ from typing import Any
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
+from orchestrator.cost import IDLE, held_seconds
 from orchestrator.errors import OverBudget
-from orchestrator.ledger import IDLE, held_seconds, seconds_by_phase
+from orchestrator.ledger import seconds_by_phase
 from orchestrator.lifecycle import Outcome, TrialState
 from orchestrator.rows import study_of
 from orchestrator.shortening import share_of

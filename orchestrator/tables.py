@@ -236,7 +236,7 @@ class AttemptRow(Base):
     queued_at: Mapped[datetime | None]
     """When its run had entered the queue that it was claimed from; None on attempts older than the column."""
     started_at: Mapped[datetime]
-    finished_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None] = mapped_column(index=True)
     lease_token: Mapped[str | None] = mapped_column(String(64))
     lease_expires_at: Mapped[datetime | None] = mapped_column(index=True)
 

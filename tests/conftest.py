@@ -31,6 +31,9 @@ from worker.report import TrialResult
 from worker.spec import TrialSpec, override, parse_spec
 
 if TYPE_CHECKING:
+    from browser import Browser
+    from sweep import Sweep
+
     from worker.model import Model
 
 # A busy machine is no counterexample; and what CI says of a change must not depend on the dice.
@@ -281,6 +284,56 @@ def serve() -> Iterator[Callable[..., str]]:
         assert not thread.is_alive(), "the server did not end"
 
 
+@pytest.fixture
+def small_database(sqlite_template: Path, tmp_path: Path) -> Iterator[Database]:
+    """SQLite alone: what the pages show does not depend on the database."""
+    shutil.copy(sqlite_template, tmp_path / "caddie.db")
+    database = Database(f"sqlite:///{tmp_path / 'caddie.db'}")
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def sweep(small_database: Database, tmp_path: Path, now: datetime) -> "Sweep":
+    """A study of 14 trials, in every state."""
+    from sweep import Sweep
+
+    return Sweep(small_database, tmp_path / "artifacts", now)
+
+
+@pytest.fixture
+def url(sweep: "Sweep", serve: Callable[..., str]) -> str:
+    """The address that the sweep is served at."""
+    return serve(sweep.database, artifacts=sweep.artifacts.root, dashboard=False)
+
+
+@pytest.fixture(scope="module")
+def one_browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Browser]":
+    """One for all tests of a file: starting it takes longer than most of them."""
+    from browser import CHROMEDRIVER, CHROMIUM, Browser
+
+    if CHROMIUM is None or CHROMEDRIVER is None:
+        pytest.skip("no chromium and chromedriver on this machine")
+    started = Browser(tmp_path_factory.mktemp("profile"))
+    yield started
+    started.driver.quit()
+
+
+@pytest.fixture
+def browser(one_browser: "Browser") -> "Browser":
+    """A headless Chromium without memory of what the tests before complained about."""
+    one_browser.forget()
+    return one_browser
+
+
+@pytest.fixture
+def screenshots(pytestconfig: pytest.Config) -> Path:
+    """Where pictures of the pages are left for a person to look at."""
+    folder = Path(pytestconfig.rootpath / "build" / "screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 SLOWEST_FIRST = (
     "test_up.py",
     "test_chaos.py",
@@ -290,6 +343,8 @@ SLOWEST_FIRST = (
     "test_doctor_ray.py",
     "test_loop.py",
     "test_demo.py",
+    "test_study_page.py",
+    "test_trial_page.py",
     "test_pages.py",
 )
 

@@ -7,9 +7,10 @@ import pytest
 from sqlalchemy import update
 
 from orchestrator import leases, store
+from orchestrator.cost import Cost, cost_of
 from orchestrator.database import Database
 from orchestrator.errors import LeaseLost
-from orchestrator.ledger import MOST, PHASES, UNKNOWN, Cost, Ledger, cost_of, ledger
+from orchestrator.ledger import MOST, PHASES, UNKNOWN, Ledger, ledger
 from orchestrator.lifecycle import Outcome
 from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
 from orchestrator.tables import AttemptRow

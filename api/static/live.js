@@ -1,4 +1,4 @@
-// What every page shares: following a stream, swapping in what changed, times that tick, and charts in the page's colours.
+// What every live page shares: following a stream, taking over what changed, and times that tick.
 
 const badge = document.getElementById("link");
 
@@ -12,6 +12,8 @@ export function follow(url, handlers) {
   source.addEventListener("error", () => say("lost", source.readyState === EventSource.CLOSED ? "disconnected" : "reconnecting"));
   // A page that is left must not keep one of the browser's few connections to this server.
   window.addEventListener("pagehide", () => source.close());
+  // One that is come back to is shown as it was, its stream closed.
+  window.addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); });
   return source;
 }
 
@@ -32,28 +34,60 @@ export function soon(work, wait = 150) {
     while (due) {
       await new Promise((resolve) => setTimeout(resolve, wait));
       due = false;
-      await work();
+      try {
+        await work();
+      } catch (error) {
+        if (!(error instanceof TypeError)) throw error; // no answer: the stream says so, and its return brings the next
+      }
     }
     busy = false;
   };
 }
 
-/** Replace the elements of these ids by those of the page at `url`, keeping the reader's focus and open details. */
-export async function refresh(url, ids) {
-  const answer = await fetch(url);
+/** Make the elements of these ids what the page at `url` has there (`options` are fetch's). Then a `refreshed` event tells the other scripts. */
+export async function refresh(url, ids, options) {
+  const answer = await fetch(url, options);
+  if (answer.status === 401) location.reload(); // the sign-in ran out
   if (!answer.ok) return;
   const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const id of ids) {
-    const old = document.getElementById(id);
-    const now = fresh.getElementById(id);
-    if (!old || !now || old.innerHTML === now.innerHTML) continue;
-    const focused = old.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-    const open = [...old.querySelectorAll("details")].map((details) => details.open);
-    old.replaceChildren(...now.childNodes);
-    [...old.querySelectorAll("details")].forEach((details, i) => { details.open = open[i] ?? false; });
-    if (focused) old.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
+    const [old, now] = [document.getElementById(id), fresh.getElementById(id)];
+    if (old && now) become(old, now);
   }
   tick();
+  document.dispatchEvent(new Event("refreshed"));
+}
+
+/** What a script has put there (data-added), or keeps itself (data-keep), is not the server's, and stays. */
+const ours = (node) => node.dataset?.added === undefined;
+const keyOf = (node) => node.id || node.dataset?.key;
+
+/** Change `old` into `now` where they differ: what stays keeps the reader's focus, selection, scrolling and open details. */
+function become(old, now) {
+  const before = [...old.childNodes].filter(ours);
+  const keyed = new Map(before.filter(keyOf).map((node) => [keyOf(node), node]));
+  const used = new Set();
+  let plain = before.filter((node) => !keyOf(node));
+  let place = old.firstChild;
+  for (const wanted of now.childNodes) {
+    const key = keyOf(wanted);
+    let found = key ? keyed.get(key) : plain.shift();
+    if (!found || found.nodeName !== wanted.nodeName) found = document.importNode(wanted, true);
+    else if (found.nodeType !== Node.ELEMENT_NODE) { if (found.data !== wanted.data) found.data = wanted.data; }
+    else if (found.dataset.keep === undefined && !found.isEqualNode(wanted)) { adopt(found, wanted); become(found, wanted); }
+    used.add(found);
+    while (place && !ours(place)) place = place.nextSibling;
+    if (found === place) place = place.nextSibling;
+    else old.insertBefore(found, place);
+  }
+  before.filter((node) => !used.has(node)).forEach((node) => node.remove());
+}
+
+function adopt(old, now) {
+  for (const { name } of [...old.attributes]) {
+    if (!now.hasAttribute(name) && !(name === "open" && old.localName === "details")) old.removeAttribute(name);
+  }
+  for (const { name, value } of now.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
 }
 
 const UNITS = [[86400, "day"], [3600, "hour"], [60, "minute"], [1, "second"]];
@@ -65,43 +99,32 @@ function tick() {
     const seconds = (at - Date.now()) / 1000;
     const [size, unit] = UNITS.find(([size]) => Math.abs(seconds) >= size) ?? [1, "second"];
     time.title = at.toLocaleString();
-    time.textContent = Math.abs(seconds) < 5 ? "just now" : relative.format(Math.round(seconds / size), unit);
+    write(time, Math.abs(seconds) < 5 ? "just now" : relative.format(Math.round(seconds / size), unit));
   }
   for (const time of document.querySelectorAll("time[data-since]")) {
     const seconds = Math.max(0, (Date.now() - new Date(time.dataset.since)) / 1000);
     const [size, unit] = [[86400, "d"], [3600, "h"], [60, "min"]].find(([size]) => seconds >= 2 * size) ?? [1, "s"];
-    time.textContent = `${Math.floor(seconds / size)} ${unit}`;
+    write(time, `${Math.floor(seconds / size)} ${unit}`);
   }
+}
+
+/** Only what reads differently is written: a page that is left open for days should rest. */
+function write(element, words) {
+  if (element.textContent !== words) element.textContent = words;
 }
 
 tick();
 setInterval(tick, 1000);
 
-/** A colour of the style sheet. */
-export function colour(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+/** A part of the page's state that lives in its address, so that it can be shared. */
+export function shared(name, fallback) {
+  return new URLSearchParams(location.search).get(name) ?? fallback;
 }
 
-/** Call `draw` when the reader's device changes between light and dark. */
-export function onTheme(draw) {
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+/** Put a part of the page's state into its address; what is the fallback needs no saying. */
+export function share(name, value, fallback) {
+  const address = new URL(location.href);
+  if (value === fallback) address.searchParams.delete(name);
+  else address.searchParams.set(name, value);
+  history.replaceState(history.state, "", address);
 }
-
-/** A layout in the page's colours and type, for Plotly. */
-export function layout(extra) {
-  const axis = { gridcolor: colour("grid"), linecolor: colour("line"), zeroline: false, ticks: "outside", tickcolor: colour("line"), automargin: true };
-  return {
-    paper_bgcolor: "transparent",
-    plot_bgcolor: "transparent",
-    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("soft") },
-    margin: { l: 56, r: 16, t: 12, b: 44 },
-    hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink"), family: getComputedStyle(document.body).fontFamily } },
-    showlegend: false,
-    ...extra,
-    xaxis: { ...axis, ...extra.xaxis },
-    yaxis: { ...axis, ...extra.yaxis },
-    ...(extra.yaxis2 ? { yaxis2: { ...axis, ...extra.yaxis2 } } : {}),
-  };
-}
-
-export const config = { responsive: true, displaylogo: false, displayModeBar: false };

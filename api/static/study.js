@@ -1,5 +1,6 @@
 // A study's page: the chart of BPB against bytes, and everything else kept live.
-import { colour, config, follow, layout, onTheme, refresh, soon } from "./live.js";
+import { colour, config, layout, onTheme } from "./charts.js";
+import { follow, refresh, soon } from "./live.js";
 
 const root = document.getElementById("study");
 const chart = document.getElementById("chart");

@@ -1,5 +1,6 @@
 // A trial's page: its curve as it grows, and the rest when its state changes.
-import { colour, config, follow, layout, onTheme, refresh, say, soon } from "./live.js";
+import { colour, config, layout, onTheme } from "./charts.js";
+import { follow, refresh, say, soon } from "./live.js";
 
 const root = document.getElementById("trial");
 const chart = document.getElementById("chart");

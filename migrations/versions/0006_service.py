@@ -18,6 +18,7 @@ ROLES = "role IN ('viewer', 'submitter', 'admin')"
 def upgrade() -> None:
     op.add_column("studies", sa.Column("priority", sa.Integer(), nullable=False, server_default=sa.text("0")))
     op.add_column("studies", sa.Column("archived_at", _when(), nullable=True))
+    op.create_index("ix_attempts_finished_at", "attempts", ["finished_at"])
     op.create_table(
         "log_lines",
         sa.Column("attempt_id", sa.Integer(), sa.ForeignKey("attempts.id"), nullable=False),
@@ -70,6 +71,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     for table in ("audits", "tokens", "tags", "notes", "log_lines"):
         op.drop_table(table)
+    op.drop_index("ix_attempts_finished_at", "attempts")
     for column in ("archived_at", "priority"):
         op.drop_column("studies", column)
 
