@@ -1,19 +1,18 @@
 """A typed client of the HTTP API: `with Caddie("http://127.0.0.1:8765") as caddie: caddie.leaderboard("sweep")`."""
 
 import hashlib
+import os
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlencode
 
-import httpx
-from pydantic import BaseModel
-
-from api.cluster import ClusterOut
+from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.lanes import ClusterOut
 from api.lines import LogLineOut
-from api.refusals import ProblemDetails
-from api.reports import LedgerOut, StoppingOut
+from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     EventOut,
@@ -29,42 +28,39 @@ from api.schemas import (
     TrialSummary,
 )
 from api.standings import LeaderboardOut, VerdictOut
+from orchestrator.settings import Settings
 
-ATTEMPTS = 4
-FIRST_WAIT_SECONDS = 0.2
+__all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
+
 WAIT_POLL_SECONDS = 0.5
 OPEN = ("queued", "running")
-Answer = TypeVar("Answer", bound=BaseModel)
 
 
-class ApiError(Exception):
-    """The API refused: `status` is HTTP's, `problem` says which fields are wrong where it can."""
+class Caddie(Connection):
+    """One server. Where no answer comes, reads and submissions are sent again; a key makes a submission count once.
 
-    def __init__(self, status: int, problem: ProblemDetails) -> None:
-        super().__init__(problem.detail)
-        self.status = status
-        self.problem = problem
+    Every method raises ApiError where the API refuses, Unreachable where no answer comes, and BadAnswer where one comes
+    that cannot be read: all of them ClientErrors.
+    """
 
-
-class Unreachable(Exception):
-    """No answer came: the server is down, or went away. A request that is safe to repeat was repeated first."""
-
-
-class Caddie:
-    """One server. Where no answer comes, reads and submissions are sent again; a key makes a submission count once."""
-
-    def __init__(self, base_url: str, *, timeout_seconds: float = 60.0, page_size: int = 500) -> None:
-        self._page_size = page_size
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_seconds)
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        token: str | None = None,
+        timeout_seconds: float = 60.0,
+        page_size: int = 500,
+    ) -> None:
+        """Without a URL, CADDIE_URL's server; without a token, CADDIE_TOKEN's: an empty one sends none."""
+        url = Settings.read(os.environ).url if base_url is None else base_url
+        said = os.environ.get("CADDIE_TOKEN") if token is None else token
+        super().__init__(url, token=said, timeout_seconds=timeout_seconds, page_size=page_size)
 
     def __enter__(self) -> "Caddie":
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        self._http.close()
 
     def ready(self) -> Health:
         """Raises ApiError where the database is not ready. Asks once, for callers that wait by themselves."""
@@ -107,6 +103,14 @@ class Caddie:
     def stopping(self, study: str) -> StoppingOut:
         """How often the study's runs were stopped early, and how often that would have been a mistake."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/stopping", StoppingOut)
+
+    def pareto(self, study: str) -> ParetoOut:
+        """The trials that no other beats in both BPB and bytes."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/pareto", ParetoOut)
+
+    def importance(self, study: str) -> ImportanceOut:
+        """Which parameters matter, and how the families of tying maps compare."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/importance", ImportanceOut)
 
     def cluster(self, hours: float = 1.0) -> ClusterOut:
         """What each gang does, and did within the last hours; how much of it was idle, and what waits."""
@@ -185,103 +189,23 @@ class Caddie:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/trials/{number}/verdict?{query}", VerdictOut)
 
     def artifact(self, study: str, number: int) -> bytes:
-        """The stored model. Raises ApiError where there is none, and Unreachable where it arrived damaged."""
-        answer = self._send("GET", f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", attempts=ATTEMPTS)
-        if answer.headers["etag"].strip('"') != hashlib.sha256(answer.content).hexdigest():
-            raise Unreachable("the artifact arrived damaged: its SHA-256 is not the one announced")
+        """The stored model. Raises ApiError where there is none, and BadAnswer where it arrived damaged."""
+        path = f"/v1/studies/{_quoted(study)}/trials/{number}/artifact"
+        answer = self._send("GET", path, attempts=ATTEMPTS)
+        if announced(answer) != hashlib.sha256(answer.content).digest():
+            raise BadAnswer("the artifact arrived damaged: its SHA-256 is not the one announced")
         return answer.content
+
+    def save_artifact(self, study: str, number: int, file: Path) -> Path:
+        """The stored model, in a file that is there once it is whole; an interrupted download is gone on with."""
+        return self._download(f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", file)
 
     def events(self, study: str | None = None, after: int = 0) -> Generator[EventOut]:
         """State changes with ids above `after`, for ever: of one study, or of all. Goes on where a connection broke."""
         path = "/v1/events" if study is None else f"/v1/studies/{_quoted(study)}/events"
-        failures = 0
-        while failures < ATTEMPTS:
-            try:
-                with self._http.stream("GET", path, params={"after": after}, timeout=httpx.Timeout(60.0)) as stream:
-                    if stream.is_error:
-                        stream.read()
-                        raise _refusal(stream)
-                    failures = 0
-                    for data in _messages(stream.iter_lines()):
-                        event = EventOut.model_validate_json(data)
-                        after = event.id
-                        yield event
-            except httpx.TransportError:
-                failures += 1
-                time.sleep(FIRST_WAIT_SECONDS * 2**failures)
-        raise Unreachable(f"{self._http.base_url} does not answer")
-
-    def _pages(self, path: str, kind: type[Page[Answer]]) -> Iterator[Answer]:
-        after = -1
-        while True:
-            page = self._read("GET", f"{path}?limit={self._page_size}&after={after}", kind)
-            yield from page.items
-            if page.next is None:
-                return
-            after = page.next
-
-    def _read(
-        self,
-        method: str,
-        path: str,
-        kind: type[Answer],
-        *,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        attempts: int | None = None,
-    ) -> Answer:
-        repeats = attempts or (ATTEMPTS if method == "GET" else 1)
-        return kind.model_validate_json(self._send(method, path, body=body, headers=headers, attempts=repeats).content)
-
-    def _send(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        attempts: int,
-    ) -> httpx.Response:
-        for attempt in range(attempts):
-            try:
-                answer = self._http.request(method, path, json=body, headers=headers)
-            except httpx.TransportError as error:
-                if attempt == attempts - 1:
-                    raise Unreachable(
-                        f"{self._http.base_url} does not answer: {type(error).__name__} {error}"
-                    ) from None
-                time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
-                continue
-            if answer.is_error:
-                raise _refusal(answer)
-            return answer
-        raise AssertionError("a request is sent at least once")
-
-
-def _refusal(answer: httpx.Response) -> ApiError:
-    try:
-        problem = ProblemDetails.model_validate_json(answer.content)
-    except ValueError:  # a proxy's own page, say
-        text = " ".join(answer.text.split())[:200]
-        problem = ProblemDetails(
-            type="about:blank", title="", status=answer.status_code, detail=f"HTTP {answer.status_code}: {text}"
-        )
-    return ApiError(answer.status_code, problem)
-
-
-def _messages(lines: Iterator[str]) -> Iterator[str]:
-    """The data of a stream's unnamed events."""
-    data: list[str] = []
-    named = False
-    for line in lines:
-        if not line:
-            if data and not named:
-                yield "\n".join(data)
-            data, named = [], False
-        elif line.startswith("data:"):
-            data.append(line.removeprefix("data:").removeprefix(" "))
-        elif line.startswith("event:"):
-            named = True
+        for message in self._follow(path, str(after or "")):
+            if not message.kind:
+                yield EventOut.model_validate_json(message.data)
 
 
 def _quoted(part: str) -> str:

@@ -1,5 +1,6 @@
 """What the API reports about a whole study: what it cost, and what came of what proposed its trials."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
@@ -8,7 +9,9 @@ from orchestrator.cost import Cost
 
 if TYPE_CHECKING:  # SQLAlchemy comes with these, and clients read answers without it
     from orchestrator.arms import Record
+    from orchestrator.importance import Importance
     from orchestrator.ledger import Ledger
+    from orchestrator.pareto import Point
     from orchestrator.spending import Account
     from orchestrator.stopping import Regret
 
@@ -142,3 +145,65 @@ class ArmsOut(BaseModel):
     arms: list[ArmOut]
     rules: list[ArmOut]
     """Of guided proposals, by what a trained model had shown."""
+
+
+class ParetoPoint(BaseModel):
+    """A complete trial that keeps every cap: the mean BPB of its `seeds`, and the bytes of its artifact."""
+
+    number: int
+    val_bpb: float
+    seeds: int
+    artifact_bytes: int
+
+    @classmethod
+    def of(cls, point: "Point") -> "ParetoPoint":
+        return cls(**asdict(point))
+
+
+class ParetoOut(BaseModel):
+    """The trials that no other of the study beats in both BPB and bytes, smallest first."""
+
+    study: str
+    cap_bytes: int
+    points: list[ParetoPoint]
+
+
+class ParameterOut(BaseModel):
+    """One parameter: its share of the variance of ranks by BPB, among the `trials` that have it, of all variance."""
+
+    name: str
+    importance: float
+    trials: int
+
+
+class FamilyOut(BaseModel):
+    """What one family of tying maps has come to: `trials` are complete, scores are of those that keep every cap."""
+
+    family: str
+    trials: int
+    best_bpb: float | None
+    median_bpb: float | None
+
+
+class ImportanceOut(BaseModel):
+    """Which parameters matter, as far as the study's complete trials show, most important first; and its families of
+    tying maps, best first.
+
+    A parameter's importance is the share of the variance of ranks by BPB that lies between its values (epsilon squared:
+    Kelley, 1935, on ranks as Kruskal and Wallis, 1952), less what chance alone would show. It is of first order: what
+    two do only together is not seen, and two that moved together both count, so that shares need not add up to 1.
+    Parameters that fewer than 10 trials have are left out.
+    """
+
+    study: str
+    trials: int
+    parameters: list[ParameterOut]
+    families: list[FamilyOut]
+
+    @classmethod
+    def of(cls, study: str, found: "Importance") -> "ImportanceOut":
+        return cls(
+            study=study, trials=found.trials,
+            parameters=[ParameterOut(**asdict(each)) for each in found.parameters],
+            families=[FamilyOut(**asdict(each)) for each in found.families],
+        )  # fmt: skip

@@ -10,14 +10,16 @@ from sqlalchemy.orm import Session
 from api.bodies import StudyIn
 from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName, Writer, WriterOf
 from api.problems import responses
-from api.reports import ArmOut, ArmsOut, LedgerOut, StoppingOut
+from api.reports import ArmOut, ArmsOut, ImportanceOut, LedgerOut, ParetoOut, ParetoPoint, StoppingOut
 from api.schemas import ActivityOut, Page, StudyOut
 from api.standings import LeaderboardOut, rows_of
 from orchestrator import seeds, store
 from orchestrator.activity import list_activity
 from orchestrator.arms import arms
+from orchestrator.importance import importance
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
+from orchestrator.pareto import front, scored
 from orchestrator.spending import Accounts
 from orchestrator.standing import ranked, spread_of
 from orchestrator.stopping import regret
@@ -84,6 +86,25 @@ def get_leaderboard(study: StudyName, database: DatabaseOf, limit: Limit = 100) 
     """Complete trials by the mean BPB of their seeds, best first. Those over a cap come last, without a rank."""
     with database.read() as session:
         return leaderboard(session, store.get_study(session, study), limit)
+
+
+@router.get("/studies/{study}/pareto", responses=responses(404))
+def get_pareto(study: StudyName, database: DatabaseOf) -> ParetoOut:
+    """Complete trials within every cap that no other beats in both BPB and bytes."""
+    with database.read() as session:
+        found = store.get_study(session, study)
+        points = front(scored(session, found.id))
+    return ParetoOut(
+        study=study, cap_bytes=found.definition.cap_bytes, points=[ParetoPoint.of(point) for point in points]
+    )
+
+
+@router.get("/studies/{study}/importance", responses=responses(404))
+def get_importance(study: StudyName, database: DatabaseOf) -> ImportanceOut:
+    """Which parameters matter, and how the families of tying maps compare."""
+    with database.read() as session:
+        found = importance(session, store.get_study(session, study).id)
+    return ImportanceOut.of(study, found)
 
 
 @router.get("/studies/{study}/arms", responses=responses(404))
