@@ -12,10 +12,12 @@ from starlette.responses import Response
 from api import (
     cluster,
     cluster_page,
+    compare_page,
     docs_page,
     events,
     health,
     imports,
+    logs,
     new_trial_page,
     pages,
     preview,
@@ -65,12 +67,14 @@ def create_app(
     app.add_middleware(Doors, admission=app.state.admission, door=door, routes=app.router.routes)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, cluster, events, tokens):
+    for module in (studies, trials, verdicts, imports, preview, cluster, logs, events):
         version_1.include_router(module.router)
+    version_1.include_router(tokens.router)
     app.include_router(version_1)
     app.include_router(health.router)
-    for shown in (studies_page, study_page, trial_page, new_trial_page, cluster_page, docs_page, sign_in):
+    for shown in (studies_page, study_page, trial_page, new_trial_page, compare_page, cluster_page, docs_page):
         app.include_router(shown.router)
+    app.include_router(sign_in.router)
     pages.mount_assets(app)
     if dashboard:
         Dashboard(database).mount(app)
