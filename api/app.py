@@ -108,6 +108,8 @@ def _declare_problems(app: FastAPI) -> None:
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
+        if app.openapi_schema:  # which is completed in its place, once
+            return app.openapi_schema
         document = describe()
         components = document["components"]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
