@@ -21,12 +21,15 @@ from api.timeline import attempt_lanes
 from api.trials import artifact_of, describe
 from api.verdicts import get_verdict
 from orchestrator import seeds, store
+from orchestrator.activity import list_trial_events
 from orchestrator.errors import CaddieError
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
 from orchestrator.standing import ranked
 from orchestrator.study import Study, Trial
 from worker.shape import FieldError
 from worker.spec import TrialSpec
+
+SHOWN_EVENTS = 200
 
 router = APIRouter(include_in_schema=False)
 
@@ -70,10 +73,11 @@ def _facts(name: str, number: int, context: Context, now: datetime) -> dict[str,
         trial = store.get_trial(session, study.id, number)
         described = describe(session, study.name, trial, context)
         artifact = artifact_of(trial, store.list_attempts(session, trial.id))
+        events = list_trial_events(session, study.id, number, 0, SHOWN_EVENTS)
         leader, rival = _leaders(session, study, trial)
     return {
         "study": study, "trial": described, "live": trial.state in OPEN_TRIALS, "leads": leader == number,
-        "rival": rival, "artifact": artifact, "lanes": attempt_lanes(described.runs, now),
+        "rival": rival, "artifact": artifact, "events": events[::-1], "lanes": attempt_lanes(described.runs, now),
         "verdict": _verdict(study, described, context), "spec_yaml": spec_yaml(trial.spec),
         "spec_name": spec_name(study.name, number), "differs": differences(study.definition.base, trial.spec),
         **_sharing(described), **_bytes(study, described),
