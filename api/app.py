@@ -16,6 +16,7 @@ from api import (
     events,
     health,
     imports,
+    logs,
     new_trial_page,
     pages,
     preview,
@@ -55,7 +56,7 @@ def create_app(
     app.state.context = Context(database, store, gpu_hour_dollars)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, cluster, events):
+    for module in (studies, trials, verdicts, imports, preview, cluster, logs, events):
         version_1.include_router(module.router)
     app.include_router(version_1)
     app.include_router(health.router)

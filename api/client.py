@@ -1,18 +1,18 @@
 """A typed client of the HTTP API: `with Caddie("http://127.0.0.1:8765") as caddie: caddie.leaderboard("sweep")`."""
 
 import hashlib
+import os
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlencode
 
-import httpx
-from pydantic import BaseModel
-
-from api.cluster import ClusterOut
+from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.lanes import ClusterOut
+from api.lines import LogLineOut
 from api.previews import PreviewOut, StudyPreviewOut
-from api.refusals import ProblemDetails
 from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
@@ -30,43 +30,40 @@ from api.schemas import (
 )
 from api.standings import LeaderboardOut, VerdictOut
 from orchestrator.lifecycle import TrialState
+from orchestrator.settings import Settings
 from orchestrator.study import Origin, Verdict
 
-ATTEMPTS = 4
-FIRST_WAIT_SECONDS = 0.2
+__all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
+
 WAIT_POLL_SECONDS = 0.5
 OPEN = ("queued", "running")
-Answer = TypeVar("Answer", bound=BaseModel)
 
 
-class ApiError(Exception):
-    """The API refused: `status` is HTTP's, `problem` says which fields are wrong where it can."""
+class Caddie(Connection):
+    """One server. Where no answer comes, reads and submissions are sent again; a key makes a submission count once.
 
-    def __init__(self, status: int, problem: ProblemDetails) -> None:
-        super().__init__(problem.detail)
-        self.status = status
-        self.problem = problem
+    Every method raises ApiError where the API refuses, Unreachable where no answer comes, and BadAnswer where one comes
+    that cannot be read: all of them ClientErrors.
+    """
 
-
-class Unreachable(Exception):
-    """No answer came: the server is down, or went away. A request that is safe to repeat was repeated first."""
-
-
-class Caddie:
-    """One server. Where no answer comes, reads and submissions are sent again; a key makes a submission count once."""
-
-    def __init__(self, base_url: str, *, timeout_seconds: float = 60.0, page_size: int = 500) -> None:
-        self._page_size = page_size
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_seconds)
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        token: str | None = None,
+        timeout_seconds: float = 60.0,
+        page_size: int = 500,
+    ) -> None:
+        """Without a URL, CADDIE_URL's server; without a token, CADDIE_TOKEN's: an empty one sends none."""
+        url = Settings.read(os.environ).url if base_url is None else base_url
+        said = os.environ.get("CADDIE_TOKEN") if token is None else token
+        super().__init__(url, token=said, timeout_seconds=timeout_seconds, page_size=page_size)
 
     def __enter__(self) -> "Caddie":
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        self._http.close()
 
     def ready(self) -> Health:
         """Raises ApiError where the database is not ready. Asks once, for callers that wait by themselves."""
@@ -153,7 +150,7 @@ class Caddie:
     ) -> list[TrialSummary]:
         """Every trial of the study that meets all of these, by number or as `sort` says: -val_bpb is worst first."""
         query = {"state": state, "origin": origin, "verdict": verdict, "arm": arm, "tag": tag, "sort": sort}
-        return list(self._pages(f"{_trials(study)}", Page[TrialSummary], query, "cursor"))
+        return list(self._pages(f"{_trials(study)}?{urlencode(query, doseq=True)}", Page[TrialSummary]))
 
     def tag(self, study: str, number: int, tags: Sequence[str]) -> list[str]:
         """Give the trial these tags, and take all others from it."""
@@ -184,6 +181,31 @@ class Caddie:
         path = f"/v1/studies/{_quoted(study)}/trials/{number}/measurements"
         return self._read("GET", path, Page[MeasurementOut]).items
 
+    def logs(
+        self, study: str, number: int, *, attempt: int | None = None, after: int = 0, tail: int | None = None
+    ) -> list[LogLineOut]:
+        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, 1,000
+        at the most, or of those the last."""
+        chosen = {"attempt": attempt, "after": after, "tail": tail}
+        query = urlencode({name: value for name, value in chosen.items() if value is not None})
+        path = f"/v1/studies/{_quoted(study)}/trials/{number}/logs?{query}"
+        return self._read("GET", path, Page[LogLineOut]).items
+
+    def follow_logs(self, study: str, number: int, *, tail: int = 100) -> Generator[LogLineOut]:
+        """The last lines of the trial's latest attempt, then all that come, until the trial has ended."""
+        attempt, lines = 0, self.logs(study, number, tail=tail)
+        while True:
+            over = self.trial(study, number).state not in OPEN
+            for said in lines:
+                yield said
+                attempt, after = said.attempt_id, said.number
+            latest = self.logs(study, number, tail=1)
+            again = bool(latest) and latest[0].attempt_id == attempt
+            lines = self.logs(study, number, after=after if again else 0) if latest else []
+            if over and not lines:
+                return
+            time.sleep(0 if lines else WAIT_POLL_SECONDS)
+
     def wait(self, study: str, number: int, run_id: int | None = None) -> TrialOut:
         """The trial, once it and this run of it have ended."""
         while True:
@@ -200,105 +222,23 @@ class Caddie:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/trials/{number}/verdict?{query}", VerdictOut)
 
     def artifact(self, study: str, number: int) -> bytes:
-        """The stored model. Raises ApiError where there is none, and Unreachable where it arrived damaged."""
-        answer = self._send("GET", f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", attempts=ATTEMPTS)
-        if answer.headers["etag"].strip('"') != hashlib.sha256(answer.content).hexdigest():
-            raise Unreachable("the artifact arrived damaged: its SHA-256 is not the one announced")
+        """The stored model. Raises ApiError where there is none, and BadAnswer where it arrived damaged."""
+        path = f"/v1/studies/{_quoted(study)}/trials/{number}/artifact"
+        answer = self._send("GET", path, attempts=ATTEMPTS)
+        if announced(answer) != hashlib.sha256(answer.content).digest():
+            raise BadAnswer("the artifact arrived damaged: its SHA-256 is not the one announced")
         return answer.content
+
+    def save_artifact(self, study: str, number: int, file: Path) -> Path:
+        """The stored model, in a file that is there once it is whole; an interrupted download is gone on with."""
+        return self._download(f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", file)
 
     def events(self, study: str | None = None, after: int = 0) -> Generator[EventOut]:
         """State changes with ids above `after`, for ever: of one study, or of all. Goes on where a connection broke."""
         path = "/v1/events" if study is None else f"/v1/studies/{_quoted(study)}/events"
-        failures = 0
-        while failures < ATTEMPTS:
-            try:
-                with self._http.stream("GET", path, params={"after": after}, timeout=httpx.Timeout(60.0)) as stream:
-                    if stream.is_error:
-                        stream.read()
-                        raise _refusal(stream)
-                    failures = 0
-                    for data in _messages(stream.iter_lines()):
-                        event = EventOut.model_validate_json(data)
-                        after = event.id
-                        yield event
-            except httpx.TransportError:
-                failures += 1
-                time.sleep(FIRST_WAIT_SECONDS * 2**failures)
-        raise Unreachable(f"{self._http.base_url} does not answer")
-
-    def _pages(
-        self, path: str, kind: type[Page[Answer]], query: Mapping[str, Any] | None = None, cursor: str = "after"
-    ) -> Iterator[Answer]:
-        asked = {**(query or {}), "limit": self._page_size}
-        while True:
-            page = self._read("GET", f"{path}?{urlencode(asked, doseq=True)}", kind)
-            yield from page.items
-            if page.next is None:
-                return
-            asked[cursor] = page.next
-
-    def _read(
-        self,
-        method: str,
-        path: str,
-        kind: type[Answer],
-        *,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        attempts: int | None = None,
-    ) -> Answer:
-        repeats = attempts or (ATTEMPTS if method == "GET" else 1)
-        return kind.model_validate_json(self._send(method, path, body=body, headers=headers, attempts=repeats).content)
-
-    def _send(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        attempts: int,
-    ) -> httpx.Response:
-        for attempt in range(attempts):
-            try:
-                answer = self._http.request(method, path, json=body, headers=headers)
-            except httpx.TransportError as error:
-                if attempt == attempts - 1:
-                    raise Unreachable(
-                        f"{self._http.base_url} does not answer: {type(error).__name__} {error}"
-                    ) from None
-                time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
-                continue
-            if answer.is_error:
-                raise _refusal(answer)
-            return answer
-        raise AssertionError("a request is sent at least once")
-
-
-def _refusal(answer: httpx.Response) -> ApiError:
-    try:
-        problem = ProblemDetails.model_validate_json(answer.content)
-    except ValueError:  # a proxy's own page, say
-        text = " ".join(answer.text.split())[:200]
-        problem = ProblemDetails(
-            type="about:blank", title="", status=answer.status_code, detail=f"HTTP {answer.status_code}: {text}"
-        )
-    return ApiError(answer.status_code, problem)
-
-
-def _messages(lines: Iterator[str]) -> Iterator[str]:
-    """The data of a stream's unnamed events."""
-    data: list[str] = []
-    named = False
-    for line in lines:
-        if not line:
-            if data and not named:
-                yield "\n".join(data)
-            data, named = [], False
-        elif line.startswith("data:"):
-            data.append(line.removeprefix("data:").removeprefix(" "))
-        elif line.startswith("event:"):
-            named = True
+        for message in self._follow(path, str(after or "")):
+            if not message.kind:
+                yield EventOut.model_validate_json(message.data)
 
 
 def _trials(study: str) -> str:

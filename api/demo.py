@@ -57,7 +57,7 @@ def run_demo(console: Console, demo: Mapping[str, Any] = DEMO) -> int:
             signal.signal(number, _exit)
     console.print(f"[bold]Caddie demo[/bold] in {settings.home}: how should six layers share weights?")
     try:
-        with _caddie_up(settings) as server, Caddie(settings.url) as caddie:
+        with _caddie_up(settings) as server, Caddie(settings.url, token="") as caddie:
             _wait_ready(caddie, server)
             console.print(f"page {settings.url}/studies/{demo['name']}")
             console.print(f"Optuna's dashboard {settings.url}/dashboard")

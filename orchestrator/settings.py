@@ -4,7 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ KNOWN = {
     "CADDIE_HOST": "address that the API binds (default 127.0.0.1)",
     "CADDIE_PORT": "port that the API binds (default 8765)",
     "CADDIE_URL": "where the command line finds the API (default http://127.0.0.1:8765)",
+    "CADDIE_TOKEN": "what the command line signs in with, where the API asks who calls",
     "CADDIE_LAUNCHER": "ray or local: what runs gangs (default ray)",
     "CADDIE_RAY_ADDRESS": "an existing Ray cluster to join; without it Ray starts on this machine",
     "CADDIE_RANKS": "ranks that may train side by side on this machine (default: its CPU cores)",
@@ -41,6 +42,7 @@ class Settings:
     host: str
     port: int
     url: str
+    token: str | None = field(repr=False)
     launcher: Literal["ray", "local"]
     ray_address: str | None
     ranks: int
@@ -69,6 +71,7 @@ class Settings:
             host=host,
             port=port,
             url=environment.get("CADDIE_URL") or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",
+            token=environment.get("CADDIE_TOKEN") or None,
             launcher="ray" if launcher == "ray" else "local",
             ray_address=environment.get("CADDIE_RAY_ADDRESS") or None,
             ranks=int(_number(environment, "CADDIE_RANKS", os.cpu_count() or 1, 1, 4096, whole=True)),

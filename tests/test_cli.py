@@ -272,10 +272,11 @@ def test_a_child_process_reads_the_settings_that_its_parent_has(tmp_path: Path) 
         "CADDIE_LEASE_SECONDS": "2.5", "CADDIE_GRACE_SECONDS": "1", "CADDIE_GPU_HOUR_DOLLARS": "3",
         "CADDIE_OWNER": "me",
     }  # fmt: skip
-    assert set(chosen) == set(KNOWN)
+    assert set(chosen) == set(KNOWN) - {"CADDIE_TOKEN"}
     for given in (chosen, {"CADDIE_HOME": str(tmp_path)}):
         settings = Settings.read(given)
         assert Settings.read(environment_of(settings)) == settings
+    assert "CADDIE_TOKEN" not in environment_of(Settings.read({"CADDIE_TOKEN": "secret"}))
 
 
 # Against a server
