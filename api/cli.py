@@ -16,8 +16,8 @@ from sqlalchemy.exc import DBAPIError
 from api.arguments import numbers_of, overrides_of, read_mapping, read_results, read_spec
 from api.bodies import StudyIn
 from api.client import ApiError, Caddie, Unreachable
+from api.previews import PreviewOut, StudyPreviewOut
 from api.program import environment_of, program
-from api.schemas import PreviewOut, StudyPreviewOut
 from api.terminal import (
     leaderboard_notes,
     leaderboard_table,

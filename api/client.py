@@ -11,23 +11,27 @@ from urllib.parse import quote, urlencode
 
 from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
 from api.lanes import ClusterOut
+from api.lines import LogLineOut
+from api.previews import PreviewOut, StudyPreviewOut
 from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     EventOut,
     Health,
     MeasurementOut,
+    NoteOut,
     Page,
-    PreviewOut,
     RecipeOut,
     StudyOut,
-    StudyPreviewOut,
     SubmittedOut,
+    TagsOut,
     TrialOut,
     TrialSummary,
 )
 from api.standings import LeaderboardOut, VerdictOut
+from orchestrator.lifecycle import TrialState
 from orchestrator.settings import Settings
+from orchestrator.study import Origin, Verdict
 
 __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
@@ -133,9 +137,39 @@ class Caddie(Connection):
         path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
         return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
 
-    def trials(self, study: str) -> list[TrialSummary]:
-        """Every trial of the study, by number."""
-        return list(self._pages(f"/v1/studies/{_quoted(study)}/trials", Page[TrialSummary]))
+    def trials(
+        self,
+        study: str,
+        *,
+        state: Sequence[TrialState] = (),
+        origin: Sequence[Origin] = (),
+        verdict: Sequence[Verdict] = (),
+        arm: Sequence[str] = (),
+        tag: Sequence[str] = (),
+        sort: str = "number",
+    ) -> list[TrialSummary]:
+        """Every trial of the study that meets all of these, by number or as `sort` says: -val_bpb is worst first."""
+        query = {"state": state, "origin": origin, "verdict": verdict, "arm": arm, "tag": tag, "sort": sort}
+        return list(self._pages(f"{_trials(study)}?{urlencode(query, doseq=True)}", Page[TrialSummary]))
+
+    def tag(self, study: str, number: int, tags: Sequence[str]) -> list[str]:
+        """Give the trial these tags, and take all others from it."""
+        path, body = f"{_trials(study)}/{number}/tags", {"tags": list(tags)}
+        return self._read("PUT", path, TagsOut, body=body, attempts=ATTEMPTS).tags
+
+    def notes(self, study: str, number: int) -> list[NoteOut]:
+        return self._read("GET", f"{_trials(study)}/{number}/notes", Page[NoteOut]).items
+
+    def add_note(self, study: str, number: int, text: str) -> NoteOut:
+        """Write something about the trial. Not repeated: it would be there twice."""
+        return self._read("POST", f"{_trials(study)}/{number}/notes", NoteOut, body={"text": text})
+
+    def delete_note(self, study: str, number: int, note: int) -> None:
+        self._send("DELETE", f"{_trials(study)}/{number}/notes/{note}", attempts=1)
+
+    def trial_events(self, study: str, number: int) -> list[EventOut]:
+        """What became of the trial, oldest first."""
+        return list(self._pages(f"{_trials(study)}/{number}/events", Page[EventOut]))
 
     def trial(self, study: str, number: int) -> TrialOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/trials/{number}", TrialOut)
@@ -146,6 +180,31 @@ class Caddie(Connection):
     def measurements(self, study: str, number: int) -> list[MeasurementOut]:
         path = f"/v1/studies/{_quoted(study)}/trials/{number}/measurements"
         return self._read("GET", path, Page[MeasurementOut]).items
+
+    def logs(
+        self, study: str, number: int, *, attempt: int | None = None, after: int = 0, tail: int | None = None
+    ) -> list[LogLineOut]:
+        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, 1,000
+        at the most, or of those the last."""
+        chosen = {"attempt": attempt, "after": after, "tail": tail}
+        query = urlencode({name: value for name, value in chosen.items() if value is not None})
+        path = f"/v1/studies/{_quoted(study)}/trials/{number}/logs?{query}"
+        return self._read("GET", path, Page[LogLineOut]).items
+
+    def follow_logs(self, study: str, number: int, *, tail: int = 100) -> Generator[LogLineOut]:
+        """The last lines of the trial's latest attempt, then all that come, until the trial has ended."""
+        attempt, lines = 0, self.logs(study, number, tail=tail)
+        while True:
+            over = self.trial(study, number).state not in OPEN
+            for said in lines:
+                yield said
+                attempt, after = said.attempt_id, said.number
+            latest = self.logs(study, number, tail=1)
+            again = bool(latest) and latest[0].attempt_id == attempt
+            lines = self.logs(study, number, after=after if again else 0) if latest else []
+            if over and not lines:
+                return
+            time.sleep(0 if lines else WAIT_POLL_SECONDS)
 
     def wait(self, study: str, number: int, run_id: int | None = None) -> TrialOut:
         """The trial, once it and this run of it have ended."""
@@ -180,6 +239,10 @@ class Caddie(Connection):
         for message in self._follow(path, str(after or "")):
             if not message.kind:
                 yield EventOut.model_validate_json(message.data)
+
+
+def _trials(study: str) -> str:
+    return f"/v1/studies/{_quoted(study)}/trials"
 
 
 def _quoted(part: str) -> str:

@@ -112,7 +112,7 @@ class Connection:
             yield from page.items
             if page.next is None:
                 return
-            cursor = f"&after={quote(str(page.next))}"
+            cursor = f"&{'cursor' if isinstance(page.next, str) else 'after'}={quote(str(page.next))}"
 
     def _send(
         self,

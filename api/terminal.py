@@ -12,13 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from api.client import Caddie
+from api.previews import PreviewOut, StudyPreviewOut
 from api.reports import CostOut, LedgerOut
 from api.schemas import (
     ActivityOut,
     PredictionOut,
-    PreviewOut,
     StudyOut,
-    StudyPreviewOut,
     TrialOut,
     TrialSummary,
 )
