@@ -1,4 +1,4 @@
-"""Predictions calibrated on a study's complete trials, which are followed rather than read again for each prediction."""
+"""Predictions calibrated on a study's complete trials, which are followed rather than read again for each."""
 
 import threading
 
@@ -43,11 +43,11 @@ class Calibration:
                 self._predictor.learn(trial)
             self._after = news[-1].id if news else self._after
 
-    def predict(self, spec: TrialSpec) -> Prediction:
-        """What the spec will cost, by the trials that were followed."""
+    def predict(self, spec: TrialSpec, spec_hash: str | None = None) -> Prediction:
+        """What the spec will cost, by the trials that were followed. Whoever has its canonical hash saves time."""
         with self._lock:
             assert self._predictor is not None, "a calibration follows its study first"
-            return self._predictor.predict(spec)
+            return self._predictor.predict(spec, spec_hash)
 
 
 class Calibrations:

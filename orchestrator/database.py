@@ -59,9 +59,9 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session committed at the end of the block, or rolled back by an exception."""
-        with self._turn, Session(self._writing, expire_on_commit=False, execution_options=FRESH) as session:
-            with session.begin():
-                yield session
+        session = Session(self._writing, expire_on_commit=False, execution_options=FRESH)
+        with self._turn, session, session.begin():
+            yield session
 
     def migrate(self) -> None:
         """Bring the schema to this version's head. Safe to call by several processes at once, and again."""

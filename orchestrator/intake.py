@@ -53,7 +53,9 @@ def hold(session: Session, study_id: int) -> Held:
     return Held(study_id, row.name, StudyState(row.state), row.next_number)
 
 
-def list_known(session: Session, study_id: int, hashes: Collection[str], keys: Collection[str]) -> tuple[set[str], set[str]]:
+def list_known(
+    session: Session, study_id: int, hashes: Collection[str], keys: Collection[str]
+) -> tuple[set[str], set[str]]:
     """Of these hashes those that a trial of the study has, and of these keys those that were used in it."""
     known = set(session.scalars(_HASHES, {"study_id": study_id, "hashes": list(hashes)}))
     used: set[str | None] = set()
@@ -63,17 +65,17 @@ def list_known(session: Session, study_id: int, hashes: Collection[str], keys: C
 
 
 def add_submitted(
-    session: Session, held: Held, news: Sequence[NewTrial], hashes: Mapping[int, str], now: datetime
+    session: Session, held: Held, news: Sequence[tuple[NewTrial, str]], now: datetime
 ) -> list[tuple[Trial, Run | None]]:
-    """Add submitted trials as store.add_trial does, in this order; `hashes` are their specs', by place.
+    """Add submitted trials as store.add_trial does, in this order, each with its spec's canonical hash.
 
     Their keys are new to the study. Raises IllegalMove where the study takes no trials.
     """
     if held.state not in OPEN_TO_TRIALS:
         raise IllegalMove(f"study {held.name}", held.state, "take trials", OPEN_TO_TRIALS)
-    values = [_values(held, place, new, hashes[place], now) for place, new in enumerate(news)]
+    values = [_values(held, place, new, spec_hash, now) for place, (new, spec_hash) in enumerate(news)]
     ids = {number: trial_id for trial_id, number in session.execute(_ADD_TRIALS, values)}
-    trials = [_trial(ids[row["number"]], row, new) for row, new in zip(values, news, strict=True)]
+    trials = [_trial(ids[row["number"]], row, new) for row, (new, _) in zip(values, news, strict=True)]
     queued = [trial for trial in trials if trial.state is TrialState.QUEUED]
     runs = dict[int, int]()
     if queued:

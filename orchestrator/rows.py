@@ -30,7 +30,7 @@ def gang_of(ranks: int, device: str) -> GangConfig:
     return GangConfig.model_validate({"ranks": ranks, "device": device})
 
 
-def study_of(row: StudyRow | Row[Any]) -> Study:
+def study_of(row: StudyRow | Row[*tuple[Any, ...]]) -> Study:
     """Of a mapped row, or of one whose definition is the text that was written."""
     written = row.definition if isinstance(row.definition, str) else json.dumps(row.definition)
     return Study(

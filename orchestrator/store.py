@@ -404,9 +404,7 @@ def add_event(session: Session, study_id: int, number: int | None, kind: str, me
     add_events(session, study_id, [(number, kind, message)], now)
 
 
-def add_events(
-    session: Session, study_id: int, said: Sequence[tuple[int | None, str, str]], now: datetime
-) -> None:
+def add_events(session: Session, study_id: int, said: Sequence[tuple[int | None, str, str]], now: datetime) -> None:
     """Add events as add_event does, each by its trial's number, kind and message."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(_LOCK_EVENTS)
