@@ -4,14 +4,14 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.connection import ATTEMPTS, LIVE, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
 from api.lanes import ClusterOut
-from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
+from api.reports import ArmsOut, ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     EventOut,
@@ -115,6 +115,10 @@ class Caddie(Connection):
         """What each gang does, and did within the last hours; how much of it was idle, and what waits."""
         return self._read("GET", f"/v1/cluster?hours={hours}", ClusterOut)
 
+    def arms(self, study: str) -> ArmsOut:
+        """What proposed the study's trials, and what came of it."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/arms", ArmsOut)
+
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/activity", Page[ActivityOut]).items
@@ -136,6 +140,12 @@ class Caddie(Connection):
     def trials(self, study: str) -> list[TrialSummary]:
         """Every trial of the study, by number."""
         return list(self._pages(f"/v1/studies/{_quoted(study)}/trials", Page[TrialSummary]))
+
+    def iter_trials(self, study: str, *, sort: str = "number", **wanted: Sequence[str] | str) -> Iterator[TrialSummary]:
+        """The study's trials, a page at a time as they are asked for. `sort` is a field, with - the other way round;
+        `wanted` are the filters of the list: state, origin, verdict, tag, arm."""
+        query = urlencode({"sort": sort, **wanted}, doseq=True)
+        return self._pages(f"/v1/studies/{_quoted(study)}/trials?{query}", Page[TrialSummary])
 
     def trial(self, study: str, number: int) -> TrialOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/trials/{number}", TrialOut)
@@ -174,12 +184,15 @@ class Caddie(Connection):
         """The stored model, in a file that is there once it is whole; an interrupted download is gone on with."""
         return self._download(f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", file)
 
-    def events(self, study: str | None = None, after: int = 0) -> Generator[EventOut]:
-        """State changes with ids above `after`, for ever: of one study, or of all. Goes on where a connection broke."""
+    def events(self, study: str | None = None, after: int = 0, *, follow: bool = True) -> Generator[EventOut]:
+        """State changes with ids above `after`, of one study or of all; and then, where `follow`, what comes, for ever.
+        Goes on where a connection broke."""
         path = "/v1/events" if study is None else f"/v1/studies/{_quoted(study)}/events"
         for message in self._follow(path, str(after or "")):
             if not message.kind:
                 yield EventOut.model_validate_json(message.data)
+            elif (message.kind, message.data) == LIVE and not follow:
+                return
 
 
 def _quoted(part: str) -> str:

@@ -1,0 +1,100 @@
+"""Commands about trials: `caddie trial VERB STUDY NUMBER`, of which `show` need not be said."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from api.options import AsJson, StudyName, TrialNumber, answer, connect, remark, show
+from api.schemas import TrialOut
+from api.terminal_trials import measurements_table, trial_parts, trials_table
+from orchestrator.lifecycle import TrialState
+from orchestrator.study import Origin, Verdict
+
+
+class Trials(TyperGroup):
+    """`caddie trial STUDY NUMBER` shows that trial: the first word is no verb, and the second is a number."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        words = [word for word in args if not word.startswith("-")]
+        if len(words) == 2 and words[1].isdecimal() and words[0] not in self.commands:
+            args = ["show", *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=Trials, help="List, read and steer trials. `caddie trial STUDY NUMBER` shows one.", no_args_is_help=True
+)
+
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until the trial ends.")]
+
+
+@app.command("list")
+def list_trials(
+    study: StudyName,
+    state: Annotated[list[TrialState] | None, typer.Option(help="Only of this state; repeatable.")] = None,
+    origin: Annotated[str | None, typer.Option(metavar="|".join(Origin.__args__), help="Only of this origin.")] = None,
+    verdict: Annotated[
+        str | None, typer.Option(metavar="|".join(Verdict.__args__), help="Only of this verdict on its bytes.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; repeatable.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Only those that this arm of the search proposed.")] = None,
+    sort: Annotated[
+        str,
+        typer.Option(
+            metavar="[-]FIELD", help="number, val_bpb, artifact_bytes, created_at or finished_at; - turns it round."
+        ),
+    ] = "number",
+    limit: Annotated[int, typer.Option("--limit", "-n", help="How many at the most; 0 is all.", min=0)] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """A study's trials, a line each."""
+    wanted = {"state": state, "origin": origin, "verdict": verdict, "tag": tag, "arm": arm}
+    with connect() as caddie:
+        found = caddie.iter_trials(study, sort=sort, **{name: value for name, value in wanted.items() if value})
+        trials = [trial for _, trial in zip(range(limit or sys.maxsize), found, strict=False)]
+        more = limit and next(found, None) is not None
+    answer(trials, as_json, trials_table(trials))
+    if more:
+        remark(f"only the first {limit}; --limit 0 gives all")
+
+
+@app.command("show")
+def show_trial(study: StudyName, number: TrialNumber, as_json: AsJson = False) -> None:
+    """One trial: what it is, what came of it, its runs, attempts, tags and notes."""
+    with connect() as caddie:
+        found = caddie.trial(study, number)
+    answer(found, as_json, *trial_parts(found))
+
+
+@app.command("cancel")
+def cancel(study: StudyName, number: TrialNumber, as_json: AsJson = False) -> None:
+    """Cancel a queued or running trial."""
+    with connect() as caddie:
+        _answer(caddie.cancel(study, number), as_json)
+
+
+@app.command("measurements")
+def measurements(study: StudyName, number: TrialNumber, as_json: AsJson = False) -> None:
+    """What a trial's attempts measured as they trained, a step a line."""
+    with connect() as caddie:
+        found = caddie.measurements(study, number)
+    answer(found, as_json, measurements_table(found))
+
+
+@app.command("artifact")
+def artifact(
+    study: StudyName,
+    number: TrialNumber,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write.")] = None,
+) -> None:
+    """Download the stored model; it is checked against its digest. A download that broke off is gone on with."""
+    with connect() as caddie:
+        file = caddie.save_artifact(study, number, out or Path(f"{study}-{number}.caddie"))
+    show(f"{file}: {file.stat().st_size:,} bytes")
+
+
+def _answer(trial: TrialOut, as_json: bool) -> None:
+    answer(trial, as_json, *trial_parts(trial)[:3])
