@@ -144,8 +144,8 @@ class Caddie(Connection):
     def iter_trials(self, study: str, *, sort: str = "number", **wanted: Sequence[str] | str) -> Iterator[TrialSummary]:
         """The study's trials, a page at a time as they are asked for. `sort` is a field, with - the other way round;
         `wanted` are the filters of the list: state, origin, verdict, tag, arm."""
-        query = urlencode({"sort": sort, **wanted}, doseq=True)
-        return self._pages(f"/v1/studies/{_quoted(study)}/trials?{query}", Page[TrialSummary])
+        query = {"sort": sort, **wanted}
+        return self._pages(f"/v1/studies/{_quoted(study)}/trials", Page[TrialSummary], query)
 
     def trial(self, study: str, number: int) -> TrialOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/trials/{number}", TrialOut)

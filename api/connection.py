@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import urlencode
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -107,16 +107,17 @@ class Connection:
                 f"{method} {path} answered what this version cannot read: {where}: {first['msg']}"
             ) from None
 
-    def _pages(self, path: str, kind: type[Page[Answer]]) -> Iterator[Answer]:
-        """The items of every page, which are fetched as they are asked for. The path may have a query."""
-        query = "&" if "?" in path else "?"
-        cursor = ""
+    def _pages(
+        self, path: str, kind: type[Page[Answer]], query: Mapping[str, Any] | None = None, cursor: str = "after"
+    ) -> Iterator[Answer]:
+        """The items of every page, which are fetched as they are asked for. `cursor` is what the list calls its own."""
+        asked = {"limit": self._page_size, **(query or {})}
         while True:
-            page = self._read("GET", f"{path}{query}limit={self._page_size}{cursor}", kind)
+            page = self._read("GET", f"{path}?{urlencode(asked, doseq=True)}", kind)
             yield from page.items
             if page.next is None:
                 return
-            cursor = f"&after={quote(str(page.next))}"
+            asked[cursor] = page.next
 
     def _send(
         self,
