@@ -15,6 +15,7 @@ from api import (
     events,
     health,
     imports,
+    new_trial_page,
     pages,
     preview,
     studies,
@@ -56,7 +57,7 @@ def create_app(
         version_1.include_router(module.router)
     app.include_router(version_1)
     app.include_router(health.router)
-    for shown in (studies_page, study_page, trial_page, cluster_page, docs_page):
+    for shown in (studies_page, study_page, trial_page, new_trial_page, cluster_page, docs_page):
         app.include_router(shown.router)
     pages.mount_assets(app)
     if dashboard:

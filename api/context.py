@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Query, Request
 from sqlalchemy.orm import Session
 
+from api.kept import Kept
 from orchestrator.access import LOCAL, Principal
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.audit import add_audit
@@ -33,6 +34,7 @@ class Context:
     gpu_hour_dollars: float = GPU_HOUR_DOLLARS
     closing: threading.Event = field(default_factory=threading.Event)
     accounts: Accounts = field(default_factory=Accounts)
+    kept: Kept = field(default_factory=Kept)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,20 @@
-"""Pictures drawn on the server as SVG: how layers share blocks, and how bytes stand against the cap. Pure functions."""
+"""How layers share blocks, drawn on the server as SVG. Pure functions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from colorsys import hls_to_rgb
+from dataclasses import dataclass
 from html import escape
 
 from worker.sharing import SharingConfig
 from worker.tying import TyingMap
 
-# Told apart in the light, in the dark, and by most who see colours differently (after Okabe and Ito, 2008).
+# Each found as far as can be from those before it (CIE Lab) as seen by all, and without red or green cones (Machado et
+# al., 2009), neither too pale for the light nor too deep for the dark. Neighbours are at least 19 apart.
 PALETTE = (
-    "#3a86c8", "#e69f00", "#2a9d74", "#d1603d", "#b879b0", "#56b4e9",
-    "#c9b20e", "#7d8a97", "#8c6bd8", "#d4738f", "#6fa84f", "#a8763e",
+    "#2f7fc4", "#e69f00", "#83533f", "#642ce8", "#49cabd", "#b9c07c",
+    "#226677", "#ae5113", "#75bff0", "#5170ec", "#c0837c", "#139fae",
 )  # fmt: skip
+PALE = 0.3  # luminance above which dark digits are read more easily
 MARGIN = 78  # for the names of the rows
 CELL = 46
 SMALLEST = 0.55  # how far a narrow page may shrink the picture before it scrolls
@@ -18,10 +22,11 @@ SHORT = {"attention": "attn", "mlp": "mlp"}
 
 
 def block_colour(block: int) -> str:
-    """The colour of a block; beyond the palette, hues that are far from their neighbours'."""
+    """The colour of a block; beyond the palette, hues that are far from their neighbours', in three depths."""
     if block < len(PALETTE):
         return PALETTE[block]
-    return f"hsl({block * 137.508 % 360:.0f} 45% 58%)"
+    red, green, blue = hls_to_rgb(block * 0.381966 % 1, (0.45, 0.6, 0.72)[block % 3], 0.5)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
 def tying_strip(tying_map: TyingMap) -> str:
@@ -45,7 +50,8 @@ def tying_picture(
     gammas: Mapping[str, Sequence[float]] | None = None,
     influence: Sequence[float] = (),
 ) -> str:
-    """Virtual layers in order, coloured by block, with U-Net skips as arcs, and LoRA bypasses and influence below.
+    """Virtual layers in order, coloured by block: skips as arcs above, what is applied again as arcs in the block's
+    colour below, loops in brackets, then LoRA bypasses and influence.
 
     `gammas` holds the gates of each path by virtual layer, once a trial has trained; bars are then as high as the gate
     is open, against the largest gate. Before that, and where a path has none, they are outlines. `influence` is each
@@ -58,8 +64,11 @@ def tying_picture(
     parts = [_arc(start, end, sky, len(skips)) for start, end in skips]
     since = f", from {sharing.tying.from_fraction:.0%} of the budget on"
     parts += [_layer(i, block, sky, "" if i in early else since) for i, block in enumerate(tying_map)]
-    height = sky + CELL + 26
     parts.append(_label("block", sky + 24) + _label("layer", sky + CELL + 14))
+    height: float = sky + CELL + 26
+    tied, depth = _ties(tying_map, height - 4)
+    parts += tied
+    height += depth
     if sharing.lora.rank:
         strongest = max((g for gates in (gammas or {}).values() for g in gates), default=0.0)
         for path in sorted(sharing.lora.paths):
@@ -79,48 +88,35 @@ def tying_picture(
     )
 
 
+@dataclass(frozen=True)
+class Loop:
+    """Virtual layers from `start` on that apply the same `period` blocks `passes` times in a row."""
+
+    start: int
+    period: int
+    passes: int
+
+
+def loops(tying_map: TyingMap) -> Iterator[Loop]:
+    """The loops of a map, first to last: at each layer the one that covers most, the shortest of those."""
+    at = 0
+    while at < len(tying_map):
+        found = Loop(at, 1, 1)
+        for period in range(1, (len(tying_map) - at) // 2 + 1):
+            passes, segment = 1, tying_map[at : at + period]
+            while tying_map[at + passes * period : at + (passes + 1) * period] == segment:
+                passes += 1
+            if passes > 1 and passes * period > found.passes * found.period:
+                found = Loop(at, period, passes)
+        if found.passes > 1:
+            yield found
+        at += found.period * found.passes
+
+
 def skip_pairs(layers: int) -> tuple[tuple[int, int], ...]:
     """Which virtual layer's output is added before which: the first half is pushed, the second half pops."""
     half = layers // 2
     return tuple((half - 1 - i, half + i) for i in range(half))
-
-
-def bytes_bar(parts: Mapping[str, float], cap_bytes: int) -> str:
-    """Bytes by name in one bar, against the cap, which is a line. Names become CSS classes."""
-    total = sum(parts.values())
-    scale = 1000 / (max(total, cap_bytes) * 1.02)
-    rects, x = [], 0.0
-    for name, size in parts.items():
-        title = f"<title>{escape(name)}: {size:,.0f} bytes</title>"
-        place = f'x="{x:.2f}" y="6" width="{size * scale:.2f}" height="28"'
-        rects.append(f'<rect class="bytes {escape(name)}" {place}>{title}</rect>')
-        x += size * scale
-    cap = cap_bytes * scale
-    return (
-        f'<svg class="bytes-bar" role="img" aria-label="{total:,.0f} of {cap_bytes:,} bytes" viewBox="0 0 1000 40" '
-        f'preserveAspectRatio="none"><rect class="room" x="0" y="6" width="{cap:.2f}" height="28"/>{"".join(rects)}'
-        f'<line class="cap" x1="{cap:.2f}" x2="{cap:.2f}" y1="0" y2="40"/></svg>'
-    )
-
-
-def curve_picture(points: Sequence[tuple[int, float]]) -> str:
-    """What one trained model scores (BPB) by the bytes of its artifact, smallest first; two points at least."""
-    (least, *_, most), scores = [size for size, _ in points], [bpb for _, bpb in points]
-    width, height = 560, 150
-    across, up = (width - 120) / ((most - least) or 1), (height - 60) / ((max(scores) - min(scores)) or 1)
-    places = [(60 + (size - least) * across, height - 40 - (bpb - min(scores)) * up) for size, bpb in points]
-    dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{size:,} bytes: {bpb:.4f} BPB</title></circle>'
-        f'<text x="{x:.1f}" y="{y - 9:.1f}">{bpb:.3f}</text>'
-        f'<text x="{x:.1f}" y="{height - 12}">{size / 1000:,.0f}</text>'
-        for (x, y), (size, bpb) in zip(places, points, strict=True)
-    )
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    words = "; ".join(f"{size:,} bytes: {bpb:.4f} BPB" for size, bpb in points)
-    return (
-        f'<svg class="curve" role="img" aria-label="{words}" width="{width}" viewBox="0 0 {width} {height}">'
-        f'<polyline points="{line}"/>{dots}</svg>'
-    )
 
 
 def _words(tying_map: TyingMap) -> str:
@@ -141,7 +137,7 @@ def _layer(layer: int, block: int, top: float, since: str) -> str:
     return (
         f"<g{late}><title>layer {layer} applies block {block}{since}</title>"
         f'<rect x="{x + 2}" y="{top}" width="{CELL - 4}" height="{CELL - 6}" rx="7" fill="{block_colour(block)}"/>'
-        f'<text class="block" x="{_middle(layer)}" y="{top + 26}">{block}</text></g>'
+        f'<text class="block{_ink(block)}" x="{_middle(layer)}" y="{top + 26}">{block}</text></g>'
         f'<text class="layer" x="{_middle(layer)}" y="{top + CELL + 14}">{layer}</text>'
     )
 
@@ -153,6 +149,44 @@ def _arc(start: int, end: int, top: float, skips: int) -> str:
         f'<path class="skip" d="M{left},{low} C{left},{high:.1f} {right},{high:.1f} {right},{low}">'
         f"<title>skip from layer {start} to layer {end}</title></path>"
     )
+
+
+def _ties(tying_map: TyingMap, top: float) -> tuple[list[str], float]:
+    """Arcs from each layer to the next that applies its block, and brackets around loops; and how deep they hang."""
+    again = [(i, tying_map.index(block, i + 1)) for i, block in enumerate(tying_map) if block in tying_map[i + 1 :]]
+    if not again:
+        return [], 0.0
+    deepest = min(46.0, 10 + 4.0 * max(end - start for start, end in again))
+    widest = max(end - start for start, end in again)
+    parts = []
+    for start, end in again:
+        low = top + 8 + (deepest - 8) * (end - start) / widest
+        block = tying_map[start]
+        parts.append(
+            f'<path class="tie" stroke="{block_colour(block)}" d="M{_middle(start)},{top} C{_middle(start)},{low:.1f} '
+            f'{_middle(end)},{low:.1f} {_middle(end)},{top}">'
+            f"<title>layer {end} applies block {block} again</title></path>"
+        )
+    parts.append(_label("again", top + 12))
+    floor, brackets = top + deepest, [_bracket(loop, top + deepest) for loop in loops(tying_map)]
+    return parts + brackets, floor - top + (28 if brackets else 8)
+
+
+def _bracket(loop: Loop, top: float) -> str:
+    left = MARGIN + loop.start * CELL + 5
+    right = MARGIN + (loop.start + loop.period * loop.passes) * CELL - 5
+    said = f"×{loop.passes}" if loop.period == 1 else f"{loop.period} layers ×{loop.passes}"
+    return (
+        f'<path class="loop" d="M{left},{top} v6 H{right} v-6"/>'
+        f'<text class="layer" x="{(left + right) / 2}" y="{top + 19}">{said}</text>'
+    )
+
+
+def _ink(block: int) -> str:
+    """The class of digits on a block's colour: none where white is read more easily."""
+    colour = block_colour(block)
+    red, green, blue = ((int(colour[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5))
+    return " on-pale" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > PALE else ""
 
 
 def _gates(path: str, layers: int, gammas: Mapping[str, Sequence[float]] | None) -> Sequence[float | None]:

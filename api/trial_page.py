@@ -1,6 +1,5 @@
 """The page of one trial, and the part of it that changes."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -9,15 +8,15 @@ from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse
 
 from api import diagnostics
+from api.bars import bytes_bar, curve_picture, measured_bytes, predicted_bytes
 from api.context import Context, ContextOf, StudyName, TrialNumber
+from api.differences import differences
 from api.pages import page
-from api.pictures import bytes_bar, curve_picture, tying_picture
+from api.pictures import tying_picture
 from api.schemas import parameters_by_class
 from api.trials import artifact_of, describe
 from orchestrator import store
 from orchestrator.lifecycle import OPEN_TRIALS
-from orchestrator.study import Trial
-from worker.spec import parse_spec
 
 router = APIRouter(include_in_schema=False)
 
@@ -45,6 +44,11 @@ def _trial_facts(session: Session, name: str, number: int, context: Context) -> 
     gammas, influence = shown.get("gammas"), shown.get("block_influence", ())
     picture = tying_picture(spec.sharing, unet_skips=spec.model.unet_skips, gammas=gammas, influence=influence)
     points = [(point["artifact_bytes"], point["val_bpb"]) for point in shown.get("bytes_curve", ())]
+    predicted = trial.prediction
+    by_class = (
+        measured_bytes(result) if result else predicted_bytes(spec, predicted.artifact_bytes, predicted.code_bytes)
+    )
+    interval = None if result else (predicted.artifact_bytes_low, predicted.artifact_bytes_high)
     gates = [gate for of_path in (gammas or {}).values() for gate in of_path]
     return {
         "study": study,
@@ -57,39 +61,10 @@ def _trial_facts(session: Session, name: str, number: int, context: Context) -> 
         "tables": diagnostics.tables(shown),
         "curve": Markup(curve_picture(points)) if len(points) > 1 else None,
         "widest_gate": max(gates, default=None),
-        "bytes_by_class": (by_class := _bytes_by_class(trial)),
-        "bar": Markup(bytes_bar(by_class, study.definition.cap_bytes)),
+        "bytes_by_class": by_class,
+        "bar": Markup(bytes_bar(by_class, study.definition.cap_bytes, interval)),
         "parameters_by_class": parameters_by_class(spec),
         "artifact": artifact_of(trial, store.list_attempts(session, trial.id)),
         "spec_json": spec.model_dump_json(indent=2),
-        "differs": _differences(study.definition.base, spec.model_dump(mode="json", exclude_none=True)),
+        "differs": differences(study.definition.base, spec),
     }
-
-
-def _bytes_by_class(trial: Trial) -> dict[str, float]:
-    """The artifact's bytes by tensor class, and code: measured, or predicted.
-
-    A prediction's are shared out by how many values a class has.
-    """
-    if trial.result is not None:
-        measured = {name: float(size) for name, size in trial.result.bytes_by_class.items()}
-        return measured | {"code": float(trial.result.code_bytes)}
-    counts = parameters_by_class(trial.spec)
-    code_bytes = trial.prediction.code_bytes
-    a_value = (trial.prediction.artifact_bytes - code_bytes) / sum(counts.values())
-    return {name.value: count * a_value for name, count in counts.items()} | {"code": float(code_bytes)}
-
-
-def _differences(base: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a trial's spec is not the study's base: path -> the trial's value."""
-    whole = parse_spec(base).model_dump(mode="json", exclude_none=True)
-    before, after = dict(_leaves(whole)), dict(_leaves(spec))
-    return {path: value for path, value in after.items() if before.get(path) != value}
-
-
-def _leaves(data: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value

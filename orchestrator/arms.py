@@ -1,13 +1,14 @@
 """What proposed a study's trials, and what came of it: arm by arm, and of the guided ones rule by rule."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from orchestrator.study import Suggestion
+from orchestrator.lifecycle import TrialState
 from orchestrator.tables import TrialRow
 
 SUBMITTED = "submitted by hand"
@@ -50,7 +51,8 @@ class _Known:
     number: int
     origin: str
     score: float | None
-    suggestion: Suggestion | None
+    suggestion: Mapping[str, Any] | None
+    """A Suggestion as it was written: there may be ten thousand to read."""
 
 
 def arms(session: Session, study_id: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
@@ -59,13 +61,8 @@ def arms(session: Session, study_id: int) -> tuple[tuple[Record, ...], tuple[Rec
     columns = (row.number, row.origin, row.val_bpb, row.feasible, row.state, row.suggestion)
     query = select(*columns).where(row.study_id == study_id).order_by(row.number)
     known = [
-        _Known(
-            one.number,
-            one.origin,
-            one.val_bpb if one.feasible and one.state == "complete" else None,
-            None if one.suggestion is None else Suggestion.model_validate(one.suggestion),
-        )
-        for one in session.execute(query)
+        _Known(number, origin, bpb if feasible and state == TrialState.COMPLETE else None, suggestion)
+        for number, origin, bpb, feasible, state, suggestion in session.execute(query)
     ]
     return _records(known)
 
@@ -76,13 +73,14 @@ def _records(known: Sequence[_Known]) -> tuple[tuple[Record, ...], tuple[Record,
     scores = {one.number: one.score for one in known}
     best: float | None = None
     for one in known:
-        suggestion = one.suggestion
-        name = suggestion.arm if suggestion else UNNAMED if one.origin == "proposed" else SUBMITTED
+        suggestion = one.suggestion or {}
+        arm, rule, parent = (suggestion.get(name) for name in ("arm", "rule", "parent"))
+        name = arm or (UNNAMED if one.origin == "proposed" else SUBMITTED)
         records = [by_arm.setdefault(name, Record(name))]
-        if suggestion is not None and suggestion.arm == GUIDED and suggestion.rule is not None:
-            records.append(by_rule.setdefault(suggestion.rule, Record(suggestion.rule)))
+        if arm == GUIDED and rule is not None:
+            records.append(by_rule.setdefault(rule, Record(rule)))
         is_best = one.score is not None and (best is None or one.score < best)
-        before = scores.get(suggestion.parent) if suggestion and suggestion.parent is not None else None
+        before = None if parent is None else scores.get(parent)
         for record in records:
             record.trials += 1
             if one.score is not None:

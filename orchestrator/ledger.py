@@ -5,7 +5,7 @@ queue, neither before the claim nor behind another attempt in its gang, nor whil
 price of a GPU-hour is one setting, applied on reading: after a change of price the past is reckoned at the new one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Generic, TypeVar
@@ -50,10 +50,29 @@ class Ledger:
     other_trials: Cost
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What one attempt has spent so far."""
+
+    outcome: str | None
+    gang: str | None
+    trial: int
+    gpus: int
+    ranks: int
+    by_phase: dict[str, float]
+    """Seconds."""
+    finished_at: datetime | None
+
+
 def ledger(
     session: Session, study_id: int, gpu_hour_dollars: float, now: datetime, *, number: int | None = None
 ) -> Ledger:
     """The ledger of a study, or of its trial of this number. Open attempts count up to `now`."""
+    return ledger_of(list_spent(session, study_id, now, number=number), gpu_hour_dollars)
+
+
+def list_spent(session: Session, study_id: int, now: datetime, *, number: int | None = None) -> list[Spent]:
+    """What each attempt of a study, or of its trial of this number, has spent up to `now`."""
     query = (
         select(
             AttemptRow.outcome, AttemptRow.gang, TrialRow.number, RunRow.ranks, RunRow.device, AttemptRow.finished_at,
@@ -65,23 +84,30 @@ def ledger(
     )  # fmt: skip
     if number is not None:
         query = query.where(TrialRow.number == number)
-    attempts, gangs, trials = 0, _Tally[str](), _Tally[int]()
+    return [
+        Spent(
+            outcome, gang, trial, ranks if device == "gpu" else 0, ranks,
+            seconds_by_phase(queued_at, start, last, since, before, end or now), end,
+        )
+        for outcome, gang, trial, ranks, device, end, queued_at, start, last, since, before in session.execute(query)
+    ]  # fmt: skip
+
+
+def ledger_of(attempts: Sequence[Spent], gpu_hour_dollars: float) -> Ledger:
+    """The ledger of these attempts."""
+    gangs, trials = _Tally[str](), _Tally[int]()
     seconds: dict[tuple[str | None, str, int], float] = {}  # by outcome, phase and GPUs
-    for outcome, gang, trial, ranks, device, end, queued_at, start, last, since, before in session.execute(query):
-        attempts += 1
-        gpus = ranks if device == "gpu" else 0
-        by_phase = seconds_by_phase(queued_at, start, last, since, before, end or now)
-        for phase, spent in by_phase.items():
-            key = (outcome, phase, gpus)
+    for one in attempts:
+        for phase, spent in one.by_phase.items():
+            key = (one.outcome, phase, one.gpus)
             seconds[key] = seconds.get(key, 0.0) + spent
-        whole = sum(by_phase.values())
-        held = held_seconds(by_phase)
-        trials.add(trial, whole, held * gpus)
-        if gang is not None:
-            gangs.add(gang, held, held * gpus)
+        held = held_seconds(one.by_phase)
+        trials.add(one.trial, sum(one.by_phase.values()), held * one.gpus)
+        if one.gang is not None:
+            gangs.add(one.gang, held, held * one.gpus)
     phases, wasted, void = _ends(seconds, gpu_hour_dollars)
     return Ledger(
-        attempts, phases, wasted, void, sum(phases.values(), wasted),
+        len(attempts), phases, wasted, void, sum(phases.values(), wasted),
         *_dearest(gangs.costs(gpu_hour_dollars)), *_dearest(trials.costs(gpu_hour_dollars)),
     )  # fmt: skip
 

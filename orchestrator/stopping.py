@@ -5,6 +5,7 @@ and train on: `regret` says what stopping them would have cost.
 """
 
 import logging
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -245,13 +246,13 @@ def regret(session: Session, study: Study) -> Regret:
         if row.state != RunState.SUCCEEDED or row.scores is None or (row.trial_id, row.rung) in firsts:
             continue
         firsts.add((row.trial_id, row.rung))
-        value, earlier = row.scores["val_bpb"], sorted(before.setdefault(row.rung, []))
+        value, earlier = row.scores["val_bpb"], before.setdefault(row.rung, [])
         if row.spared_at is not None and earlier:
             share = config.percent / 100 if config.rule == "percentile" else 0.5
             limit = median(earlier) if config.rule == "median" else earlier[max(int(len(earlier) * share), 1) - 1]
             wrong += value <= limit
             given_up.append(max(earlier[0] - value, 0.0))
-        before[row.rung].append(value)
+        insort(earlier, value)
     return Regret(
         stopped=sum(row.state == RunState.STOPPED for row in rows), spared=len(spared), finished=len(given_up),
         wrong=wrong, error_rate=_wilson(wrong, len(given_up)), best=sum(bpb > 0 for bpb in given_up),

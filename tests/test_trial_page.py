@@ -9,7 +9,9 @@ import pytest
 from browser import Browser
 from sweep import QUEUED, RUNNING, Sweep
 
-from api.pictures import curve_picture, tying_picture
+from api.bars import bytes_bar, curve_picture, predicted_bytes
+from api.pictures import Loop, block_colour, loops, tying_picture
+from orchestrator import store
 from worker.sharing import SharingConfig
 
 
@@ -70,3 +72,41 @@ def test_layers_of_a_late_tying_are_pale_until_they_run() -> None:
 def test_a_curve_of_one_size_or_one_score_is_drawn_too() -> None:
     for points in ([(100, 1.5), (100, 1.4)], [(100, 1.5), (200, 1.5)]):
         assert curve_picture(points).count("<circle") == 2
+
+
+def test_a_loop_is_where_the_same_blocks_run_again_at_once() -> None:
+    assert list(loops((0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 4))) == [Loop(1, 3, 3)]
+    assert list(loops((0, 1, 2, 0, 1, 2))) == [Loop(0, 3, 2)]
+    assert list(loops((0, 0, 1, 1, 1))) == [Loop(0, 1, 2), Loop(2, 1, 3)]
+    assert list(loops((0, 1, 2, 1, 0))) == []
+
+
+def test_a_picture_ties_each_layer_to_the_next_that_applies_its_block() -> None:
+    sharing = SharingConfig.model_validate({"virtual_layers": 6, "unique_blocks": 3})
+    picture = tying_picture(sharing, unet_skips=False)
+    assert re.findall(r'class="tie".*?<title>(.*?)</title>', picture) == [
+        "layer 3 applies block 0 again", "layer 4 applies block 1 again", "layer 5 applies block 2 again",
+    ]  # fmt: skip
+    assert ">3 layers ×2</text>" in picture
+    untied = SharingConfig.model_validate({"virtual_layers": 6, "unique_blocks": 6})
+    assert "again" not in tying_picture(untied, unet_skips=False)
+
+
+def test_blocks_have_colours_of_their_own_and_digits_that_can_be_read_on_them() -> None:
+    colours = [block_colour(block) for block in range(256)]
+    assert len(set(colours)) == 256
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours)
+
+
+def test_a_predicted_bar_has_its_interval_and_its_classes_add_up(sweep: Sweep) -> None:
+    with sweep.database.read() as session:
+        waiting = store.get_trial(session, sweep.study.id, QUEUED)
+    prediction, by_class = (
+        waiting.prediction,
+        predicted_bytes(waiting.spec, waiting.prediction.artifact_bytes, waiting.prediction.code_bytes),
+    )
+    assert sum(by_class.values()) == pytest.approx(prediction.artifact_bytes)
+    assert {"embedding", "attention", "mlp", "control", "header", "code"} == set(by_class)
+    ends = (prediction.artifact_bytes_low, prediction.artifact_bytes_high)
+    assert f"{ends[0]:,} to {ends[1]:,} expected" in bytes_bar(by_class, 600_000, ends)
+    assert "whisker" not in bytes_bar(by_class, 600_000)

@@ -18,7 +18,7 @@ class FieldError(ValueError):
 class Frozen(BaseModel):
     """A frozen value that refuses unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Frozen):

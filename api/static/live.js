@@ -44,9 +44,9 @@ export function soon(work, wait = 150) {
   };
 }
 
-/** Make the elements of these ids what the page at `url` has there. Then a `refreshed` event tells the other scripts. */
-export async function refresh(url, ids) {
-  const answer = await fetch(url);
+/** Make the elements of these ids what the page at `url` has there (`options` are fetch's). Then a `refreshed` event tells the other scripts. */
+export async function refresh(url, ids, options) {
+  const answer = await fetch(url, options);
   if (answer.status === 401) location.reload(); // the sign-in ran out
   if (!answer.ok) return;
   const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
