@@ -1,7 +1,7 @@
 """What clients send: the shape of each body, and the domain value that it means. Unknown keys are refused."""
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
@@ -168,6 +168,22 @@ class PreviewIn(SpecIn):
 
     study: str | None = Field(default=None, pattern=f"^{STUDY_NAME.pattern}$")
     cap_bytes: int | None = Field(default=None, ge=1, le=2**53)
+
+
+Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._:/-]{0,63}$")]
+MOST_TAGS = 32
+
+
+class TagsIn(Input):
+    """All the tags that a trial is to have."""
+
+    tags: tuple[Tag, ...] = Field(max_length=MOST_TAGS)
+
+
+class NoteIn(Input):
+    """A note about a trial: plain text."""
+
+    text: str = Field(min_length=1, max_length=10_000)
 
 
 def _point_problems(point: Mapping[str, Any], study: NewStudy) -> Iterator[Problem]:

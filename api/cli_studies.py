@@ -48,7 +48,7 @@ def preview_study(
 ) -> None:
     """Random points of a study that does not exist yet, and how many would be refused. Needs no server."""
     from api.bodies import StudyIn  # what a server loads comes with these, and no other command needs it
-    from api.schemas import StudyPreviewOut
+    from api.previews import StudyPreviewOut
     from orchestrator.sample import draw_samples
 
     definition = StudyIn.model_validate(read_mapping(file)).definition()

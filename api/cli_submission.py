@@ -10,7 +10,7 @@ import typer
 from api.arguments import overrides_of, read_results, read_spec
 from api.completion import recipes as recipe_names
 from api.options import AsJson, Overrides, RecipeSize, SpecName, StudyName, answer, connect
-from api.schemas import PreviewOut
+from api.previews import PreviewOut
 from api.terminal import preview_lines, recipes_table
 from api.terminal_trials import trial_lines
 from orchestrator.study import CAP_BYTES

@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from typer.core import TyperGroup
 
+from api.client import Wanted
 from api.options import AsJson, StudyName, TrialNumber, answer, connect, remark, show
 from api.schemas import TrialOut
 from api.terminal_trials import measurements_table, trial_parts, trials_table
@@ -28,6 +29,7 @@ app = typer.Typer(
     cls=Trials, help="List, read and steer trials. `caddie trial STUDY NUMBER` shows one.", no_args_is_help=True
 )
 
+FIELDS = ("number", "val_bpb", "artifact_bytes", "created_at", "finished_at")
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until the trial ends.")]
 
 
@@ -35,25 +37,28 @@ Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on with what co
 def list_trials(
     study: StudyName,
     state: Annotated[list[TrialState] | None, typer.Option(help="Only of this state; repeatable.")] = None,
-    origin: Annotated[str | None, typer.Option(metavar="|".join(Origin.__args__), help="Only of this origin.")] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(metavar="|".join(get_args(Origin)), help="Only of this origin; repeatable.")
+    ] = None,
     verdict: Annotated[
-        str | None, typer.Option(metavar="|".join(Verdict.__args__), help="Only of this verdict on its bytes.")
+        list[str] | None, typer.Option(metavar="|".join(get_args(Verdict)), help="Only of this verdict; repeatable.")
     ] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; repeatable.")] = None,
-    arm: Annotated[str | None, typer.Option(help="Only those that this arm of the search proposed.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Only those that this arm proposed; repeatable.")] = None,
     sort: Annotated[
-        str,
-        typer.Option(
-            metavar="[-]FIELD", help="number, val_bpb, artifact_bytes, created_at or finished_at; - turns it round."
-        ),
+        str, typer.Option(help="Ascending, or with a minus descending.", metavar="[-]" + "|".join(FIELDS))
     ] = "number",
     limit: Annotated[int, typer.Option("--limit", "-n", help="How many at the most; 0 is all.", min=0)] = 100,
     as_json: AsJson = False,
 ) -> None:
     """A study's trials, a line each."""
-    wanted = {"state": state, "origin": origin, "verdict": verdict, "tag": tag, "arm": arm}
+    wanted: Wanted = {
+        "state": state or (), "origin": cast(list[Origin], origin or []),
+        "verdict": cast(list[Verdict], verdict or []), "tag": tag or (), "arm": arm or (),
+        "sort": sort,
+    }  # fmt: skip
     with connect() as caddie:
-        found = caddie.iter_trials(study, sort=sort, **{name: value for name, value in wanted.items() if value})
+        found = caddie.iter_trials(study, **wanted)
         trials = [trial for _, trial in zip(range(limit or sys.maxsize), found, strict=False)]
         more = limit and next(found, None) is not None
     answer(trials, as_json, trials_table(trials))

@@ -6,33 +6,49 @@ import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from urllib.parse import quote, urlencode
 
 from api.connection import ATTEMPTS, LIVE, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
 from api.lanes import ClusterOut
+from api.previews import PreviewOut, StudyPreviewOut
 from api.reports import ArmsOut, ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     EventOut,
     Health,
     MeasurementOut,
+    NoteOut,
     Page,
-    PreviewOut,
     RecipeOut,
     StudyOut,
-    StudyPreviewOut,
     SubmittedOut,
+    TagsOut,
     TrialOut,
     TrialSummary,
 )
 from api.standings import LeaderboardOut, VerdictOut
+from orchestrator.lifecycle import TrialState
 from orchestrator.settings import Settings
+from orchestrator.study import Origin, Verdict
 
 __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
 WAIT_POLL_SECONDS = 0.5
 OPEN = ("queued", "running")
+
+
+class Wanted(TypedDict, total=False):
+    """Which trials of a study, and in which order: a trial must have one of each list, and every tag."""
+
+    state: Sequence[TrialState]
+    origin: Sequence[Origin]
+    verdict: Sequence[Verdict]
+    arm: Sequence[str]
+    tag: Sequence[str]
+    sort: str
+    """number, val_bpb, artifact_bytes, created_at or finished_at; -val_bpb is worst first."""
+    page_size: int
 
 
 class Caddie(Connection):
@@ -137,15 +153,33 @@ class Caddie(Connection):
         path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
         return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
 
-    def trials(self, study: str) -> list[TrialSummary]:
-        """Every trial of the study, by number."""
-        return list(self._pages(f"/v1/studies/{_quoted(study)}/trials", Page[TrialSummary]))
+    def iter_trials(self, study: str, **wanted: Unpack[Wanted]) -> Iterator[TrialSummary]:
+        """The study's trials that meet all that is wanted. Pages are fetched as they are asked for."""
+        limit = wanted.pop("page_size", self._page_size)
+        return self._pages(_trials(study), Page[TrialSummary], {**wanted, "limit": limit}, "cursor")
 
-    def iter_trials(self, study: str, *, sort: str = "number", **wanted: Sequence[str] | str) -> Iterator[TrialSummary]:
-        """The study's trials, a page at a time as they are asked for. `sort` is a field, with - the other way round;
-        `wanted` are the filters of the list: state, origin, verdict, tag, arm."""
-        query = {"sort": sort, **wanted}
-        return self._pages(f"/v1/studies/{_quoted(study)}/trials", Page[TrialSummary], query)
+    def trials(self, study: str, **wanted: Unpack[Wanted]) -> list[TrialSummary]:
+        """Every trial of the study that meets all that is wanted, by number where it does not say how to sort."""
+        return list(self.iter_trials(study, **wanted))
+
+    def tag(self, study: str, number: int, tags: Sequence[str]) -> list[str]:
+        """Give the trial these tags, and take all others from it."""
+        path, body = f"{_trials(study)}/{number}/tags", {"tags": list(tags)}
+        return self._read("PUT", path, TagsOut, body=body, attempts=ATTEMPTS).tags
+
+    def notes(self, study: str, number: int) -> list[NoteOut]:
+        return self._read("GET", f"{_trials(study)}/{number}/notes", Page[NoteOut]).items
+
+    def add_note(self, study: str, number: int, text: str) -> NoteOut:
+        """Write something about the trial. Not repeated: it would be there twice."""
+        return self._read("POST", f"{_trials(study)}/{number}/notes", NoteOut, body={"text": text})
+
+    def delete_note(self, study: str, number: int, note: int) -> None:
+        self._send("DELETE", f"{_trials(study)}/{number}/notes/{note}", attempts=1)
+
+    def trial_events(self, study: str, number: int) -> list[EventOut]:
+        """What became of the trial, oldest first."""
+        return list(self._pages(f"{_trials(study)}/{number}/events", Page[EventOut]))
 
     def trial(self, study: str, number: int) -> TrialOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/trials/{number}", TrialOut)
@@ -193,6 +227,10 @@ class Caddie(Connection):
                 yield EventOut.model_validate_json(message.data)
             elif (message.kind, message.data) == LIVE and not follow:
                 return
+
+
+def _trials(study: str) -> str:
+    return f"/v1/studies/{_quoted(study)}/trials"
 
 
 def _quoted(part: str) -> str:

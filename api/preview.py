@@ -7,8 +7,9 @@ from fastapi import APIRouter, Query
 
 from api.bodies import PreviewIn, StudyIn
 from api.context import DatabaseOf
+from api.previews import PreviewOut, StudyPreviewOut
 from api.problems import responses
-from api.schemas import Page, PreviewOut, RecipeOut, StudyPreviewOut
+from api.schemas import Page, RecipeOut
 from api.submission import recent_trials
 from orchestrator import feasibility, store
 from orchestrator.caps import Caps

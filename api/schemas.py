@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from math import isfinite
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
@@ -33,17 +32,17 @@ from worker.tying import TyingMap
 
 if TYPE_CHECKING:  # SQLAlchemy and NumPy come with these, and clients read answers without them
     from orchestrator.activity import Activity
-    from orchestrator.sample import Sample, Samples
+    from orchestrator.labels import Note
     from orchestrator.spending import Account
 
 Item = TypeVar("Item")
 
 
 class Page(BaseModel, Generic[Item]):
-    """Some items, and the cursor (`after`) of the next page where there may be more."""
+    """Some items, and what to send for the next page where there may be more: a number as `after`, text as `cursor`."""
 
     items: list[Item]
-    next: int | None = None
+    next: int | str | None = None
 
 
 class StudyOut(BaseModel):
@@ -110,10 +109,11 @@ class TrialSummary(BaseModel):
     finished_at: datetime | None
     suggestion: Suggestion | None
     """What a proposal came from."""
+    tags: list[str]
 
     @classmethod
-    def of(cls, trial: Trial, phase: str = "") -> "TrialSummary":
-        return cls(**_summary(trial, phase))
+    def of(cls, trial: Trial, phase: str = "", tags: Sequence[str] = ()) -> "TrialSummary":
+        return cls(**_summary(trial, phase, tags))
 
 
 class ArtifactOut(BaseModel):
@@ -217,6 +217,26 @@ class PredictionOut(BaseModel):
         return cls(model_bytes=prediction.artifact_bytes - prediction.code_bytes, **asdict(prediction))
 
 
+class NoteOut(BaseModel):
+    """What somebody wrote about a trial: plain text."""
+
+    id: int
+    at: datetime
+    author: str
+    """The name of the token that it was written with."""
+    text: str
+
+    @classmethod
+    def of(cls, note: "Note") -> "NoteOut":
+        return cls.model_validate(note, from_attributes=True)
+
+
+class TagsOut(BaseModel):
+    """A trial's tags, in alphabetical order."""
+
+    tags: list[str]
+
+
 class TrialOut(TrialSummary):
     """Everything about one trial but its measurements."""
 
@@ -226,16 +246,26 @@ class TrialOut(TrialSummary):
     prediction: PredictionOut
     result: TrialResult | None
     runs: list[RunOut]
+    notes: list[NoteOut]
+    """Oldest first."""
 
     @classmethod
     def detailed(
-        cls, study: str, trial: Trial, runs: Sequence[Run], attempts: Sequence[Attempt], gpu_hour_dollars: float
+        cls,
+        study: str,
+        trial: Trial,
+        runs: Sequence[Run],
+        attempts: Sequence[Attempt],
+        gpu_hour_dollars: float,
+        tags: Sequence[str],
+        notes: Sequence["Note"],
     ) -> "TrialOut":
         phase = next((attempt.phase for attempt in attempts if attempt.outcome is None), "")
         return cls(
-            **_summary(trial, phase), study=study, spec=trial.spec, spec_hash=trial.spec_hash,
+            **_summary(trial, phase, tags), study=study, spec=trial.spec, spec_hash=trial.spec_hash,
             prediction=PredictionOut.of(trial.prediction), result=trial.result,
             runs=[RunOut.of(run, attempts, gpu_hour_dollars) for run in runs],
+            notes=[NoteOut.of(note) for note in notes],
         )  # fmt: skip
 
 
@@ -300,67 +330,6 @@ class EventOut(BaseModel):
         )
 
 
-class PreviewOut(BaseModel):
-    """What a spec would be and cost. `parameters_by_class` adds up to the prediction's parameters."""
-
-    spec: TrialSpec
-    spec_hash: str
-    tying_map: TyingMap
-    prediction: PredictionOut
-    parameters_by_class: dict[TensorClass, int]
-    cap_bytes: int
-    verdict: Verdict
-    reason: str | None
-
-    @classmethod
-    def of(
-        cls, spec: TrialSpec, prediction: Prediction, cap_bytes: int, verdict: Verdict, reason: str | None
-    ) -> "PreviewOut":
-        return cls(
-            spec=spec, spec_hash=spec.canonical_hash, tying_map=spec.sharing.tying_map,
-            prediction=PredictionOut.of(prediction), parameters_by_class=parameters_by_class(spec),
-            cap_bytes=cap_bytes, verdict=verdict, reason=reason,
-        )  # fmt: skip
-
-
-class SampleOut(BaseModel):
-    """A random point of a study. One that is no valid spec has neither verdict nor prediction."""
-
-    params: dict[str, Any]
-    filled: dict[str, Any]
-    """The path that was left to fill, with the value it got."""
-    tying_map: TyingMap | None
-    prediction: PredictionOut | None
-    verdict: Verdict | None
-    reason: str | None
-
-    @classmethod
-    def of(cls, sample: "Sample") -> "SampleOut":
-        return cls(
-            params=sample.params, filled=sample.filled, tying_map=sample.spec and sample.spec.sharing.tying_map,
-            prediction=sample.prediction and PredictionOut.of(sample.prediction), verdict=sample.verdict,
-            reason=sample.reason,
-        )  # fmt: skip
-
-
-class StudyPreviewOut(BaseModel):
-    """Random points of a study that does not exist yet, and how many of them would be refused."""
-
-    samples: list[SampleOut]
-    invalid: int
-    cannot_fit: int
-    points: int | None
-    """Of the space, at the most; none where it is continuous."""
-
-    @classmethod
-    def of(cls, samples: "Samples") -> "StudyPreviewOut":
-        verdicts = [sample.verdict for sample in samples.drawn]
-        return cls(
-            samples=[SampleOut.of(sample) for sample in samples.drawn], invalid=verdicts.count(None),
-            cannot_fit=verdicts.count("cannot_fit"), points=int(samples.points) if isfinite(samples.points) else None,
-        )  # fmt: skip
-
-
 class RecipeOut(BaseModel):
     """A named spec from the literature, complete with defaults."""
 
@@ -380,7 +349,7 @@ def parameters_by_class(spec: TrialSpec) -> dict[TensorClass, int]:
     return totals
 
 
-def _summary(trial: Trial, phase: str) -> dict[str, Any]:
+def _summary(trial: Trial, phase: str, tags: Sequence[str]) -> dict[str, Any]:
     result, sharing = trial.result, trial.spec.sharing
     return {
         "number": trial.number, "state": trial.state, "phase": phase, "origin": trial.origin, "params": trial.params,
@@ -392,5 +361,5 @@ def _summary(trial: Trial, phase: str) -> dict[str, Any]:
         "artifact_bytes": result.artifact_bytes if result else None,
         "train_seconds": result.train_seconds if result else None,
         "created_at": trial.created_at, "started_at": trial.started_at, "finished_at": trial.finished_at,
-        "suggestion": trial.suggestion,
+        "suggestion": trial.suggestion, "tags": list(tags),
     }  # fmt: skip

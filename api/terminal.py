@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from api.schemas import PredictionOut, PreviewOut, RecipeOut, StudyPreviewOut
+from api.previews import PreviewOut, StudyPreviewOut
+from api.schemas import PredictionOut, RecipeOut
 from api.tables import Column, Grid
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"

@@ -2,29 +2,63 @@
 
 import base64
 import logging
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.responses import FileResponse
+from pydantic import Field
 from sqlalchemy.orm import Session
 
-from api.bodies import TrialIn
-from api.context import After, Context, ContextOf, DatabaseOf, Limit, Now, StudyName, TrialNumber, WriterOf
+from api.bodies import NoteIn, Tag, TagsIn, TrialIn
+from api.context import (
+    LARGEST_ID,
+    After,
+    Context,
+    ContextOf,
+    DatabaseOf,
+    Limit,
+    Now,
+    StudyName,
+    TrialNumber,
+    WriterOf,
+)
 from api.problems import responses
 from api.reports import LedgerOut
-from api.schemas import MeasurementOut, Page, SubmittedOut, TrialOut, TrialSummary
+from api.schemas import EventOut, MeasurementOut, NoteOut, Page, SubmittedOut, TagsOut, TrialOut, TrialSummary
 from api.submission import submit
 from orchestrator import store
-from orchestrator.activity import list_activity
+from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.errors import NotFound
+from orchestrator.labels import add_note, delete_note, list_notes, list_tags, set_tags
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import TrialState
-from orchestrator.study import Artifact, Attempt, Trial
+from orchestrator.listing import Order, Place, Sort, Wanted, list_page, read_place
+from orchestrator.study import Artifact, Attempt, Origin, Trial, Verdict
+from worker.shape import FieldError
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/studies/{study}/trials", tags=["trials"], responses=responses(404, 422))
 
+NoteId = Annotated[int, Path(ge=1, le=LARGEST_ID)]
+Sorting = Literal[
+    "number", "-number", "val_bpb", "-val_bpb", "artifact_bytes", "-artifact_bytes",
+    "created_at", "-created_at", "finished_at", "-finished_at",
+]  # fmt: skip
+Name = Annotated[str, Field(pattern=r"^[ -~]{1,64}$")]
+
+
+async def _wanted(
+    state: Annotated[tuple[TrialState, ...], Query()] = (),
+    origin: Annotated[tuple[Origin, ...], Query()] = (),
+    verdict: Annotated[tuple[Verdict, ...], Query()] = (),
+    arm: Annotated[tuple[Name, ...], Query(max_length=32, description="As /arms names them.")] = (),
+    tag: Annotated[tuple[Tag, ...], Query(max_length=32, description="It must have them all.")] = (),
+) -> Wanted:
+    return Wanted(state, origin, verdict, arm, tag)
+
+
+WantedOf = Annotated[Wanted, Depends(_wanted)]
 Key = Annotated[
     str | None,
     Header(
@@ -62,17 +96,21 @@ def submit_trial(
 def list_trials(
     study: StudyName,
     database: DatabaseOf,
-    state: Annotated[tuple[TrialState, ...], Query()] = (),
+    wanted: WantedOf,
+    sort: Annotated[Sorting, Query(description="Descending with a minus. What has no value comes last.")] = "number",
     limit: Limit = 100,
-    after: After = -1,
+    cursor: Annotated[str | None, Query(max_length=200, description="The `next` of the page before.")] = None,
 ) -> Page[TrialSummary]:
-    """A study's trials by number."""
+    """A study's trials, filtered and sorted. A page goes on where the one before ended, whatever was added since."""
+    order = Sort(cast(Order, sort.removeprefix("-")), sort.startswith("-"))
+    after = None if cursor is None else _place(cursor, order)
     with database.read() as session:
         found = store.get_study(session, study)
-        trials = store.list_trials(session, found.id, states=state, after=after, limit=limit + 1)
+        trials, ended = list_page(session, found.id, wanted, order, after, limit)
         phases = {activity.trial: activity.phase for activity in list_activity(session, found.id)}
-    items = [TrialSummary.of(trial, phases.get(trial.number, "")) for trial in trials[:limit]]
-    return Page(items=items, next=items[-1].number if len(trials) > limit else None)
+        tags = list_tags(session, [trial.id for trial in trials])
+    items = [TrialSummary.of(trial, phases.get(trial.number, ""), tags.get(trial.id, ())) for trial in trials]
+    return Page(items=items, next=None if ended is None else _cursor(ended, order))
 
 
 @router.get("/{number}")
@@ -91,6 +129,53 @@ def cancel_trial(study: StudyName, number: TrialNumber, context: ContextOf, writ
         described = describe(session, study, trial, context)
     log.info("trial %d of study %s was cancelled", number, study, extra={"trial_id": trial.id})
     return described
+
+
+@router.put("/{number}/tags", responses=responses(400, 415))
+def tag_trial(study: StudyName, number: TrialNumber, body: TagsIn, writer: WriterOf) -> TagsOut:
+    """Give the trial these tags, and take all others from it."""
+    with writer.write("trial.tag", f"studies/{study}/trials/{number}") as session:
+        trial = store.get_trial(session, store.get_study(session, study).id, number)
+        set_tags(session, trial.id, body.tags)
+        tags = list_tags(session, [trial.id]).get(trial.id, ())
+    return TagsOut(tags=list(tags))
+
+
+@router.get("/{number}/notes")
+def get_trial_notes(study: StudyName, number: TrialNumber, database: DatabaseOf) -> Page[NoteOut]:
+    """What people wrote about the trial, oldest first."""
+    with database.read() as session:
+        notes = list_notes(session, store.get_trial(session, store.get_study(session, study).id, number).id)
+    return Page(items=[NoteOut.of(note) for note in notes])
+
+
+@router.post("/{number}/notes", status_code=201, responses=responses(400, 409, 415))
+def add_trial_note(study: StudyName, number: TrialNumber, body: NoteIn, writer: WriterOf) -> NoteOut:
+    """Write something about the trial, in plain text."""
+    with writer.write("note.create", f"studies/{study}/trials/{number}") as session:
+        trial = store.get_trial(session, store.get_study(session, study).id, number)
+        return NoteOut.of(add_note(session, trial.id, writer.actor, body.text, writer.now))
+
+
+@router.delete("/{number}/notes/{note}", status_code=204)
+def delete_trial_note(study: StudyName, number: TrialNumber, note: NoteId, writer: WriterOf) -> None:
+    """Remove a note."""
+    with writer.write("note.delete", f"studies/{study}/trials/{number}/notes/{note}") as session:
+        trial = store.get_trial(session, store.get_study(session, study).id, number)
+        delete_note(session, trial.id, note)
+
+
+@router.get("/{number}/events")
+def get_trial_events(
+    study: StudyName, number: TrialNumber, database: DatabaseOf, limit: Limit = 100, after: After = 0
+) -> Page[EventOut]:
+    """What became of the trial, oldest first."""
+    with database.read() as session:
+        found = store.get_study(session, study)
+        store.get_trial(session, found.id, number)
+        events = list_trial_events(session, found.id, number, after, limit + 1)
+    items = [EventOut.of(event, study) for event in events[:limit]]
+    return Page(items=items, next=items[-1].id if len(events) > limit else None)
 
 
 @router.get("/{number}/ledger")
@@ -139,4 +224,19 @@ def artifact_of(trial: Trial, attempts: tuple[Attempt, ...]) -> Artifact | None:
 def describe(session: Session, study: str, trial: Trial, context: Context) -> TrialOut:
     """The trial with its runs and attempts, and what these cost."""
     runs, attempts = store.list_runs(session, trial.id), store.list_attempts(session, trial.id)
-    return TrialOut.detailed(study, trial, runs, attempts, context.gpu_hour_dollars)
+    tags, notes = list_tags(session, [trial.id]).get(trial.id, ()), list_notes(session, trial.id)
+    return TrialOut.detailed(study, trial, runs, attempts, context.gpu_hour_dollars, tags, notes)
+
+
+def _cursor(place: Place, sort: Sort) -> str:
+    return base64.urlsafe_b64encode(f"{sort}:{place.written()}".encode()).decode().rstrip("=")
+
+
+def _place(cursor: str, sort: Sort) -> Place:
+    try:
+        order, _, written = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().partition(":")
+        if order != str(sort):
+            raise ValueError(f"it is one by {order}")
+        return read_place(written, sort)
+    except (TypeError, ValueError):
+        raise FieldError("query.cursor", cursor, f"must be the `next` of a page by {sort}") from None

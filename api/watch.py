@@ -133,7 +133,7 @@ def _patiently(caddie: Caddie, name: str, shown: set[tuple[int, str]], picture: 
 def _look(caddie: Caddie, name: str, shown: set[tuple[int, str]]) -> Look:
     study = caddie.study(name)  # first: what had ended then is among what is listed next
     ended: list[TrialSummary] = []
-    for trial in caddie.iter_trials(name, sort="-finished_at"):
+    for trial in caddie.iter_trials(name, sort="-finished_at", page_size=2 * FIRST_ENDED):
         if trial.state in OPEN_TRIALS or (trial.number, trial.state) in shown:
             break
         if not shown and len(ended) == FIRST_ENDED:

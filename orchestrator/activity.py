@@ -60,3 +60,10 @@ def latest_events(session: Session, study_id: int | None, limit: int) -> tuple[E
     if study_id is not None:
         query = query.where(EventRow.study_id == study_id)
     return tuple(Event(r.id, r.study_id, r.trial_number, r.at, r.kind, r.message) for r in session.scalars(query))
+
+
+def list_trial_events(session: Session, study_id: int, number: int, after: int, limit: int) -> tuple[Event, ...]:
+    """Events of one trial with ids above `after`, in commit order."""
+    which = (EventRow.study_id == study_id, EventRow.trial_number == number, EventRow.id > after)
+    rows = session.scalars(select(EventRow).where(*which).order_by(EventRow.id).limit(limit))
+    return tuple(Event(r.id, r.study_id, r.trial_number, r.at, r.kind, r.message) for r in rows)

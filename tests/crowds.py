@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 
 from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome
 from orchestrator.study import AttemptResult, NewStudy, NewTrial, Study
-from orchestrator.tables import RunRow, TrialRow
+from orchestrator.tables import RunRow, StudyRow, TrialRow
 from worker.report import TrialResult
 from worker.spec import GangConfig
 
@@ -33,13 +33,10 @@ def crowd_of(
             dict(session.execute(select(row.__table__).order_by(row.__table__.c.id.desc()).limit(1)).mappings().one())
             for row in (TrialRow, RunRow)
         )
-        at, run_at = trial["id"], run["id"]
-        others = list(rows)
-        made = [
-            {**trial, "id": at + n, "number": n, "spec_hash": f"{n:064}", **changes}
-            for n, changes in enumerate(others, 1)
-        ]
+        del trial["id"], run["id"]
+        made = [{**trial, "number": n, "spec_hash": f"{n:064}", **changes} for n, changes in enumerate(rows, 1)]
         session.execute(insert(TrialRow), made)
-        runs = [{**run, "id": run_at + n, "trial_id": at + n} for n in range(1, len(others) + 1)]
-        session.execute(insert(RunRow), runs)
+        session.execute(update(StudyRow).where(StudyRow.id == study.id).values(next_number=1 + len(made)))
+        added = session.scalars(select(TrialRow.id).where(TrialRow.study_id == study.id, TrialRow.number > 0))
+        session.execute(insert(RunRow), [{**run, "trial_id": trial_id} for trial_id in added])
     return study
