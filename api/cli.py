@@ -88,7 +88,7 @@ def _explain(error: TyperException) -> None:
     message, context = error.format_message(), getattr(error, "ctx", None)
     if not message.strip():
         sys.exit(error.exit_code)
-    help_at = f"; see {context.command_path} --help" if context else ""
+    help_at = f" ({context.command_path} --help says more)" if context else ""
     _fail(f"{message.rstrip('.')}{help_at}", error.exit_code)
 
 

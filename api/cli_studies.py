@@ -12,7 +12,7 @@ from api.terminal import study_preview_lines
 from api.terminal_studies import (
     activity_table,
     arms_tables,
-    importance_tables,
+    importance_parts,
     pareto_table,
     stopping_lines,
     studies_table,
@@ -87,7 +87,7 @@ def importance(study: StudyName, as_json: AsJson = False) -> None:
     """Which parameters matter, and how the families of tying maps compare."""
     with connect() as caddie:
         found = caddie.importance(study)
-    answer(found, as_json, *importance_tables(found))
+    answer(found, as_json, *importance_parts(found))
 
 
 @app.command("arms")

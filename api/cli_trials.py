@@ -8,9 +8,9 @@ import typer
 from typer.core import TyperGroup
 
 from api.client import Wanted
-from api.options import AsJson, StudyName, TrialNumber, answer, connect, remark, show
-from api.schemas import TrialOut
-from api.terminal_trials import measurements_table, trial_parts, trials_table
+from api.options import AsJson, AsJsonLines, StudyName, TrialNumber, answer, connect, print_lines, remark, show
+from api.schemas import TagsOut, TrialOut
+from api.terminal_trials import event_line, measurements_table, note_lines, trial_parts, trials_table
 from orchestrator.lifecycle import TrialState
 from orchestrator.study import Origin, Verdict
 
@@ -51,7 +51,7 @@ def list_trials(
     limit: Annotated[int, typer.Option("--limit", "-n", help="How many at the most; 0 is all.", min=0)] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """A study's trials, a line each."""
+    """A study's trials, a line each. Bytes with a question mark are predicted."""
     wanted: Wanted = {
         "state": state or (), "origin": cast(list[Origin], origin or []),
         "verdict": cast(list[Verdict], verdict or []), "tag": tag or (), "arm": arm or (),
@@ -79,6 +79,48 @@ def cancel(study: StudyName, number: TrialNumber, as_json: AsJson = False) -> No
     """Cancel a queued or running trial."""
     with connect() as caddie:
         _answer(caddie.cancel(study, number), as_json)
+
+
+@app.command("tag")
+def tag(
+    study: StudyName,
+    number: TrialNumber,
+    tags: Annotated[list[str] | None, typer.Argument(help="Tags to add; none lists those there are.")] = None,
+    remove: Annotated[list[str] | None, typer.Option("--remove", help="A tag to take away; repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tag a trial, to find it by `caddie trial list --tag`."""
+    with connect() as caddie:
+        found = caddie.trial(study, number).tags
+        wanted = {*found, *(tags or [])} - {*(remove or [])}
+        if wanted != {*found}:
+            found = caddie.tag(study, number, sorted(wanted))
+    answer(TagsOut(tags=found), as_json, *found)
+
+
+@app.command("note")
+def note(
+    study: StudyName,
+    number: TrialNumber,
+    text: Annotated[str | None, typer.Argument(help="What to note (- reads stdin); none lists the notes.")] = None,
+    delete: Annotated[int | None, typer.Option("--delete", metavar="ID", help="Delete the note of this id.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Note something about a trial, or read what was noted."""
+    with connect() as caddie:
+        if delete is not None:
+            caddie.delete_note(study, number, delete)
+        if text is not None:
+            caddie.add_note(study, number, sys.stdin.read() if text == "-" else text)
+        notes = caddie.notes(study, number)
+    answer(notes, as_json, *(line for note in notes for line in note_lines(note)))
+
+
+@app.command("events")
+def events(study: StudyName, number: TrialNumber, as_json: AsJsonLines = False) -> None:
+    """What happened to a trial, from the first on."""
+    with connect() as caddie:
+        print_lines(caddie.trial_events(study, number), as_json, event_line)
 
 
 @app.command("measurements")

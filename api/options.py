@@ -53,7 +53,9 @@ def answer(value: BaseModel | Sequence[BaseModel], as_json: bool, *parts: Grid |
 def show(*parts: Grid | str, console: Console | None = None) -> None:
     """Print tables and lines: fitted and coloured on a terminal, and as they are anywhere else."""
     screen = console or Console(highlight=False)
-    for part in parts:
+    for number, part in enumerate(parts):
+        if number and isinstance(part, Grid) and part.title:
+            print(file=screen.file)
         if not screen.is_terminal:
             lines = part.lines() if isinstance(part, Grid) else map(plain, part.split("\n"))
             print(*lines, sep="\n", file=screen.file)

@@ -36,7 +36,7 @@ def open_trials(study: StudyOut) -> int:
 def study_lines(study: StudyOut) -> list[str]:
     """One study as a person reads it."""
     new, counts = study.definition, ", ".join(f"{count:,} {state}" for state, count in study.counts.items() if count)
-    proposes = f"{study.proposed:,} of {study.max_trials:,} proposed by {new.sampler}" if new.space else "none proposed"
+    search = f"{study.proposed:,} of {study.max_trials:,} proposed by {new.sampler}" if new.space else "none"
     best = "none yet" if study.best_bpb is None else f"{study.best_bpb:.4f} BPB, trial {study.best_trial}"
     budget = (
         [f"  budget     {spent_text(study)} GPU-hours, {study.spending.left_gpu_hours:.3g} left"]
@@ -45,7 +45,8 @@ def study_lines(study: StudyOut) -> list[str]:
     )
     return [
         f"study {study.name}: {study.state}{f' ({study.reason})' if study.reason else ''}",
-        f"  trials     {counts or 'none'}; {proposes}, {study.submitted:,} submitted, {study.refused:,} refused",
+        f"  trials     {counts or 'none'}",
+        f"  search     {search}, {study.refused:,} refused; {study.submitted:,} submitted",
         f"  best       {best}",
         *budget,
         f"  caps       {new.cap_bytes:,} bytes, {new.cap_train_seconds:,.0f} s to train",
@@ -98,8 +99,10 @@ def pareto_table(found: ParetoOut) -> Grid:
     return Grid(columns, cells, f"Pareto set of {found.study} (cap {found.cap_bytes:,} bytes)")
 
 
-def importance_tables(found: ImportanceOut) -> list[Grid]:
+def importance_parts(found: ImportanceOut) -> list[Grid | str]:
     """Parameters by importance, then families of tying maps."""
+    if not found.parameters:
+        return [f"too few complete trials of {found.study} to tell: {found.trials}"]
     parameters = Grid(
         (Column("parameter", left=True, cut=20), Column("importance"), Column("trials")),
         [(each.name, f"{each.importance:.0%}", str(each.trials)) for each in found.parameters],

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from api.schemas import EventOut, MeasurementOut, TrialOut, TrialSummary
+from api.schemas import EventOut, MeasurementOut, NoteOut, TrialOut, TrialSummary
 from api.tables import Column, Grid
 from api.terminal import bpb_text, time_text, tying_text
 
@@ -14,6 +14,7 @@ def trials_table(trials: Sequence[TrialSummary]) -> Grid:
         Column("trial"), Column("state", left=True), Column("BPB"), Column("bytes"), Column("params", 3),
         Column("tying map", left=True, cut=9), Column("LoRA", 2), Column("ranks", 6), Column("seed", 7),
         Column("origin", 5, left=True), Column("arm", 8, left=True), Column("ended", 9, left=True),
+        Column("tags", 6, left=True, cut=8),
         Column("reason", 4, left=True, cut=12),
     )  # fmt: skip
     cells = [
@@ -22,7 +23,7 @@ def trials_table(trials: Sequence[TrialSummary]) -> Grid:
             f"{trial.artifact_bytes or trial.predicted_artifact_bytes:,}{'' if trial.artifact_bytes else '?'}",
             f"{trial.parameters:,}", tying_text(trial.tying_map), str(trial.lora_rank), str(trial.ranks),
             str(trial.seed), trial.origin, trial.suggestion.arm if trial.suggestion else "–",
-            time_text(trial.finished_at), trial.reason or trial.phase,
+            time_text(trial.finished_at), " ".join(trial.tags), trial.reason or trial.phase,
         )
         for trial in trials
     ]  # fmt: skip
@@ -49,8 +50,15 @@ def trial_parts(trial: TrialOut) -> list[Grid | str]:
         if trial.suggestion
         else []
     )
+    tags = [f"  tags {' '.join(trial.tags)}"] if trial.tags else []
+    notes = [line for note in trial.notes for line in note_lines(note)]
     attempts = [attempts_table(trial)] if any(run.attempts for run in trial.runs) else []
-    return [*trial_lines(trial), *where, *attempts]
+    return [*trial_lines(trial), *where, *tags, *attempts, *notes]
+
+
+def note_lines(note: NoteOut) -> list[str]:
+    """A note: who wrote it when, under which id, and then its lines."""
+    return [f"note {note.id} by {note.author}, {time_text(note.at)}", *(f"  {line}" for line in note.text.splitlines())]
 
 
 def attempts_table(trial: TrialOut) -> Grid:
