@@ -11,10 +11,12 @@ from starlette.responses import Response
 from api import (
     cluster,
     cluster_page,
+    compare_page,
     docs_page,
     events,
     health,
     imports,
+    logs,
     new_trial_page,
     pages,
     preview,
@@ -53,11 +55,11 @@ def create_app(
     app.state.context = Context(database, store, gpu_hour_dollars)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, cluster, events):
+    for module in (studies, trials, verdicts, imports, preview, cluster, logs, events):
         version_1.include_router(module.router)
     app.include_router(version_1)
     app.include_router(health.router)
-    for shown in (studies_page, study_page, trial_page, new_trial_page, cluster_page, docs_page):
+    for shown in (studies_page, study_page, trial_page, new_trial_page, compare_page, cluster_page, docs_page):
         app.include_router(shown.router)
     pages.mount_assets(app)
     if dashboard:

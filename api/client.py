@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode
 
 from api.connection import ATTEMPTS, LIVE, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
 from api.lanes import ClusterOut
+from api.lines import LogLineOut
 from api.previews import PreviewOut, StudyPreviewOut
 from api.reports import ArmsOut, ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
@@ -156,7 +157,7 @@ class Caddie(Connection):
     def iter_trials(self, study: str, **wanted: Unpack[Wanted]) -> Iterator[TrialSummary]:
         """The study's trials that meet all that is wanted. Pages are fetched as they are asked for."""
         limit = wanted.pop("page_size", self._page_size)
-        return self._pages(_trials(study), Page[TrialSummary], {**wanted, "limit": limit}, "cursor")
+        return self._pages(_trials(study), Page[TrialSummary], {**wanted, "limit": limit})
 
     def trials(self, study: str, **wanted: Unpack[Wanted]) -> list[TrialSummary]:
         """Every trial of the study that meets all that is wanted, by number where it does not say how to sort."""
@@ -190,6 +191,31 @@ class Caddie(Connection):
     def measurements(self, study: str, number: int) -> list[MeasurementOut]:
         path = f"/v1/studies/{_quoted(study)}/trials/{number}/measurements"
         return self._read("GET", path, Page[MeasurementOut]).items
+
+    def logs(
+        self, study: str, number: int, *, attempt: int | None = None, after: int = 0, tail: int | None = None
+    ) -> list[LogLineOut]:
+        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, 1,000
+        at the most, or of those the last."""
+        chosen = {"attempt": attempt, "after": after, "tail": tail}
+        query = urlencode({name: value for name, value in chosen.items() if value is not None})
+        path = f"/v1/studies/{_quoted(study)}/trials/{number}/logs?{query}"
+        return self._read("GET", path, Page[LogLineOut]).items
+
+    def follow_logs(self, study: str, number: int, *, tail: int = 100) -> Generator[LogLineOut]:
+        """The last lines of the trial's latest attempt, then all that come, until the trial has ended."""
+        attempt, lines = 0, self.logs(study, number, tail=tail)
+        while True:
+            over = self.trial(study, number).state not in OPEN
+            for said in lines:
+                yield said
+                attempt, after = said.attempt_id, said.number
+            latest = self.logs(study, number, tail=1)
+            again = bool(latest) and latest[0].attempt_id == attempt
+            lines = self.logs(study, number, after=after if again else 0) if latest else []
+            if over and not lines:
+                return
+            time.sleep(0 if lines else WAIT_POLL_SECONDS)
 
     def wait(self, study: str, number: int, run_id: int | None = None) -> TrialOut:
         """The trial, once it and this run of it have ended."""

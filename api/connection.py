@@ -107,17 +107,15 @@ class Connection:
                 f"{method} {path} answered what this version cannot read: {where}: {first['msg']}"
             ) from None
 
-    def _pages(
-        self, path: str, kind: type[Page[Answer]], query: Mapping[str, Any] | None = None, cursor: str = "after"
-    ) -> Iterator[Answer]:
-        """The items of every page, which are fetched as they are asked for. `cursor` is what the list calls its own."""
+    def _pages(self, path: str, kind: type[Page[Answer]], query: Mapping[str, Any] | None = None) -> Iterator[Answer]:
+        """The items of every page, which are fetched as they are asked for."""
         asked = {"limit": self._page_size, **(query or {})}
         while True:
             page = self._read("GET", f"{path}?{urlencode(asked, doseq=True)}", kind)
             yield from page.items
             if page.next is None:
                 return
-            asked[cursor] = page.next
+            asked["cursor" if isinstance(page.next, str) else "after"] = page.next
 
     def _send(
         self,

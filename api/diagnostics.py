@@ -41,3 +41,18 @@ def _column(values: Mapping[str, float | None]) -> tuple[tuple[str, tuple[str, .
 
 def _numbers(values: Sequence[float | None]) -> list[str]:
     return ["–" if value is None else f"{value:.4f}" for value in values]
+
+
+def layers(tying_map: Sequence[int], diagnostics: Mapping[str, Any]) -> Table | None:
+    """What each virtual layer shows of itself: its block, its gates and its influence; None before there is any."""
+    gammas: dict[str, list[float]] = diagnostics.get("gammas") or {}
+    columns = {f"γ {path}": gates for path, gates in gammas.items()}
+    columns["Block Influence"] = list(diagnostics.get("block_influence", ()))
+    filled = {name: values for name, values in columns.items() if len(values) == len(tying_map)}
+    if not filled:
+        return None
+    rows = (
+        (str(layer), (str(block), *(f"{values[layer]:.4f}" for values in filled.values())))
+        for layer, block in enumerate(tying_map)
+    )
+    return Table("Layers", "", ("block", *filled), tuple(rows))

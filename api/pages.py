@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from api.pictures import tying_strip
 from api.refusals import ProblemDetails
-from orchestrator.access import LOCAL
+from orchestrator.access import LOCAL, Principal, Role
 from worker.tying import TyingMap
 
 HERE = Path(__file__).parent
@@ -31,12 +31,14 @@ HEADERS = {
 def page(request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
     """A template rendered, under the policy that our pages load nothing but our own files.
 
-    Every template knows the `path` it is shown at, who reads it (`principal`), and the token that its forms send back.
+    Every template knows the `path` it is shown at, who reads it (`principal`), whether they may change anything, and
+    the token that its forms send back.
     """
     templates: Environment = request.app.state.templates
-    state = request.state
+    principal: Principal = getattr(request.state, "principal", LOCAL)
     shared = {
-        "path": request.url.path, "principal": getattr(state, "principal", LOCAL), "csrf": getattr(state, "csrf", ""),
+        "path": request.url.path, "principal": principal, "may_write": principal.role.includes(Role.SUBMITTER),
+        "csrf": getattr(request.state, "csrf", ""),
     }  # fmt: skip
     return HTMLResponse(templates.get_template(template).render(shared, **facts), status, headers=HEADERS)
 

@@ -13,10 +13,10 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
-def show_studies(request: Request, context: ContextOf, now: Now) -> HTMLResponse:
-    """Every study, latest first."""
+def show_studies(request: Request, context: ContextOf, now: Now, archived: bool = False) -> HTMLResponse:
+    """Every study in use, or every archived one, latest first."""
     with context.database.read() as session:
-        listed = reversed(store.list_studies(session))
-        studies = [describe(session, study, now, context.accounts) for study in listed]
         seen = next((event.id for event in latest_events(session, None, 1)), 0)
-    return page(request, "studies.html", studies=studies, seen=seen)
+        listed = [study for study in store.list_studies(session) if (study.archived_at is not None) == archived]
+        studies = [describe(session, study, now, context.accounts) for study in reversed(listed)]
+    return page(request, "studies.html", studies=studies, seen=seen, archived=archived)

@@ -1,74 +1,103 @@
 """The page of one study, and the part of it that changes."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, RedirectResponse
 
-from api.context import Context, ContextOf, Now, StudyName
+from api.context import Context, ContextOf, Now, StudyName, WriterOf
+from api.kept import Answer
+from api.overview import Overview, overview
 from api.pages import page
 from api.schemas import TrialSummary
-from api.studies import describe, leaderboard
+from api.studies import describe, leaderboard, pause_study, resume_study, stop_study
 from orchestrator import store
 from orchestrator.activity import latest_events, list_activity
-from orchestrator.arms import arms
-from orchestrator.ledger import ledger
-from orchestrator.lifecycle import TrialState
-from orchestrator.stopping import regret
+from orchestrator.lifecycle import STUDY_MOVES, TrialState
 from orchestrator.study import Study
 
+FEW = 1000
+"""Trials whose overview is reckoned while the reader waits: it takes a tenth of a second or so."""
 SHOWN = 100
+SHOWN_TRIALS = 20
 SHOWN_EVENTS = 12
 # The order in which trials pass through states, and in which the progress bar stacks them.
 STACK = (
     TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.QUEUED, TrialState.FAILED,
     TrialState.CANCELLED, TrialState.INFEASIBLE,
 )  # fmt: skip
+MOVES = {"pause": pause_study, "resume": resume_study, "stop": stop_study}
 
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/studies/{study}")
 def show_study(request: Request, study: StudyName, context: ContextOf, now: Now) -> HTMLResponse:
-    """A study: progress, chart, leaderboard, costs, and what its other trials are doing."""
-    with context.database.read() as session:
-        return page(request, "study.html", **_study_facts(session, store.get_study(session, study), context, now))
+    """A study: progress, charts, leaderboard, what the search believes, costs, and what its other trials are doing."""
+    return page(request, "study.html", **_facts(study, context, now))
 
 
 @router.get("/studies/{study}/live")
 def show_study_live(request: Request, study: StudyName, context: ContextOf, now: Now) -> HTMLResponse:
     """The part of a study's page that changes."""
+    return page(request, "study_live.html", **_facts(study, context, now))
+
+
+@router.post("/studies/{study}/state/{move}")
+def move_study(study: StudyName, move: Literal["pause", "resume", "stop"], writer: WriterOf) -> RedirectResponse:
+    """What the page's buttons do. Then the page again."""
+    MOVES[move](study, writer)
+    return RedirectResponse(f"/studies/{study}", 303)
+
+
+def _facts(name: str, context: Context, now: datetime) -> dict[str, Any]:
     with context.database.read() as session:
-        return page(request, "study_live.html", **_study_facts(session, store.get_study(session, study), context, now))
+        study = store.get_study(session, name)
+        # Before the rest: what happens while we read comes again in the stream, rather than never.
+        events = latest_events(session, study.id, SHOWN_EVENTS)
+        facts = _facts_now(session, study, context, now)
+    whole = _overview(study, context, now, facts["total"] - facts["planned"])
+    return {
+        **facts,
+        "whole": whole.value,
+        "chart": whole.value.chart() if whole.value else None,
+        "again": whole.seconds_left,
+        "gpu_hour_dollars": context.gpu_hour_dollars,
+        "events": events,
+        "seen": events[0].id if events else 0,
+    }
 
 
-def _study_facts(session: Session, study: Study, context: Context, now: datetime) -> dict[str, Any]:
-    # Before the rest: what happens while we read comes again in the stream, rather than never.
-    events = latest_events(session, study.id, SHOWN_EVENTS)
+def _overview(study: Study, context: Context, now: datetime, trials: int) -> Answer[Overview | None]:
+    """What the page says of all trials; of many, nobody waits for it."""
+
+    def reckon() -> Overview:
+        with context.database.read() as session:
+            return overview(session, study, context.gpu_hour_dollars, now)
+
+    key = ("study", study.id)
+    return context.kept.get(key, reckon) if trials <= FEW else context.kept.get_soon(key, reckon)
+
+
+def _facts_now(session: Session, study: Study, context: Context, now: datetime) -> dict[str, Any]:
     described = describe(session, study, now, context.accounts)
     planned = max(described.max_trials - described.proposed, 0)
     # What is in state s, with how many there are: lists are cut, counts are not.
     listed = {
-        state: [TrialSummary.of(trial) for trial in store.list_trials(session, study.id, states=(state,), limit=SHOWN)]
+        state: [TrialSummary.of(trial) for trial in store.list_trials(session, study.id, states=(state,), limit=most)]
         for state in STACK
-        if state is not TrialState.COMPLETE
+        if state is not TrialState.COMPLETE and described.counts.get(state)
+        for most in (SHOWN if state is TrialState.RUNNING else SHOWN_TRIALS,)
     }
-    board = leaderboard(session, study, SHOWN)
     return {
         "study": described,
-        "stopping": regret(session, study) if study.definition.stopping else None,
-        "board": board,
-        "rows": [row.model_dump(mode="json") for row in board.rows],  # for the chart, so that it is there at once
+        "moves": [state.value for state in STUDY_MOVES[study.state]],
+        "board": leaderboard(session, study, SHOWN),
         "activity": {one.trial: one for one in list_activity(session, study.id)},
         "listed": listed,
         "stack": [(state.value, described.counts.get(state, 0)) for state in STACK],
         "planned": planned,
-        "arms": arms(session, study.id),
-        "costs": ledger(session, study.id, context.gpu_hour_dollars, now),
-        "gpu_hour_dollars": context.gpu_hour_dollars,
         "total": sum(described.counts.values()) + planned,
-        "events": events,
-        "seen": events[0].id if events else 0,
     }

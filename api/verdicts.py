@@ -38,21 +38,27 @@ def get_verdict(
     if against is not None and losses:
         raise FieldError("query.losses", list(losses), "must be absent where `against` names a trial")
     with database.read() as session:
-        found = store.get_study(session, study)
-        trial, runs, scores = _complete(session, found, number)
-        rival = None if losses else _rival(session, found, number, against)
-        declared = seeds.list_declared(session, found.id)
-        champion = _of_trial(session, found, rival, trial, scores) if rival is not None else _given(losses)
-        rest = () if rival is None else [one for one in declared if one not in (number, rival)]
-        others = [_of_trial(session, found, one, trial, scores) for one in rest]
-        failed = {one.run_id for one in store.list_attempts(session, trial.id) if one.cause is Cause.DIVERGED}
+        return verdict_of(session, store.get_study(session, study), number, against, losses)
+
+
+def verdict_of(
+    session: Session, study: Study, number: int, against: int | None, losses: tuple[float, ...] = ()
+) -> VerdictOut:
+    """The verdict on the trial, against a trial or these losses. Raises NotFound, IllegalMove, FieldError."""
+    trial, runs, scores = _complete(session, study, number)
+    rival = None if losses else _rival(session, study, number, against)
+    declared = seeds.list_declared(session, study.id)
+    champion = _of_trial(session, study, rival, trial, scores) if rival is not None else _given(losses)
+    rest = () if rival is None else [one for one in declared if one not in (number, rival)]
+    others = [_of_trial(session, study, one, trial, scores) for one in rest]
+    failed = {one.run_id for one in store.list_attempts(session, trial.id) if one.cause is Cause.DIVERGED}
     own = trial.spec.seed
     attempts = [one for one in declared if one != rival]  # the champion is no attempt to beat itself
     place = 1 + (attempts.index(number) if number in attempts else len(attempts))
     diverged = frozenset(run.seed for run in runs if run.rung == 0 and run.id in failed)
-    planned = planned_seeds(found.definition.replication, own)
+    planned = planned_seeds(study.definition.replication, own)
     verdict = judge_record(runs, own, planned, place, champion, others, diverged)
-    return VerdictOut.of(study, number, rival, verdict, scores)
+    return VerdictOut.of(study.name, number, rival, verdict, scores)
 
 
 def _complete(session: Session, study: Study, number: int) -> tuple[Trial, tuple[Run, ...], Scores]:

@@ -27,7 +27,8 @@ def ending_of(attempt_id: int, mails: Sequence[Mail], deaths: Mapping[int, str])
         if closing is not None and closing.outcome == "failed":
             log.warning("attempt %d failed on rank %d:\n%s", attempt_id, rank, closing.traceback)
             reason = closing.reason if len(mails) == 1 else f"rank {rank}: {closing.reason}"
-            return Ending(Outcome.FAILED, reason, cause=Cause(closing.cause or Cause.ERROR))
+            cause = Cause(closing.cause or Cause.ERROR)
+            return Ending(Outcome.FAILED, reason, cause=cause, traceback=closing.traceback)
     for closing in closings:
         if closing is not None and closing.outcome == "declined":
             return Ending(Outcome.PREEMPTED, f"its gang is replaced: {closing.reason}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.lifecycle import Cause, Outcome
-from worker.report import Measurement, TrialResult
+from worker.report import LogLine, Measurement, TrialResult
 from worker.spec import GangConfig, TrialSpec
 
 
@@ -26,6 +26,8 @@ class Ending:
     reason: str
     result: TrialResult | None = None
     cause: Cause | None = None
+    traceback: str = ""
+    """The last lines of a failure's, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Update:
     ending: Ending | None
     beats: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    lines: tuple[LogLine, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,10 @@ class Launcher(Protocol):
         """Remove every gang that a launcher before this one left and nobody adopted; how many there were."""
         ...
 
-    def poll(self, cursors: Mapping[int, int]) -> dict[int, Update]:
-        """For each attempt its measurements numbered above its cursor, and its ending once there is one. One that is
-        not known here is lost. Gangs that are not polled for long may take it that nobody wants them."""
+    def poll(self, cursors: Mapping[int, int], logged: Mapping[int, int] | None = None) -> dict[int, Update]:
+        """For each attempt its measurements numbered above its cursor, its log lines numbered above its place in
+        `logged`, and its ending once there is one. One that is not known here is lost. Gangs that are not polled for
+        long may take it that nobody wants them."""
         ...
 
     def wait(self, seconds: float) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, aliased
 from orchestrator.caps import scores_of
 from orchestrator.errors import LeaseLost
 from orchestrator.lifecycle import OPEN_TRIALS, PERMANENT, UNCHARGED, Cause, Outcome, RunState, StudyState, TrialState
+from orchestrator.logs import add_last_words, add_lines, last_line
 from orchestrator.rows import run_of, study_of
 from orchestrator.shortening import Rung, shortened
 from orchestrator.spending import Kind, Purses
@@ -36,7 +37,7 @@ from orchestrator.tables import (
     UtcDateTime,
 )
 from orchestrator.validity import judged
-from worker.report import Measurement
+from worker.report import LogLine, Measurement
 from worker.spec import BudgetConfig, GangConfig, TrialSpec
 
 MAX_ATTEMPTS = 3  # charged ones: failures that were the run's own
@@ -157,7 +158,7 @@ def resume(session: Session, owner: str, now: datetime, ttl: timedelta) -> list[
         spec = _spec_of(trial, run.seed, Rung(run.rung, known.budget, known.gang))
         after = session.scalar(select(func.max(MeasurementRow.number)).where(MeasurementRow.attempt_id == attempt_id))
         claimed = Claim(lease, run.id, trial.id, trial.number, trial.study_id, spec, started_at, run.rung)
-        resumed.append(Resumed(claimed, gang, phase, after or 0))
+        resumed.append(Resumed(claimed, gang, phase, after or 0, last_line(session, attempt_id)))
     return resumed
 
 
@@ -169,10 +170,18 @@ def still_held(session: Session, held: Sequence[Lease]) -> set[int]:
 
 
 def record(
-    session: Session, lease: Lease, phase: str, measurements: Sequence[Measurement], now: datetime, ttl: timedelta
+    session: Session,
+    lease: Lease,
+    phase: str,
+    measurements: Sequence[Measurement],
+    now: datetime,
+    ttl: timedelta,
+    lines: Sequence[LogLine] = (),
 ) -> None:
-    """Keep measurements, each exactly once however often it is delivered, and renew the lease. Raises LeaseLost."""
+    """Keep measurements and log lines, each exactly once however often it is delivered, and renew the lease. Raises
+    LeaseLost."""
     renew(session, lease, now, ttl, phase=phase)
+    add_lines(session, lease.attempt_id, lines)
     rows = [
         {
             "attempt_id": lease.attempt_id, "number": measurement.number, "name": name, "step": measurement.step,
@@ -211,6 +220,9 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
     if stored is not None:
         values = {"attempt_id": lease.attempt_id, "uri": stored.uri, "bytes": stored.bytes, "sha256": stored.sha256}
         session.execute(insert(ArtifactRow).values(values))
+    if ended.outcome is not Outcome.SUCCEEDED:
+        words = "\n".join(filter(None, (ended.traceback, f"{ended.outcome}: {ended.reason}")))
+        add_last_words(session, lease.attempt_id, words, now)
     # The trial has no score of a void attempt; the attempt keeps its result and its artifact, as evidence.
     _settle(session, lease.attempt_id, replace(ended, result=None) if ended.outcome is Outcome.VOID else ended, now)
     return ended

@@ -110,22 +110,26 @@ class LocalLauncher:
     def reap(self) -> int:
         return 0
 
-    def poll(self, cursors: Mapping[int, int]) -> dict[int, Update]:
-        return {attempt_id: self._poll(attempt_id, after) for attempt_id, after in cursors.items()}
+    def poll(self, cursors: Mapping[int, int], logged: Mapping[int, int] | None = None) -> dict[int, Update]:
+        known = logged or {}
+        return {each: self._poll(each, after, known.get(each, 0)) for each, after in cursors.items()}
 
-    def _poll(self, attempt_id: int, after: int) -> Update:
+    def _poll(self, attempt_id: int, after: int, logged: int) -> Update:
         gang = self._gangs.get(attempt_id)
         if gang is None:
             return Update("lost", (), lost(attempt_id))
-        mails = [mailbox.read(after) for mailbox in gang.mailboxes]
+        mails = [mailbox.read(after, logged) for mailbox in gang.mailboxes]
         if gang.ending is None:
             deaths = _deaths(gang)
             for rank in deaths:
-                mails[rank] = gang.mailboxes[rank].read(after)  # again, after its end: it may have closed in between
+                mails[rank] = gang.mailboxes[rank].read(
+                    after, logged
+                )  # again, after its end: it may have closed in between
             gang.ending = ending_of(attempt_id, mails, deaths)
             if gang.ending is not None:
                 _kill(gang)
-        return Update(mails[0].phase, mails[0].measurements, gang.ending, mails[0].beats, mails[0].seconds)
+        lead = mails[0]
+        return Update(lead.phase, lead.measurements, gang.ending, lead.beats, lead.seconds, lead.lines)
 
     def wait(self, seconds: float) -> None:
         running = [gang for gang in self._gangs.values() if gang.ending is None]

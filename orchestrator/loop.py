@@ -18,7 +18,7 @@ from orchestrator.database import Database
 from orchestrator.errors import LeaseLost, OverBudget
 from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom, Update
 from orchestrator.lifecycle import Cause, Outcome, StudyState
-from orchestrator.queue import Queue
+from orchestrator.queue import Queue, Waiting, by_shape
 from orchestrator.spending import Purses
 from orchestrator.stopping import Stopping
 from orchestrator.study import AttemptResult, Claim, Study
@@ -28,8 +28,6 @@ from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
 
-Waiting = tuple[int, GangConfig]
-"""A study, by its id, and a shape of gang that its runs wait for."""
 EXPIRY_SECONDS = 1.0
 """How often overdue leases are looked for."""
 SHARE = timedelta(seconds=1)
@@ -38,11 +36,12 @@ SHARE = timedelta(seconds=1)
 
 @dataclass
 class Held:
-    """An attempt of ours: its claim, the last message recorded, and when its lease was last renewed."""
+    """An attempt of ours: its claim, the last messages recorded, and when its lease was last renewed."""
 
     claim: Claim
     renewed_at: datetime
     after: int = 0
+    logged: int = 0
     phase: str = "queue"
     unstored: bool = False
     """Whether its artifact could not be written so far."""
@@ -89,7 +88,7 @@ class Loop:
             left = leases.resume(session, self.owner, now, self.ttl)
         for resumed in left:
             attempt_id = resumed.claim.lease.attempt_id
-            held = self.held[attempt_id] = Held(resumed.claim, now, resumed.after, resumed.phase)
+            held = self.held[attempt_id] = Held(resumed.claim, now, resumed.after, resumed.logged, resumed.phase)
             if resumed.gang is not None and self.launcher.adopt(attempt_id, resumed.gang):
                 log.info("trial %d goes on, on %s", resumed.claim.trial_number, resumed.gang)
             else:
@@ -100,7 +99,7 @@ class Loop:
     def tick(self, now: datetime) -> None:
         """Everything that is due at `now`, once."""
         # Before the database, which may be away: gangs that are polled know that they are wanted.
-        updates = self.launcher.poll({attempt_id: held.after for attempt_id, held in self.held.items()})
+        updates = self._poll()
         self._drop_lost()
         self._record(updates, now)
         self._stop(updates, now)
@@ -119,7 +118,7 @@ class Loop:
                 self.supply.stop(study, enough[study.id], now)
         studies = tuple(study for study in studies if study.id not in enough)
         gave_up = self._feed(studies, waiting, now)
-        shapes = _by_shape(waiting)
+        shapes = by_shape(waiting)
         self.queue.look(shapes, now)
         if not any(update.ending for update in updates.values()):  # else what waited may have begun since the poll
             self._share(shapes, updates, now)
@@ -141,7 +140,7 @@ class Loop:
 
     def hand_back(self, now: datetime) -> None:
         """Record what has ended, queue the rest again without charge, and free every gang."""
-        updates = self.launcher.poll({attempt_id: held.after for attempt_id, held in self.held.items()})
+        updates = self._poll()
         for held in list(self.held.values()):
             try:
                 self._record({held.attempt_id: updates[held.attempt_id]}, now)
@@ -150,6 +149,12 @@ class Loop:
                 log.exception("attempt %d could not be recorded a last time", held.attempt_id)
             if held.attempt_id in self.held:
                 self._finish(held, AttemptResult(Outcome.PREEMPTED, "the orchestrator was stopped"), now)
+
+    def _poll(self) -> dict[int, Update]:
+        held = self.held.values()
+        return self.launcher.poll(
+            {one.attempt_id: one.after for one in held}, {one.attempt_id: one.logged for one in held}
+        )
 
     def _drop_lost(self) -> None:
         """Kill the gangs whose attempt is no longer ours: cancelled, or expired while we were away."""
@@ -166,14 +171,15 @@ class Loop:
         lost = set()
         with self.database.write() as session:
             for held in due:
-                update = updates[held.attempt_id]
+                said = updates[held.attempt_id]
                 try:
-                    leases.record(session, held.claim.lease, update.phase, update.measurements, now, self.ttl)
+                    leases.record(session, held.claim.lease, said.phase, said.measurements, now, self.ttl, said.lines)
                 except LeaseLost:
                     lost.add(held.attempt_id)
         for held in due:
             update = updates[held.attempt_id]
             held.after = update.measurements[-1].number if update.measurements else held.after
+            held.logged = update.lines[-1].number if update.lines else held.logged
             held.phase, held.renewed_at = update.phase, now
             if held.attempt_id in lost:
                 self._release(held.attempt_id, "lost its lease")
@@ -189,7 +195,7 @@ class Loop:
     def _is_due(self, held: Held, update: Update | None, now: datetime) -> bool:
         if update is None:
             return False
-        news = update.measurements or update.phase != held.phase
+        news = update.measurements or update.lines or update.phase != held.phase
         return bool(news and update.ending is None) or now - held.renewed_at > self.ttl / 3
 
     def _settle(self, held: Held, update: Update, now: datetime) -> None:
@@ -218,14 +224,16 @@ class Loop:
             artifact = self.artifacts.put(self.launcher.artifact(held.attempt_id))
         reason = (held.stopped if ending.outcome is Outcome.STOPPED else None) or ending.reason
         return AttemptResult(
-            ending.outcome, reason, ending.result, artifact, ending.cause, update.seconds or None, update.phase
-        )
+            ending.outcome, reason, ending.result, artifact, ending.cause, update.seconds or None, update.phase,
+            ending.traceback,
+        )  # fmt: skip
 
     def _finish(self, held: Held, result: AttemptResult, now: datetime, update: Update | None = None) -> None:
         try:
             with self.database.write() as session:
-                if update is not None and update.measurements:
-                    leases.record(session, held.claim.lease, update.phase, update.measurements, now, self.ttl)
+                if update is not None and (update.measurements or update.lines):
+                    said = (update.phase, update.measurements, now, self.ttl, update.lines)
+                    leases.record(session, held.claim.lease, *said)
                 result = leases.finish(session, held.claim.lease, result, now)
             log.info("trial %d ended as %s %s", held.claim.trial_number, result.outcome, result.reason)
         except LeaseLost:
@@ -261,7 +269,7 @@ class Loop:
         moved = True
         while moved:
             moved = False
-            for gang in sorted(_by_shape(waiting), key=lambda gang: -gang.ranks):
+            for gang in sorted(by_shape(waiting), key=lambda gang: -gang.ranks):
                 moved = self._start(gang, waiting, over, now) or moved
             # Only now, and for next time: a free gang does not wait for the sampler.
             for study in studies:
@@ -331,14 +339,6 @@ class Loop:
         self.queue.started(gang)
         log.info("trial %d started %s %s", claim.trial_number, "behind another on" if offer.behind else "on", name)
         return True
-
-
-def _by_shape(waiting: Mapping[Waiting, int]) -> dict[GangConfig, int]:
-    """How many runs wait for a gang of each shape."""
-    shapes: Counter[GangConfig] = Counter()
-    for (_study, gang), count in waiting.items():
-        shapes[gang] += count
-    return {gang: count for gang, count in shapes.items() if count > 0}
 
 
 def _failed(error: Exception) -> AttemptResult:

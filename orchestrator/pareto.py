@@ -45,3 +45,13 @@ def front(points: Iterable[Point]) -> list[Point]:
         if not found or point.val_bpb < found[-1].val_bpb:
             found.append(point)
     return found
+
+
+def missed(session: Session, study_id: int) -> list[Point]:
+    """The study's complete trials that miss a cap by the run that completed them, by number."""
+    query = (
+        select(TRIALS.c.number, TRIALS.c.val_bpb, TRIALS.c.artifact_bytes)
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.COMPLETE, TRIALS.c.feasible.is_(False))
+        .order_by(TRIALS.c.number)
+    )
+    return [Point(number, bpb, 1, size) for number, bpb, size in session.execute(query)]

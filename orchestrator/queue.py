@@ -1,6 +1,7 @@
 """What waits in the queue, and what the launcher has to know of it: whom to keep room for, what to ask nodes for."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
@@ -12,6 +13,8 @@ from worker.spec import GangConfig
 
 log = logging.getLogger(__name__)
 
+Waiting = tuple[int, GangConfig]
+"""A study, by its id, and a shape of gang that its runs wait for."""
 BACKFILL = timedelta(minutes=2)
 """How long runs of other shapes may be started past one that has no room. Then room is kept for it."""
 
@@ -48,3 +51,11 @@ class Queue:
             log.warning("study %s: %s", study.name, why)
             with self._database.write() as session:
                 store.add_event(session, study.id, None, "study.waiting", why, now)
+
+
+def by_shape(waiting: Mapping[Waiting, int]) -> dict[GangConfig, int]:
+    """How many runs wait for a gang of each shape."""
+    shapes: Counter[GangConfig] = Counter()
+    for (_study, gang), count in waiting.items():
+        shapes[gang] += count
+    return {gang: count for gang, count in shapes.items() if count > 0}

@@ -13,7 +13,7 @@ from orchestrator.lifecycle import Outcome
 from orchestrator.ray_gang import Gang
 from orchestrator.ray_rooms import Rooms
 from worker.mailbox import Mail
-from worker.report import Measurement
+from worker.report import LogLine, Measurement
 
 PEERS_SECONDS = 2.0
 """How often the ranks that say little are listened to. A failure of theirs shows on rank 0 too, mostly at once."""
@@ -36,6 +36,7 @@ class RayAttempt:
         self.accepted: dict[int, Any] = {}
         """The calls that gave it to the ranks, by rank; none where it was adopted."""
         self._measurements: list[Measurement] = []
+        self._lines: list[LogLine] = []
         self._mails = [Mail() for _ in gang.actors]
         self._opening_seconds = 0.0
         self._reads: dict[int, Any] = {}
@@ -78,7 +79,8 @@ class RayAttempt:
         seconds = dict(self._mails[0].seconds)
         if self._opening_seconds:
             seconds["start"] = seconds.get("start", 0.0) + self._opening_seconds
-        return Update(self.phase, tuple(self._measurements), self.ending, self._mails[0].beats, seconds)
+        said = (tuple(self._measurements), self.ending, self._mails[0].beats, seconds, tuple(self._lines))
+        return Update(self.phase, *said)
 
     def ask(self) -> list[Any]:
         """The calls whose answers `listen` takes in. Rank 0 is asked each time; its peers now and then, or where it
@@ -92,8 +94,8 @@ class RayAttempt:
             ranks = range(1)
         for rank in ranks:
             if rank not in self._reads:
-                after = len(self._measurements) if rank == 0 else 0
-                self._reads[rank] = self.gang.actors[rank].read.remote(self.attempt_id, after)
+                known = (len(self._measurements), len(self._lines)) if rank == 0 else (0, 0)
+                self._reads[rank] = self.gang.actors[rank].read.remote(self.attempt_id, *known)
         return list(self._reads.values())
 
     def listen(self, rooms: Rooms) -> None:
@@ -158,6 +160,8 @@ class RayAttempt:
             self.phase = self._mails[0].phase
             count = len(self._measurements)
             self._measurements += [said for said in self._mails[0].measurements if said.number > count]
+            logged = len(self._lines)
+            self._lines += [said for said in self._mails[0].lines if said.number > logged]
         # A rank that Ray has lost sight of is asked again; Ray decides in the end whether it lives.
         return {rank: error for rank, error in errors.items() if not isinstance(error, ActorUnavailableError)}
 

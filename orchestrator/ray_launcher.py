@@ -164,7 +164,7 @@ class RayLauncher:
             self._examine(gang)
         return len(orphans)
 
-    def poll(self, cursors: Mapping[int, int]) -> dict[int, Update]:
+    def poll(self, cursors: Mapping[int, int], logged: Mapping[int, int] | None = None) -> dict[int, Update]:
         self._note_silence()
         running = [held for held in map(self._held.get, cursors) if held is not None and held.ending is None]
         if calls := [call for held in running for call in held.ask()]:
@@ -181,7 +181,8 @@ class RayLauncher:
                 held.ending = Ending(Outcome.PREEMPTED, f"its gang {held.gang.name} is replaced")
         self._remove_condemned()
         self._tend()
-        return {attempt_id: self._update(attempt_id, after) for attempt_id, after in cursors.items()}
+        known = logged or {}
+        return {each: self._update(each, after, known.get(each, 0)) for each, after in cursors.items()}
 
     def wait(self, seconds: float) -> None:
         running = [held for held in self._held.values() if held.ending is None]
@@ -266,12 +267,12 @@ class RayLauncher:
         self._connected = True
         self._rooms = Rooms()
 
-    def _update(self, attempt_id: int, after: int) -> Update:
+    def _update(self, attempt_id: int, after: int, logged: int) -> Update:
         held = self._held.get(attempt_id)
         if held is None:
             return Update("lost", (), lost(attempt_id))
         update = held.update
-        return replace(update, measurements=update.measurements[after:])
+        return replace(update, measurements=update.measurements[after:], lines=update.lines[logged:])
 
     def _on(self, gang: Gang) -> list[RayAttempt]:
         """The attempts that the gang's ranks are at, or that wait there."""

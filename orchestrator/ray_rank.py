@@ -94,11 +94,11 @@ class RayRank:
         """The attempt that this rank is at, and the digest of the code that it runs."""
         return self._at, self._code
 
-    def read(self, attempt_id: int, after: int) -> str:
-        """The attempt's Mail as JSON, with the measurements numbered above `after`; empty if it is not known here."""
+    def read(self, attempt_id: int, after: int, logged: int = 0) -> str:
+        """The attempt's Mail as JSON, with what is numbered above these; empty if it is not known here."""
         self._heard_at = time.monotonic()
         mailbox = self._mailboxes.get(attempt_id)
-        return "" if mailbox is None else mailbox.read(after).model_dump_json()
+        return "" if mailbox is None else mailbox.read(after, logged).model_dump_json()
 
     def ended(self, attempt_id: int) -> None:
         """Return once the attempt has ended or is not known here, or after WAIT_SECONDS."""

@@ -356,7 +356,8 @@ class Resumed:
     """None where the attempt may not have reached one."""
     phase: str
     after: int
-    """The number of the last measurement recorded, 0 without any."""
+    logged: int = 0
+    """The numbers of the last measurement and of the last log line recorded, 0 without any."""
 
 
 @dataclass(frozen=True)
@@ -373,6 +374,7 @@ class AttemptResult:
     """By phase, where its gang has told; else they are reckoned from when the phases were recorded."""
     phase: str | None = None
     """The last of those that its gang has told."""
+    traceback: str = ""  # of a failure, its last lines
 
 
 @dataclass(frozen=True)

@@ -322,6 +322,19 @@ class TokenRow(Base):
     last_used_at: Mapped[datetime | None]
 
 
+class SignInRow(Base):
+    """A browser that showed a token, until it signs out. What its cookie holds is kept as a hash alone."""
+
+    __tablename__ = "sign_ins"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    token_sha256: Mapped[str] = mapped_column(String(64))
+    """Of the token that was shown: the sign-in is worth as much as that is now. No foreign key, because the token may
+    be the environment's, which has no row."""
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
 class AuditRow(Base):
     """One write through the API: who changed what, when. Committed with the change itself."""
 

@@ -76,6 +76,8 @@ class Notes:
 
     def phase(self, name: str) -> None: ...
 
+    def log(self, text: str) -> None: ...
+
     @property
     def curve(self) -> list[tuple[int, dict[str, float]]]:
         return [(step, metrics) for step, _, metrics in self.heard]

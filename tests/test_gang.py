@@ -19,7 +19,7 @@ from orchestrator.ray_folder import RayFolder
 from worker.gang import Rank, cause_of
 from worker.mailbox import BEAT_SECONDS, Closing, FileMailbox, Mail, Mailbox, MemoryMailbox
 from worker.recipes import load_recipe
-from worker.report import Directive, TrialResult
+from worker.report import MAX_LINE, MAX_LINES, Directive, TrialResult
 from worker.spec import GangConfig, TrialSpec, override, parse_spec
 
 HERE = Path(__file__).parent
@@ -83,6 +83,34 @@ def test_a_measurement_that_is_not_a_number_is_refused(mailbox: Mailbox) -> None
     with pytest.raises(ValidationError):
         mailbox.measure(1, 0.1, {"train_loss": math.nan})
     assert mailbox.read(0).model_copy(update={"seconds": {}}) == Mail()
+
+
+def test_log_lines_are_numbered_from_one_and_read_from_a_cursor_on(mailbox: Mailbox) -> None:
+    mailbox.log("data: 3 shards")
+    mailbox.measure(1, 0.1, {})
+    mailbox.log("a traceback\n  has\tlines\x1b[2J")
+    lines = mailbox.read(0).lines
+    assert [(said.number, said.line) for said in lines] == [
+        (1, "data: 3 shards"), (2, "a traceback"), (3, "  has lines\ufffd[2J")
+    ]  # fmt: skip
+    assert mailbox.read(0, 2).lines == lines[2:]
+    assert mailbox.read(0, 3).lines == ()
+    assert len(mailbox.read(0, 3).measurements) == 1
+
+
+def test_a_log_is_bounded_and_says_so(mailbox: Mailbox) -> None:
+    mailbox.log("x" * (MAX_LINE + 1))
+    for _ in range(2):
+        mailbox.log("\n".join(map(str, range(MAX_LINES))))
+    lines = mailbox.read(0).lines
+    assert len(lines) == MAX_LINES
+    assert len(lines[0].line) == MAX_LINE
+    assert lines[-1].line == "no more is kept of this log: it has 4,000 lines"
+
+
+def test_a_line_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").mkdir()
+    FileMailbox(tmp_path).log("the disk is full")
 
 
 def test_a_stop_is_answered_to_every_later_question(mailbox: Mailbox) -> None:

@@ -49,6 +49,7 @@ class Notes:
         self.stop_at = stop_at
         self.phases: list[str] = []
         self.measurements: list[tuple[int, dict[str, float]]] = []
+        self.lines: list[str] = []
 
     def measure(self, step: int, elapsed_seconds: float, metrics: Mapping[str, float]) -> Directive:
         self.measurements.append((step, dict(metrics)))
@@ -60,6 +61,9 @@ class Notes:
     def phase(self, name: str) -> None:
         self.phases.append(name)
 
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
 
 Finished = tuple[TrialSpec, TrialResult, bytes, Notes]
 
@@ -70,6 +74,15 @@ def finished_job(small_data_root: Path) -> Finished:
     outcome = finished(run(Job(spec, small_data_root), notes))
     assert outcome is not None
     return spec, *outcome, notes
+
+
+def test_a_job_logs_what_it_finds_each_step_that_it_measures_and_its_result(finished_job: Finished) -> None:
+    _spec, result, _artifact, notes = finished_job
+    topics = [line.split(":")[0].split(" (")[0].split(" in ")[0] for line in notes.lines if "warning" not in line]
+    assert topics[:3] == ["data", "model", "budget"]
+    assert [topic for topic in topics if topic.startswith("step")][-1] == "step 12 of 12"
+    assert f"result: {result.val_bpb:.4f} BPB" in notes.lines[-1]
+    assert f"artifact: {result.artifact_bytes:,} bytes" in "\n".join(notes.lines)
 
 
 def test_the_results_fields_agree(finished_job: Finished) -> None:

@@ -139,6 +139,8 @@ def test_asking_again_with_the_same_cursor_gives_the_same(bench: Bench) -> None:
     later = bench.poll(attempt, 3)
     assert later.measurements == ended.measurements[3:]
     assert bench.poll(attempt, 5).measurements == ()
+    assert [said.line for said in ended.lines] == ["counts to 5"]
+    assert bench.launcher.poll({attempt.attempt_id: 5}, {attempt.attempt_id: 1})[attempt.attempt_id].lines == ()
 
 
 def test_an_attempt_is_in_phase_start_until_its_trainer_names_another(bench: Bench) -> None:

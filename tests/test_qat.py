@@ -67,6 +67,8 @@ class Silent(Reporter):
 
     def phase(self, name: str) -> None: ...
 
+    def log(self, text: str) -> None: ...
+
 
 def trained(spec: TrialSpec) -> Model:
     model = fresh(spec)

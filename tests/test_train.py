@@ -77,6 +77,8 @@ class Notebook:
     def phase(self, name: str) -> None:
         raise AssertionError("phases are the attempt's, not the training's")
 
+    def log(self, text: str) -> None: ...
+
     def of(self, metric: str) -> list[tuple[int, float]]:
         return [(step, metrics[metric]) for step, _, metrics in self.heard if metric in metrics]
 

@@ -33,7 +33,7 @@ def test_a_trials_page_draws_its_tying_map_and_its_curve_grows(
     browser.until("document.querySelector('.title .state').textContent == 'complete'")
     browser.until("document.getElementById('chart').dataset.points == '30'")
     assert browser.count("svg.tying .gate") == 18  # two paths' gates, and influence
-    assert browser.texts(".state.succeeded") == ["succeeded"]
+    assert browser.texts(".timeline .state.succeeded") == ["succeeded"]
     assert browser.until("window.notReloaded")
     browser.until("document.getElementById('link').textContent == 'ended'")
     browser.picture(screenshots / "trial.png")

@@ -57,8 +57,8 @@ def test_a_spec_file_becomes_an_artifact_and_a_result(
         assert part in printed.out
     for name, size in record["result"]["bytes_by_class"].items():
         assert f"{name} {size:,}" in printed.out
-    assert "train_loss" in printed.err
-    assert "val_bpb" in printed.err
+    assert "step 8 of 8 (100%): loss " in printed.err
+    assert " BPB" in printed.err
 
 
 def test_two_ranks_under_torchrun_score_as_one_rank_does(

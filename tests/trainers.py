@@ -30,6 +30,7 @@ def count(job: Job, reporter: Reporter) -> Produced:
     assert job.spec.budget.steps is not None
     if job.rank == 0:
         reporter.phase("train")
+        reporter.log(f"counts to {job.spec.budget.steps}")
     for step in range(1, job.spec.budget.steps + 1):
         metrics = {"total": float(step)}
         if job.ranks > 1:

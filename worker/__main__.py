@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from worker.recipes import load_recipe, read_yaml, recipe_names, require_full
-from worker.report import Directive, TrialResult
+from worker.report import Directive, TrialResult, log_lines
 from worker.shape import FieldError
 from worker.shards import DataError, open_dataset, read_manifest
 from worker.spec import TrialSpec, override, parse_spec
@@ -43,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Console:
-    """The reporter of a run without an orchestrator: the curve, a line a measurement, on stderr."""
+    """The reporter of a run without an orchestrator: on stderr, the lines that an attempt's log would have."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
 
     def measure(self, step: int, elapsed_seconds: float, metrics: Mapping[str, float]) -> Directive:
-        """Print the measurement. Nothing here ever asks to stop."""
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "fraction")
-        share = f"{metrics['fraction']:4.0%}" if "fraction" in metrics else "    "
-        _say(f"{share}  step {step:6}  {elapsed_seconds:7.1f} s  {numbers}")
+        """Nothing to keep it for, and nothing here ever asks to stop."""
         return Directive.CONTINUE
 
     def directive(self) -> Directive:
@@ -59,6 +60,11 @@ class Console:
     def phase(self, name: str) -> None:
         """Print what the run does now."""
         _say(f"-- {name}")
+
+    def log(self, text: str) -> None:
+        """Print the lines, with the seconds so far."""
+        for said in log_lines(text, 0, time.monotonic() - self._began):
+            _say(f"{said.elapsed_seconds:8.1f} s  {said.line}")
 
 
 def _train_command(words: list[str]) -> int:

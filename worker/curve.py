@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from worker.logbook import of_step
 from worker.report import Directive, Reporter
 from worker.schedule import Progress
-from worker.spec import EvaluationConfig
+from worker.spec import TrialSpec
 
 REPORTS = 25  # points of the training curve, at equal fractions of the budget
 
@@ -13,11 +14,13 @@ class Curve:
     """Every measurement of a training. Rank 0 tells them to its reporter; the others, without one, hear nothing.
 
     Where training goes on from a checkpoint, what was measured before is told again: an attempt's curve is whole.
+    Each measurement is logged as well, once.
     """
 
-    def __init__(self, evaluation: EvaluationConfig, reporter: Reporter | None) -> None:
-        self._reporter, self._stop = reporter, False
-        self._reports, self._validations = _Milestones(REPORTS), _Milestones(evaluation.validations)
+    def __init__(self, spec: TrialSpec, reporter: Reporter | None) -> None:
+        self._reporter, self._stop, self._budget = reporter, False, spec.budget
+        self._reports, self._validations = _Milestones(REPORTS), _Milestones(spec.evaluation.validations)
+        self._logged = Progress()
         self._fraction = 0.0
         self._measurements: list[tuple[int, float, dict[str, float]]] = []
 
@@ -36,6 +39,7 @@ class Curve:
         """Keep and tell what was measured after a step, if anything was."""
         if metrics:
             self._measurements.append((progress.steps, progress.seconds, metrics))
+            self._log(progress, metrics)
             self._tell(*self._measurements[-1])
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,8 +48,16 @@ class Curve:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.due(state_dict["fraction"])
         self._measurements = state_dict["measurements"]
+        if self._reporter is not None:
+            self._reporter.log(f"goes on from a checkpoint, {state_dict['fraction']:.0%} of the budget spent")
         for measurement in self._measurements:
             self._tell(*measurement)
+
+    def _log(self, progress: Progress, metrics: dict[str, float]) -> None:
+        if self._reporter is not None:
+            seconds, tokens = progress.seconds - self._logged.seconds, progress.tokens - self._logged.tokens
+            self._reporter.log(of_step(progress.steps, self._budget, metrics, seconds, tokens))
+        self._logged = progress
 
     def _tell(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
         if self._reporter is not None:

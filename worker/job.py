@@ -22,6 +22,7 @@ from worker.evaluate import Score, Validation, evaluate, open_validation
 from worker.fit import Point, curve, fit, require_reachable
 from worker.hardware import observed
 from worker.inventory import count_parameters
+from worker.logbook import Logbook
 from worker.model import Model, initialise
 from worker.report import Hardware, Reporter, TrialResult
 from worker.rounding import round_weights
@@ -51,16 +52,18 @@ def run(job: Job, reporter: Reporter) -> Produced:
     Miswritten where the bytes do not hold what was scored.
     """
     spec, world = job.spec, _world(job)
-    phase = reporter.phase if world.leads else _silent
+    book = Logbook(reporter if world.leads else None)
     torch.manual_seed(spec.seed)
-    phase("data")
+    book.phase("data")
     text = _open_text(job)
+    book.data(text.dataset, text.validation.targets)
+    book.model(spec, world.ranks, world.device.type)
     batches = Batches(text.dataset, spec.data, spec.model.vocab_size, world)
     model = Model(spec.model, spec.sharing)
     initialise(model, spec.seed)
     require_reachable(model, spec.quantisation, code_bytes())
-    _place(model, spec, batches, world, phase)
-    phase("train")
+    _place(model, spec, batches, world, book)
+    book.phase("train")
     checkpoint = _checkpoint(job, world)
 
     def validate(trained: Model) -> float:
@@ -69,10 +72,13 @@ def run(job: Job, reporter: Reporter) -> Produced:
     summary, hardware = observed(
         world, lambda: train(model, spec, batches, world, reporter, validate, checkpoint=checkpoint)
     )
-    rest = _conclude(spec, model, summary, text, world, phase)
+    spent = (summary.steps, summary.tokens, summary.train_seconds)
+    book.trained(*spent, summary.train_loss, stopped=summary.stopped)
+    book.hardware(hardware)
+    rest = _conclude(spec, model, summary, text, world, book)
     if rest is None:
         return None
-    finish = partial(_finish, rest, hardware, checkpoint)
+    finish = partial(_finish, rest, hardware, checkpoint, book)
     return finish if job.defer and not rest.written.done() else finish()
 
 
@@ -94,12 +100,14 @@ def _world(job: Job) -> World:
     return World(job.rank, job.ranks, torch.device("cuda", torch.cuda.current_device()))
 
 
-def _place(model: Model, spec: TrialSpec, batches: Batches, world: World, phase: Callable[[str], None]) -> None:
+def _place(model: Model, spec: TrialSpec, batches: Batches, world: World, book: Logbook) -> None:
     """Put the model where it trains, on a GPU compiled."""
     model.to(world.device)
     if world.device.type == "cuda":
-        phase("compile")
+        book.phase("compile")
+        began = time.perf_counter()
         compile_pass(model, spec, batches, world)
+        book.say(f"compiled in {time.perf_counter() - began:.1f} s")
 
 
 def _checkpoint(job: Job, world: World) -> Checkpoint | None:
@@ -168,16 +176,17 @@ class _Rest:
 
 
 def _conclude(
-    spec: TrialSpec, model: Model, summary: TrainingSummary, text: _Text, world: World, phase: Callable[[str], None]
+    spec: TrialSpec, model: Model, summary: TrainingSummary, text: _Text, world: World, book: Logbook
 ) -> _Rest | None:
     """Score the trained model, rounded first, so that its bytes are written meanwhile. None but on rank 0."""
     spent, weights = _Seconds(), _weights(model, summary)
     applied = spec.averaging.apply if spec.averaging.apply in weights else "last"
     model.load_state_dict(weights[applied])
-    phase("pack")
+    book.phase("pack")
     with spent.on("pack"):
         packing = _pack(model, text.dataset, spec) if world.leads else None
-    phase("evaluate")
+    book.say(f"the weights are rounded, in {spent.pack:.1f} s; {spec.quantisation.codec} compresses them")
+    book.phase("evaluate")
     loaded = _shared(packing.content if packing else None, model, world)
     with spent.on("evaluate"):
         averages = _averaged(model, weights, applied, text.plain, world)
@@ -186,8 +195,9 @@ def _conclude(
     if packing is None:
         return None
     bpb = {name: averages[name].bpb for name in weights}
+    book.scores(bpb, applied, {name: score.bpb for name, score in scores.items()})
     diagnostics |= {**_compared(text.dataset, scores), **_worth(packing, text.plain, spec, world), "averages": bpb}
-    phase("pack")
+    book.phase("pack")
     kept = replace(summary, averages={})
     return _Rest(spec, kept, averages[applied], scores, diagnostics, spent, packing.written)
 
@@ -255,7 +265,7 @@ def _worth(packing: _Packing, validation: Validation, spec: TrialSpec, world: Wo
     return {"bytes_curve": [asdict(point) for point in points]}
 
 
-def _finish(rest: _Rest, hardware: Hardware, checkpoint: Checkpoint | None) -> tuple[TrialResult, bytes]:
+def _finish(rest: _Rest, hardware: Hardware, checkpoint: Checkpoint | None, book: Logbook) -> tuple[TrialResult, bytes]:
     """The result and the artifact's bytes, once they are written and verified. With its arguments, a Finish."""
     written = rest.written.result()
     packed, summary, final = written.packed, rest.summary, list(rest.scores.values())[-1]
@@ -281,6 +291,7 @@ def _finish(rest: _Rest, hardware: Hardware, checkpoint: Checkpoint | None) -> t
     )
     if checkpoint is not None:
         checkpoint.remove()
+    book.result(result)
     return result, packed.data
 
 
@@ -294,7 +305,3 @@ def _compared(dataset: Dataset, scores: dict[str, Score]) -> dict[str, Any]:
         "order0_bpb": dataset.stats.get("val_order0_bits_per_byte"),
         "torch": torch.__version__,
     }
-
-
-def _silent(name: str) -> None:
-    """What a rank that does not speak says."""

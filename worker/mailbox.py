@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from worker.report import Directive, Measurement, Reporter, TrialResult
+from worker.report import Directive, LogLine, Measurement, Reporter, TrialResult, log_lines
 from worker.shape import Frozen
 
 Cause = Literal["out_of_memory", "diverged", "bad_input", "error"]
@@ -35,7 +35,7 @@ class Closing(Frozen):
 
 
 class Mail(Frozen):
-    """What a rank has said: the phase it is in, the measurements asked for, and its closing once there is one.
+    """What a rank has said: its phase, the measurements and log lines asked for, and its closing once there is one.
 
     `beats` counts its signs of life: a rank whose beats stand still has not said or asked anything. `seconds` is what
     each phase took so far, by the rank's own clock; "idle" is what the rank waited for the job before it.
@@ -45,6 +45,7 @@ class Mail(Frozen):
     beats: int = 0
     seconds: dict[str, float] = Field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
+    lines: tuple[LogLine, ...] = ()
     closing: Closing | None = None
 
 
@@ -56,8 +57,9 @@ class Mailbox(Reporter, Protocol):
         the result holds something that JSON cannot."""
         ...
 
-    def read(self, after: int) -> Mail:
-        """Everything said, with the measurements numbered above `after`. Reading changes nothing."""
+    def read(self, after: int, logged: int = 0) -> Mail:
+        """Everything said, with the measurements numbered above `after` and the log lines numbered above `logged`.
+        Reading changes nothing."""
         ...
 
     def stop(self) -> None:
@@ -85,6 +87,10 @@ class Phases(Frozen):
         spent = 0.0 if self.ended else max(now - self.since, 0.0)
         return {**self.seconds, self.phase: self.seconds.get(self.phase, 0.0) + spent}
 
+    def elapsed(self, now: float) -> float:
+        """Seconds since the job was given to its rank, which may have waited for it before."""
+        return sum(seconds for phase, seconds in self.until(now).items() if phase != "idle")
+
 
 class MemoryMailbox:
     """A mailbox within one process, for any number of threads."""
@@ -95,6 +101,7 @@ class MemoryMailbox:
         self._mail = Mail()
         self._phases = Phases(phase=phase, since=clock())
         self._measurements: list[Measurement] = []
+        self._lines: list[LogLine] = []
         self._beats = 0
         self._directive = Directive.CONTINUE
         self._artifact: bytes | None = None
@@ -118,6 +125,11 @@ class MemoryMailbox:
             self._beats += 1
             self._phases = self._phases.enter(name, self._clock())
 
+    def log(self, text: str) -> None:
+        with self._lock:
+            self._beats += 1
+            self._lines += log_lines(text, len(self._lines), self._phases.elapsed(self._clock()))
+
     def begin(self, idle_seconds: float) -> None:
         """Say that the job begins, for which its rank has waited so long with nothing else to do."""
         with self._lock:
@@ -131,12 +143,13 @@ class MemoryMailbox:
             self._phases = self._phases.enter(self._phases.phase, self._clock(), ended=True)
             self._mail = self._mail.model_copy(update={"closing": said})
 
-    def read(self, after: int) -> Mail:
+    def read(self, after: int, logged: int = 0) -> Mail:
         with self._lock:
             said = {
                 "phase": self._phases.phase,
                 "seconds": self._phases.until(self._clock()),
                 "measurements": tuple(self._measurements[after:]),
+                "lines": tuple(self._lines[logged:]),
                 "beats": self._beats,
             }
             return self._mail.model_copy(update=said)
@@ -150,13 +163,42 @@ class MemoryMailbox:
         return self._artifact
 
 
+Said = TypeVar("Said", Measurement, LogLine)
+
+
+class _Growing(Generic[Said]):
+    """A file that grows by whole lines, each a value as JSON."""
+
+    def __init__(self, path: Path, kind: type[Said]) -> None:
+        self._path, self._offset = path, 0
+        self._kind: type[Said] = kind
+        self._said: list[Said] = []
+
+    def read(self) -> list[Said]:
+        """All that was written, as far as its lines are whole."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                fresh = file.read()
+        except FileNotFoundError:
+            return self._said
+        whole = fresh[: fresh.rfind(b"\n") + 1]
+        self._said += [self._kind.model_validate_json(line) for line in whole.splitlines()]
+        self._offset += len(whole)
+        return self._said
+
+    def write(self, *said: Said) -> None:
+        with self._path.open("ab") as file:
+            file.write(b"".join(one.model_dump_json().encode() + b"\n" for one in said))
+
+
 class FileMailbox:
     """A mailbox in a folder, for one writing process and any reading ones. Survives the writer's death at any moment.
 
     All of them are on one machine, whose monotonic clock they share.
 
-    `measurements.jsonl` grows by whole lines and `beats` by a byte each; every other file appears complete, under its
-    name, or not at all; the closing is written last.
+    `measurements.jsonl` and `lines.jsonl` grow by whole lines and `beats` by a byte each; every other file appears
+    complete, under its name, or not at all; the closing is written last.
     """
 
     def __init__(self, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -165,17 +207,14 @@ class FileMailbox:
         self._directory = directory
         self._clock = clock
         self._beat_at = -math.inf
-        self._measurements: list[Measurement] = []
-        self._offset = 0
+        self._measurements = _Growing(directory / "measurements.jsonl", Measurement)
+        self._lines = _Growing(directory / "lines.jsonl", LogLine)
 
     def measure(self, step: int, elapsed_seconds: float, metrics: Mapping[str, float]) -> Directive:
-        self._catch_up()
-        measurement = Measurement(
-            number=len(self._measurements) + 1, step=step, elapsed_seconds=elapsed_seconds, metrics=dict(metrics)
-        )
+        number = len(self._measurements.read()) + 1
+        said = Measurement(number=number, step=step, elapsed_seconds=elapsed_seconds, metrics=dict(metrics))
         self._beat()  # before: whoever reads the measurement has its beat as well
-        with (self._directory / "measurements.jsonl").open("ab") as file:
-            file.write(measurement.model_dump_json().encode() + b"\n")
+        self._measurements.write(said)
         return self._answer()
 
     def directive(self) -> Directive:
@@ -186,6 +225,11 @@ class FileMailbox:
         self._beat()
         self._enter(name)
 
+    def log(self, text: str) -> None:
+        self._beat()
+        with contextlib.suppress(OSError):  # a full disk, say: no line is worth an attempt
+            self._lines.write(*log_lines(text, len(self._lines.read()), self._phases().elapsed(self._clock())))
+
     def close(self, closing: Closing, artifact: bytes | None = None) -> None:
         said = closing.model_dump_json().encode()
         if artifact is not None:
@@ -193,15 +237,15 @@ class FileMailbox:
         self._enter(self._phases().phase, ended=True)
         self._write("closing.json", said)
 
-    def read(self, after: int) -> Mail:
+    def read(self, after: int, logged: int = 0) -> Mail:
         closing = self._read("closing.json")  # first: what was said before it is then there to be read
-        self._catch_up()
         phases = self._phases()
         return Mail(
             phase=phases.phase,
             seconds=phases.until(self._clock()),
             beats=self._beats(),
-            measurements=tuple(self._measurements[after:]),
+            measurements=tuple(self._measurements.read()[after:]),
+            lines=tuple(self._lines.read()[logged:]),
             closing=None if closing is None else Closing.model_validate_json(closing),
         )
 
@@ -236,18 +280,6 @@ class FileMailbox:
             return (self._directory / "beats").stat().st_size
         except FileNotFoundError:
             return 0
-
-    def _catch_up(self) -> None:
-        """Take in the measurements written since the last time, as far as their lines are whole."""
-        try:
-            with (self._directory / "measurements.jsonl").open("rb") as file:
-                file.seek(self._offset)
-                fresh = file.read()
-        except FileNotFoundError:
-            return
-        whole = fresh[: fresh.rfind(b"\n") + 1]
-        self._measurements += [Measurement.model_validate_json(line) for line in whole.splitlines()]
-        self._offset += len(whole)
 
     def _write(self, name: str, data: bytes) -> None:
         unfinished = self._directory / f".{name}"

@@ -1,10 +1,15 @@
 """What a worker says: measurements while it trains, and one result at the end. Torch-free."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any, Protocol
 
 from worker.shape import Frozen
+
+MAX_LINE = 2000
+"""Characters of a line that are kept."""
+MAX_LINES = 4000
+"""Of one attempt; the last of them says that no more are kept."""
 
 
 class Directive(StrEnum):
@@ -25,6 +30,34 @@ class Measurement(Frozen):
     come with their fraction can be compared with other trainings'."""
 
 
+class LogLine(Frozen):
+    """One line of an attempt's log. `number` counts from 1 within the attempt and never repeats."""
+
+    number: int
+    elapsed_seconds: float
+    """Since the attempt began, by its gang's clock."""
+    line: str
+
+
+def log_lines(text: str, said: int, elapsed_seconds: float) -> Iterator[LogLine]:
+    """The text as lines that come after `said` others, each short enough to be kept; none beyond MAX_LINES."""
+    for number, line in enumerate(text.splitlines(), said + 1):
+        if number < MAX_LINES:
+            yield LogLine(number=number, elapsed_seconds=elapsed_seconds, line=_printable(line)[:MAX_LINE])
+        elif number == MAX_LINES:
+            last = f"no more is kept of this log: it has {MAX_LINES:,} lines"
+            yield LogLine(number=number, elapsed_seconds=elapsed_seconds, line=last)
+
+
+def _printable(line: str) -> str:
+    """The line without what a terminal would obey."""
+    if line.isprintable():
+        return line
+    return "".join(
+        character if character.isprintable() else " " if character == "\t" else "\ufffd" for character in line
+    )
+
+
 class Reporter(Protocol):
     """Where rank 0 speaks. Other ranks say nothing."""
 
@@ -38,6 +71,10 @@ class Reporter(Protocol):
 
     def phase(self, name: str) -> None:
         """Say what the attempt is doing now: data, compile (on a GPU), train, evaluate or pack."""
+        ...
+
+    def log(self, text: str) -> None:
+        """Say something, in one line or several, to whoever looks into this attempt later. Kept up to MAX_LINES."""
         ...
 
 

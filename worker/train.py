@@ -80,7 +80,7 @@ def train(
     give equal losses, bit for bit, on a CPU of one kind wherever the budget is not in seconds, with `checkpoint` too.
     """
     optimizer, averages = Optimizer(model, spec, world), Averages(model, spec.averaging)
-    course, curve = Course(spec), Curve(spec.evaluation, reporter if world.leads else None)
+    course, curve = Course(spec), Curve(spec, reporter if world.leads else None)
     parts: tuple[Part, ...] = (model, optimizer, averages, course, curve)
     if checkpoint is not None:
         checkpoint.resume(parts)

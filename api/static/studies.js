@@ -2,5 +2,5 @@
 import { follow, refresh, soon } from "./live.js";
 
 const seen = document.getElementById("live").dataset.seen;
-const update = soon(() => refresh("/", ["live"]), 500);
+const update = soon(() => refresh(location.pathname + location.search, ["live"]), 500);
 follow(`/v1/events?after=${seen}`, { message: update });

@@ -1,84 +1,97 @@
-// A study's page: the chart of BPB against bytes, and everything else kept live.
-import { colour, config, layout, onTheme } from "./charts.js";
-import { follow, refresh, soon } from "./live.js";
+// A study's page: its charts, the trials to compare, and everything kept live.
+import { colour, config, decades, layout, onTheme, spread } from "./charts.js";
+import { follow, refresh, share, shared, soon } from "./live.js";
 
 const root = document.getElementById("study");
-const chart = document.getElementById("chart");
 const name = encodeURIComponent(root.dataset.study);
 const cap = Number(root.dataset.cap);
-let rows = JSON.parse(document.getElementById("rows").textContent);
+const AXES = { trials: "complete trials", gpu_seconds: "GPU-seconds" };
+let axis = shared("axis", "trials");
+if (!(axis in AXES)) axis = "trials";
 
-async function load() {
-  const answer = await fetch(`/v1/studies/${name}/leaderboard?limit=500`);
-  if (answer.ok) rows = (await answer.json()).rows;
-  draw();
+const drawn = () => JSON.parse(document.getElementById("drawn").textContent);
+
+function open(click) {
+  const number = click.points[0]?.customdata;
+  if (number !== undefined) location.assign(`/studies/${name}/trials/${number}`);
 }
 
-/** The mean of a trial's seeds, or what a trial without a rank scored. */
-const bpb = (row) => row.mean_bpb ?? row.val_bpb;
-
-/** Of the trials that fit, those that no smaller one beats, by bytes. */
-function front() {
-  const best = [];
-  for (const row of rows.filter((row) => row.rank !== null).sort((a, b) => a.artifact_bytes - b.artifact_bytes || bpb(a) - bpb(b))) {
-    if (!best.length || bpb(row) < bpb(best.at(-1))) best.push(row);
-  }
-  return best;
+function plot(id, traces, extra) {
+  const chart = document.getElementById(id);
+  chart.querySelector(".empty")?.remove();
+  Plotly.react(chart, traces, layout(extra), config);
+  chart.removeAllListeners?.("plotly_click");
+  chart.on("plotly_click", open);
 }
 
-function points(chosen, marker, label) {
+function points(columns, marker, label, keep = () => true) {
+  const chosen = columns.number.map((_, i) => i).filter(keep);
+  const of = (column) => chosen.map((i) => columns[column][i]);
   return {
-    type: "scatter", mode: "markers", name: label,
-    x: chosen.map((row) => row.artifact_bytes), y: chosen.map(bpb),
-    customdata: chosen.map((row) => [row.number, row.tying_map.join(" "), row.lora_rank, row.val_bpb_prequant]),
-    hovertemplate: "<b>trial %{customdata[0]}</b><br>%{y:.4f} BPB (%{customdata[3]:.4f} before)<br>%{x:,} bytes<br>tying %{customdata[1]}<br>LoRA %{customdata[2]}<extra></extra>",
-    marker: { size: 10, line: { width: 1.5, color: colour("card") }, ...marker },
+    type: "scatter", mode: "markers", name: label, x: of("bytes"), y: of("bpb"), customdata: of("number"),
+    text: of("seeds").map((seeds) => (seeds > 1 ? `mean of ${seeds} seeds` : "one seed")),
+    hovertemplate: `<b>trial %{customdata}</b> ${label}<br>%{y:.4f} BPB, %{text}<br>%{x:,} bytes<extra></extra>`,
+    marker: { size: chosen.length > 100 ? 6 : 10, line: { width: chosen.length > 100 ? 0.5 : 1.5, color: colour("card") }, ...marker },
   };
 }
 
-function draw() {
-  if (!rows.length) return;
-  document.getElementById("chart-empty")?.remove();
-  const fits = rows.filter((row) => row.rank !== null);
-  const over = rows.filter((row) => row.rank === null);
-  const sizes = rows.map((row) => row.artifact_bytes);
-  const wide = cap / Math.min(...sizes) > 5;
-  const edge = front();
-  const x = wide
-    ? { type: "log", range: [Math.log10(Math.min(...sizes) * 0.85), Math.log10(Math.max(cap, ...sizes) * 1.12)], ...decades(Math.min(...sizes), Math.max(cap, ...sizes)) }
-    : { range: spread([...sizes, cap], 0.06), tickformat: "~s" };
-  const traces = [
-    { type: "scatter", mode: "lines", x: edge.map((row) => row.artifact_bytes), y: edge.map(bpb), line: { shape: "hv", color: colour("accent"), width: 1.5 }, opacity: 0.55, hoverinfo: "skip" },
-    points(over, { color: colour("warn"), symbol: "x" }, "over the cap"),
-    points(fits.slice(1), { color: colour("soft"), opacity: 0.9 }, "fits"),
-    points(fits.slice(0, 1), { color: colour("accent"), size: 14 }, "best"),
-  ];
-  Plotly.react(chart, traces, layout({
+/** The range of scores: a few diverged trials must not press all others flat. How many lie above it is said. */
+function scores(all) {
+  const sorted = [...all].sort((a, b) => a - b);
+  const [low, high, top] = [sorted[0], sorted[Math.floor((sorted.length - 1) * 0.95)], sorted.at(-1)];
+  const limit = sorted.length > 10 && top - low > 2.5 * (high - low) && high > low ? low + 1.5 * (high - low) : top;
+  return { range: spread([low, limit], 0.06), above: sorted.filter((bpb) => bpb > limit).length };
+}
+
+function drawBytes({ fits, over, front }) {
+  const sizes = [...fits.bytes, ...over.bytes];
+  if (!sizes.length) return;
+  const best = fits.bpb.reduce((least, bpb, i) => (least === null || bpb < fits.bpb[least] ? i : least), null);
+  const [least, most] = [Math.min(...sizes), Math.max(cap, ...sizes)];
+  const wide = cap / least > 5;
+  const x = wide ? { type: "log", range: [Math.log10(least * 0.85), Math.log10(most * 1.12)], ...decades(least, most) } : { range: spread([least, most], 0.06), tickformat: "~s" };
+  const { range, above } = scores([...fits.bpb, ...over.bpb]);
+  const words = (text, place) => ({ text, showarrow: false, yref: "paper", y: 1, yanchor: "top", font: { color: colour("warn") }, ...place });
+  plot("chart", [
+    { type: "scatter", mode: "lines", x: front.bytes, y: front.bpb, line: { shape: "hv", color: colour("accent"), width: 1.5 }, opacity: 0.6, hoverinfo: "skip" },
+    points(over, { color: colour("warn"), symbol: "x" }, "misses a cap"),
+    points(fits, { color: colour("soft"), opacity: 0.75 }, "", (i) => i !== best),
+    points(front, { color: colour("accent") }, "in the Pareto set"),
+    points(fits, { color: colour("accent"), size: 14 }, "is the best", (i) => i === best),
+  ], {
     xaxis: { title: { text: "artifact bytes (model and code)" }, ...x },
-    yaxis: { title: { text: "BPB" }, tickformat: ".3f" },
+    yaxis: { title: { text: "BPB" }, tickformat: ".3f", range },
     shapes: [{ type: "line", x0: cap, x1: cap, y0: 0, y1: 1, yref: "paper", line: { color: colour("warn"), width: 1.5, dash: "dash" } }],
-    annotations: [{ x: wide ? Math.log10(cap) : cap, y: 1, yref: "paper", text: `cap ${cap.toLocaleString("en")}`, showarrow: false, xanchor: "right", yanchor: "top", xshift: -5, font: { color: colour("warn") } }],
-  }), config);
-  chart.removeAllListeners?.("plotly_click");
-  chart.on("plotly_click", (click) => {
-    const number = click.points[0]?.customdata?.[0];
-    if (number !== undefined) location.assign(`/studies/${name}/trials/${number}`);
+    annotations: [
+      words(`cap ${cap.toLocaleString("en")}`, { x: wide ? Math.log10(cap) : cap, xanchor: "right", xshift: -5 }),
+      ...(above ? [words(`${above} above`, { xref: "paper", x: 0, xanchor: "left", xshift: 4 })] : []),
+    ],
   });
 }
 
-/** Ticks at 1, 2 and 5 of each power of ten, each with its own whole label. */
-function decades(low, high) {
-  const ticks = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += 1) ticks.push(...[1, 2, 5].map((digit) => digit * 10 ** power));
-  const label = (bytes) => (bytes >= 1e6 ? `${bytes / 1e6}M` : bytes >= 1e3 ? `${bytes / 1e3}k` : `${bytes}`);
-  return { tickvals: ticks, ticktext: ticks.map(label) };
+function drawCourse({ course, ...whole }) {
+  document.querySelectorAll("#axis button").forEach((button) => button.setAttribute("aria-pressed", button.value === axis));
+  if (!course.number.length) return;
+  const [first, last] = [course[axis][0], Math.max(whole[axis], course[axis].at(-1))];
+  const log = first > 0 && last / first > 100;
+  plot("course", [
+    { type: "scatter", mode: "lines", x: [...course[axis], last], y: [...course.bpb, course.bpb.at(-1)], line: { shape: "hv", color: colour("accent"), width: 2 }, hoverinfo: "skip" },
+    {
+      type: "scatter", mode: "markers", x: course[axis], y: course.bpb, customdata: course.number, marker: { size: 8, color: colour("accent"), line: { width: 1.5, color: colour("card") } },
+      hovertemplate: `<b>trial %{customdata}</b><br>%{y:.4f} BPB by its first seed<br>after %{x:,} ${axis === "trials" ? "trials" : "GPU-seconds"}<extra></extra>`,
+    },
+  ], {
+    xaxis: { title: { text: AXES[axis] }, ...(log ? { type: "log", ...decades(first, last) } : { rangemode: "tozero", tickformat: "~s" }) },
+    yaxis: { title: { text: "BPB" }, tickformat: ".3f" },
+    uirevision: axis,
+  });
 }
 
-function spread(values, share) {
-  const low = Math.min(...values);
-  const high = Math.max(...values);
-  const room = (high - low || high) * share;
-  return [low - room, high + room];
+function draw() {
+  const data = drawn();
+  if (!data) return;
+  drawBytes(data);
+  drawCourse(data);
 }
 
 /** What the gangs do now, put into the rows that are there. */
@@ -93,10 +106,53 @@ function showActivity(gangs) {
   }
 }
 
+let later;
 const update = soon(async () => {
-  await Promise.all([refresh(`/studies/${name}/live`, ["live-head", "live"]), load()]);
+  await refresh(`/studies/${name}/live`, ["live-head", "live"]);
+  draw();
+  // What is reckoned seldom may be from before this event: it is asked for once more, when it will be new.
+  const again = Number(document.getElementById("drawn").dataset.again);
+  clearTimeout(later);
+  if (again) later = setTimeout(update, 1000 * again + 50);
+});
+
+document.getElementById("axis").hidden = false;
+document.getElementById("axis").addEventListener("click", (event) => {
+  if (!event.target.value) return;
+  axis = event.target.value;
+  share("axis", axis, "trials");
+  draw();
+});
+
+// Two to five trials side by side.
+const chosen = () => [...root.querySelectorAll("[name=trials]:checked")].map((box) => box.value);
+function offer() {
+  const button = root.querySelector("#compare button");
+  if (!button) return;
+  const count = chosen().length;
+  button.disabled = count < 2 || count > 5;
+  const words = count ? `Compare ${count}` : "Compare";
+  if (button.textContent !== words) button.textContent = words;
+}
+root.addEventListener("change", offer);
+root.addEventListener("submit", (event) => {
+  if (event.target.id !== "compare") return;
+  event.preventDefault();
+  location.assign(`/studies/${name}/compare?trials=${chosen().join(",")}`);
+});
+document.addEventListener("refreshed", offer);
+
+// One question at a time, and Escape takes it back.
+document.addEventListener("click", (event) => {
+  for (const other of root.querySelectorAll("details.confirm[open]")) if (!other.contains(event.target)) other.open = false;
+});
+document.addEventListener("keydown", (event) => {
+  const open = event.key === "Escape" && root.querySelector("details.confirm[open]");
+  if (open) { open.open = false; open.querySelector("summary").focus(); }
 });
 
 draw();
+offer();
 onTheme(draw);
+if (Number(document.getElementById("drawn").dataset.again)) update();
 follow(`/v1/studies/${name}/events?after=${root.dataset.seen}`, { message: update, activity: showActivity });

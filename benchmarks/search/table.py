@@ -69,6 +69,9 @@ class Notes:
     def phase(self, name: str) -> None:
         pass
 
+    def log(self, text: str) -> None:
+        pass
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

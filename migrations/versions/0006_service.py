@@ -58,6 +58,14 @@ def upgrade() -> None:
         sa.UniqueConstraint("sha256"),
     )
     op.create_table(
+        "sign_ins",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("sha256", sa.String(64), nullable=False),
+        sa.Column("token_sha256", sa.String(64), nullable=False),
+        sa.Column("expires_at", _when(), nullable=False, index=True),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_table(
         "audits",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("at", _when(), nullable=False, index=True),
@@ -69,7 +77,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in ("audits", "tokens", "tags", "notes", "log_lines"):
+    for table in ("audits", "sign_ins", "tokens", "tags", "notes", "log_lines"):
         op.drop_table(table)
     op.drop_index("ix_attempts_finished_at", "attempts")
     for column in ("archived_at", "priority"):

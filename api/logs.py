@@ -1,0 +1,113 @@
+"""What a trial's attempts log, over HTTP: from the end, from a line on, or live."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+
+from api.context import LARGEST_ID, Context, ContextOf, DatabaseOf, StudyName, TrialNumber
+from api.events import POLL_SECONDS, LastEventId
+from api.lines import LogLineOut
+from api.problems import responses
+from api.schemas import Page
+from orchestrator import store
+from orchestrator.errors import NotFound
+from orchestrator.lifecycle import OPEN_TRIALS
+from orchestrator.logs import Logged, last_lines, list_lines
+from orchestrator.study import Trial
+from worker.shape import FieldError
+
+MAX_LINES = 1000
+"""In one answer, or one event."""
+
+router = APIRouter(prefix="/studies/{study}/trials/{number}/logs", tags=["trials"], responses=responses(404, 422))
+AttemptId = Annotated[
+    int | None, Query(ge=1, le=LARGEST_ID, description="The attempt's id; without one, the trial's latest attempt.")
+]
+AfterLine = Annotated[int, Query(ge=0, le=LARGEST_ID, description="Leave out lines up to this number.")]
+Tail = Annotated[int | None, Query(ge=0, le=MAX_LINES, description="Only the last so many lines.")]
+
+
+@router.get("")
+def list_logs(
+    study: StudyName,
+    number: TrialNumber,
+    database: DatabaseOf,
+    attempt: AttemptId = None,
+    after: AfterLine = 0,
+    tail: Tail = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LINES, description="How many at the most.")] = MAX_LINES,
+) -> Page[LogLineOut]:
+    """What one attempt at the trial has logged, line by line."""
+    with database.read() as session:
+        trial = store.get_trial(session, store.get_study(session, study).id, number)
+        attempts = [one.id for one in store.list_attempts(session, trial.id)]
+        if attempt is not None and attempt not in attempts:
+            raise NotFound(f"attempt at trial {number}:", attempt)
+        chosen = attempt or (attempts[-1] if attempts else 0)
+        found = list_lines(
+            session, trial.id, attempt_id=chosen, after={chosen: after}, tail=tail, limit=limit + (tail is None)
+        )
+    items = [LogLineOut.of(logged) for logged in found[:limit]]
+    return Page(items=items, next=items[-1].number if len(found) > limit else None)
+
+
+async def _log_cursor(
+    after: Annotated[
+        str | None,
+        Query(description="The id of an event of this stream, or attempt:number: leave out what came before."),
+    ] = None,
+    last_event_id: LastEventId = None,
+) -> dict[int, int]:
+    name, cursor = ("Last-Event-ID", last_event_id) if last_event_id else ("after", after)
+    if not cursor:
+        return {}
+    if not re.fullmatch(r"\d{1,9}:\d{1,9}(,\d{1,9}:\d{1,9}){0,99}", cursor):
+        raise FieldError(name, cursor, "must be the id of an event of this stream")
+    return {int(attempt): int(line) for attempt, line in (pair.split(":") for pair in cursor.split(","))}
+
+
+# A dependency, because an error is an answer only before the stream has begun.
+def _trial(study: StudyName, number: TrialNumber, database: DatabaseOf) -> Trial:
+    with database.read() as session:
+        return store.get_trial(session, store.get_study(session, study).id, number)
+
+
+@router.get("/stream", response_class=EventSourceResponse)
+async def stream_logs(
+    context: ContextOf,
+    trial: Annotated[Trial, Depends(_trial)],
+    after: Annotated[dict[int, int], Depends(_log_cursor)],
+    tail: Tail = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """The lines of all the trial's attempts, then live, some to an event; an `end` once the trial has ended.
+
+    With `tail`, and without a cursor, it begins with the last so many lines.
+    """
+    yield ServerSentEvent(comment="open", retry=1000)
+    while not context.closing.is_set():
+        lines, after, over = await run_in_threadpool(_read, context, trial, after, None if after else tail)
+        cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(after.items()))
+        if lines:
+            yield ServerSentEvent(data=[LogLineOut.of(logged) for logged in lines], id=cursor)
+        if over and not lines:
+            yield ServerSentEvent(data={}, event="end", id=cursor)
+            return
+        if len(lines) < MAX_LINES:
+            await asyncio.sleep(0 if over else POLL_SECONDS)
+
+
+def _read(
+    context: Context, trial: Trial, after: dict[int, int], tail: int | None
+) -> tuple[tuple[Logged, ...], dict[int, int], bool]:
+    """The lines that come next, the cursor after them, and whether the trial has ended."""
+    with context.database.read() as session:
+        # The state first: what a gang said before its trial ended was committed before that.
+        over = store.get_trial(session, trial.study_id, trial.number).state not in OPEN_TRIALS
+        lines = list_lines(session, trial.id, after=after, tail=tail, limit=MAX_LINES)
+        before = after if tail is None else last_lines(session, trial.id)
+        return lines, before | {logged.attempt_id: logged.said.number for logged in lines}, over
