@@ -16,6 +16,8 @@ from api.previews import PreviewOut, StudyPreviewOut
 from api.reports import ArmsOut, ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
+    BatchedOut,
+    BatchOut,
     EventOut,
     Health,
     MeasurementOut,
@@ -145,6 +147,14 @@ class Caddie(Connection):
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         path = f"/v1/studies/{_quoted(study)}/trials"
         return self._read("POST", path, SubmittedOut, body=body, headers=headers, attempts=ATTEMPTS)
+
+    def submit_batch(
+        self, study: str, bodies: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> list[BatchedOut]:
+        """Submit up to a hundred trials, all or none; each body is a TrialIn. Safe to repeat, as submit is."""
+        headers, body = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}, {"trials": list(bodies)}
+        path = f"{_trials(study)}/batch"
+        return self._read("POST", path, BatchOut, body=body, headers=headers, attempts=ATTEMPTS).trials
 
     def import_result(
         self, study: str, spec: Mapping[str, Any], result: Mapping[str, Any], *, idempotency_key: str | None = None

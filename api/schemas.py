@@ -276,6 +276,24 @@ class SubmittedOut(TrialOut):
     """None where the trial is infeasible."""
 
 
+class BatchedOut(TrialSummary):
+    """One trial of a batch, and which of its runs was asked for."""
+
+    spec_hash: str
+    run_id: int | None
+    """None where the trial is infeasible."""
+
+    @classmethod
+    def submitted(cls, trial: Trial, run_id: int | None, tags: Sequence[str]) -> "BatchedOut":
+        return cls(**_summary(trial, "", tags), spec_hash=trial.spec_hash, run_id=run_id)
+
+
+class BatchOut(BaseModel):
+    """The trials of a batch, in the order in which they were sent."""
+
+    trials: list[BatchedOut]
+
+
 class MeasurementOut(BaseModel):
     """Metrics at one step of one attempt; `number` counts from 1 within the attempt."""
 

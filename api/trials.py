@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from api.bodies import NoteIn, Tag, TagsIn, TrialIn
+from api.bodies import BatchIn, NoteIn, Tag, TagsIn, TrialIn
 from api.context import (
     LARGEST_ID,
     After,
@@ -24,8 +24,19 @@ from api.context import (
 )
 from api.problems import responses
 from api.reports import LedgerOut
-from api.schemas import EventOut, MeasurementOut, NoteOut, Page, SubmittedOut, TagsOut, TrialOut, TrialSummary
-from api.submission import submit
+from api.schemas import (
+    BatchedOut,
+    BatchOut,
+    EventOut,
+    MeasurementOut,
+    NoteOut,
+    Page,
+    SubmittedOut,
+    TagsOut,
+    TrialOut,
+    TrialSummary,
+)
+from api.submission import Asked, submit, submit_batch
 from orchestrator import store
 from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
@@ -54,8 +65,9 @@ async def _wanted(
     verdict: Annotated[tuple[Verdict, ...], Query()] = (),
     arm: Annotated[tuple[Name, ...], Query(max_length=32, description="As /arms names them.")] = (),
     tag: Annotated[tuple[Tag, ...], Query(max_length=32, description="It must have them all.")] = (),
+    after: Annotated[int, Query(ge=-1, le=LARGEST_ID, description="Only numbers above this.")] = -1,
 ) -> Wanted:
-    return Wanted(state, origin, verdict, arm, tag)
+    return Wanted(state, origin, verdict, arm, tag, after)
 
 
 WantedOf = Annotated[Wanted, Depends(_wanted)]
@@ -90,6 +102,32 @@ def submit_trial(
     with database.read() as session:
         trial = describe(session, study, submitted.trial, context)
     return SubmittedOut(**dict(trial), run_id=submitted.run_id)
+
+
+@router.post(
+    "/batch", status_code=201,
+    responses={**responses(400, 409, 415), 200: {"model": BatchOut, "description": "Replayed"}},
+)  # fmt: skip
+def submit_trials(
+    study: StudyName, body: BatchIn, database: DatabaseOf, writer: WriterOf, response: Response, key: Key = None
+) -> BatchOut:
+    """Submit up to a hundred trials, each as alone: all are added, or none. Problems name the trial, as `trials.3`."""
+    with database.read() as session:
+        found = store.get_study(session, study)
+    specs = body.build_all(found.definition)
+    asked = [
+        Asked(spec, trial.allow_duplicate, f"trials.{place}")
+        for place, (trial, spec) in enumerate(zip(body.trials, specs, strict=True))
+    ]
+    submitted = submit_batch(writer, found, asked, key=key)
+    if submitted[0].replayed:
+        response.status_code = 200
+        response.headers["Idempotent-Replay"] = "true"
+    with database.read() as session:
+        tags = list_tags(session, [one.trial.id for one in submitted])
+    return BatchOut(
+        trials=[BatchedOut.submitted(one.trial, one.run_id, tags.get(one.trial.id, ())) for one in submitted]
+    )
 
 
 @router.get("")
