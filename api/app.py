@@ -14,6 +14,7 @@ from api import (
     compare_page,
     docs_page,
     events,
+    executors,
     health,
     imports,
     logs,
@@ -33,6 +34,7 @@ from api.dashboard import Dashboard
 from api.problems import EXPECTED, MEDIA_TYPE, problem_of, respond
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
+from orchestrator.executors import Executors
 from orchestrator.settings import GPU_HOUR_DOLLARS
 
 
@@ -54,9 +56,10 @@ def create_app(
     )  # fmt: skip
     store = ArtifactStore(artifacts) if artifacts is not None else None
     app.state.context = Context(database, store, gpu_hour_dollars)
+    app.state.executors = Executors(database)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, cluster, logs, events):
+    for module in (studies, trials, verdicts, imports, preview, cluster, logs, executors, events):
         version_1.include_router(module.router)
     app.include_router(version_1)
     app.include_router(health.router)

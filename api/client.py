@@ -1,5 +1,6 @@
 """A typed client of the HTTP API: `with Caddie("http://127.0.0.1:8765") as caddie: caddie.leaderboard("sweep")`."""
 
+import base64
 import hashlib
 import os
 import time
@@ -9,13 +10,17 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 from urllib.parse import quote, urlencode
 
+from pydantic import TypeAdapter
+
 from api.connection import ATTEMPTS, LIVE, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.desk import AskIn, AskOut, DirectiveOut, ReportIn, TellIn, ToldOut
 from api.lanes import ClusterOut
 from api.lines import LogLineOut
 from api.previews import PreviewOut, StudyPreviewOut
 from api.reports import ArmsOut, ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
+    ArtifactOut,
     BatchedOut,
     BatchOut,
     EventOut,
@@ -34,6 +39,7 @@ from api.standings import LeaderboardOut, VerdictOut
 from orchestrator.lifecycle import TrialState
 from orchestrator.settings import Settings
 from orchestrator.study import Origin, Verdict
+from worker.spec import GangConfig
 
 __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
@@ -213,19 +219,40 @@ class Caddie(Connection):
         return self._read("GET", path, Page[LogLineOut]).items
 
     def follow_logs(self, study: str, number: int, *, tail: int = 100) -> Generator[LogLineOut]:
-        """The last lines of the trial's latest attempt, then all that come, until the trial has ended."""
-        attempt, lines = 0, self.logs(study, number, tail=tail)
-        while True:
-            over = self.trial(study, number).state not in OPEN
-            for said in lines:
-                yield said
-                attempt, after = said.attempt_id, said.number
-            latest = self.logs(study, number, tail=1)
-            again = bool(latest) and latest[0].attempt_id == attempt
-            lines = self.logs(study, number, after=after if again else 0) if latest else []
-            if over and not lines:
+        """The last lines of the trial's attempts, then all that come, until the trial has ended."""
+        for message in self._follow(f"/v1/studies/{_quoted(study)}/trials/{number}/logs/stream?tail={tail}"):
+            if message.kind == "end":
                 return
-            time.sleep(0 if lines else WAIT_POLL_SECONDS)
+            yield from _LINES.validate_json(message.data)
+
+    def ask(
+        self, study: str, executor: str, *, gang: GangConfig | None = None, lease_seconds: float = 60.0
+    ) -> AskOut | None:
+        """A run to execute, under a lease; None where there is nothing to do now. Not repeated: where no answer came,
+        a run that was given out goes back to the queue once its lease has run out."""
+        body = AskIn(executor=executor, gang=gang, lease_seconds=lease_seconds).model_dump(mode="json")
+        answer = self._send("POST", f"/v1/studies/{_quoted(study)}/ask", body=body, attempts=1)
+        return None if answer.status_code == 204 else AskOut.model_validate_json(answer.content)
+
+    def report(self, asked: AskOut, body: ReportIn | None = None) -> DirectiveOut:
+        """Say what the attempt has measured and logged, or only that it goes on; whether it should. Raises ApiError of
+        kind lease-lost where it is not ours any more."""
+        path = f"/v1/attempts/{asked.attempt_id}/report"
+        said = (body or ReportIn()).model_dump(mode="json")
+        return self._read("POST", path, DirectiveOut, body=said, headers=_lease(asked), attempts=ATTEMPTS)
+
+    def put_artifact(self, asked: AskOut, data: bytes) -> ArtifactOut:
+        """Store the model's bytes, before the attempt is told to have succeeded."""
+        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        headers = {**_lease(asked), "Repr-Digest": f"sha-256=:{digest}:"}
+        path = f"/v1/attempts/{asked.attempt_id}/artifact"
+        answer = self._send("PUT", path, content=data, headers=headers, attempts=ATTEMPTS)
+        return ArtifactOut.model_validate_json(answer.content)
+
+    def tell(self, asked: AskOut, body: TellIn) -> ToldOut:
+        """End the attempt; safe to repeat."""
+        path, said = f"/v1/attempts/{asked.attempt_id}/tell", body.model_dump(mode="json")
+        return self._read("POST", path, ToldOut, body=said, headers=_lease(asked), attempts=ATTEMPTS)
 
     def wait(self, study: str, number: int, run_id: int | None = None) -> TrialOut:
         """The trial, once it and this run of it have ended."""
@@ -267,6 +294,13 @@ class Caddie(Connection):
 
 def _trials(study: str) -> str:
     return f"/v1/studies/{_quoted(study)}/trials"
+
+
+_LINES = TypeAdapter(list[LogLineOut])
+
+
+def _lease(asked: AskOut) -> dict[str, str]:
+    return {"Caddie-Lease": asked.lease_token}
 
 
 def _quoted(part: str) -> str:
