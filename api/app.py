@@ -23,6 +23,7 @@ from api import (
     studies,
     studies_page,
     study_page,
+    trial_actions,
     trial_page,
     trials,
     verdicts,
@@ -59,7 +60,16 @@ def create_app(
         version_1.include_router(module.router)
     app.include_router(version_1)
     app.include_router(health.router)
-    for shown in (studies_page, study_page, trial_page, new_trial_page, compare_page, cluster_page, docs_page):
+    for shown in (
+        studies_page,
+        study_page,
+        trial_page,
+        trial_actions,
+        new_trial_page,
+        compare_page,
+        cluster_page,
+        docs_page,
+    ):
         app.include_router(shown.router)
     pages.mount_assets(app)
     if dashboard:

@@ -4,18 +4,20 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from urllib.parse import quote, urlencode
 
-from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.connection import ATTEMPTS, LIVE, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
 from api.lanes import ClusterOut
 from api.lines import LogLineOut
 from api.previews import PreviewOut, StudyPreviewOut
-from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
+from api.reports import ArmsOut, ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
+    BatchedOut,
+    BatchOut,
     EventOut,
     Health,
     MeasurementOut,
@@ -37,6 +39,19 @@ __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
 WAIT_POLL_SECONDS = 0.5
 OPEN = ("queued", "running")
+
+
+class Wanted(TypedDict, total=False):
+    """Which trials of a study, and in which order: a trial must have one of each list, and every tag."""
+
+    state: Sequence[TrialState]
+    origin: Sequence[Origin]
+    verdict: Sequence[Verdict]
+    arm: Sequence[str]
+    tag: Sequence[str]
+    sort: str
+    """number, val_bpb, artifact_bytes, created_at or finished_at; -val_bpb is worst first."""
+    page_size: int
 
 
 class Caddie(Connection):
@@ -119,6 +134,10 @@ class Caddie(Connection):
         """What each gang does, and did within the last hours; how much of it was idle, and what waits."""
         return self._read("GET", f"/v1/cluster?hours={hours}", ClusterOut)
 
+    def arms(self, study: str) -> ArmsOut:
+        """What proposed the study's trials, and what came of it."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/arms", ArmsOut)
+
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/activity", Page[ActivityOut]).items
@@ -129,6 +148,14 @@ class Caddie(Connection):
         path = f"/v1/studies/{_quoted(study)}/trials"
         return self._read("POST", path, SubmittedOut, body=body, headers=headers, attempts=ATTEMPTS)
 
+    def submit_batch(
+        self, study: str, bodies: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> list[BatchedOut]:
+        """Submit up to a hundred trials, all or none; each body is a TrialIn. Safe to repeat, as submit is."""
+        headers, body = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}, {"trials": list(bodies)}
+        path = f"{_trials(study)}/batch"
+        return self._read("POST", path, BatchOut, body=body, headers=headers, attempts=ATTEMPTS).trials
+
     def import_result(
         self, study: str, spec: Mapping[str, Any], result: Mapping[str, Any], *, idempotency_key: str | None = None
     ) -> TrialOut:
@@ -137,20 +164,14 @@ class Caddie(Connection):
         path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
         return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
 
-    def trials(
-        self,
-        study: str,
-        *,
-        state: Sequence[TrialState] = (),
-        origin: Sequence[Origin] = (),
-        verdict: Sequence[Verdict] = (),
-        arm: Sequence[str] = (),
-        tag: Sequence[str] = (),
-        sort: str = "number",
-    ) -> list[TrialSummary]:
-        """Every trial of the study that meets all of these, by number or as `sort` says: -val_bpb is worst first."""
-        query = {"state": state, "origin": origin, "verdict": verdict, "arm": arm, "tag": tag, "sort": sort}
-        return list(self._pages(f"{_trials(study)}?{urlencode(query, doseq=True)}", Page[TrialSummary]))
+    def iter_trials(self, study: str, **wanted: Unpack[Wanted]) -> Iterator[TrialSummary]:
+        """The study's trials that meet all that is wanted. Pages are fetched as they are asked for."""
+        limit = wanted.pop("page_size", self._page_size)
+        return self._pages(_trials(study), Page[TrialSummary], {**wanted, "limit": limit})
+
+    def trials(self, study: str, **wanted: Unpack[Wanted]) -> list[TrialSummary]:
+        """Every trial of the study that meets all that is wanted, by number where it does not say how to sort."""
+        return list(self.iter_trials(study, **wanted))
 
     def tag(self, study: str, number: int, tags: Sequence[str]) -> list[str]:
         """Give the trial these tags, and take all others from it."""
@@ -233,12 +254,15 @@ class Caddie(Connection):
         """The stored model, in a file that is there once it is whole; an interrupted download is gone on with."""
         return self._download(f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", file)
 
-    def events(self, study: str | None = None, after: int = 0) -> Generator[EventOut]:
-        """State changes with ids above `after`, for ever: of one study, or of all. Goes on where a connection broke."""
+    def events(self, study: str | None = None, after: int = 0, *, follow: bool = True) -> Generator[EventOut]:
+        """State changes with ids above `after`, of one study or of all; and then, where `follow`, what comes, for ever.
+        Goes on where a connection broke."""
         path = "/v1/events" if study is None else f"/v1/studies/{_quoted(study)}/events"
         for message in self._follow(path, str(after or "")):
             if not message.kind:
                 yield EventOut.model_validate_json(message.data)
+            elif (message.kind, message.data) == LIVE and not follow:
+                return
 
 
 def _trials(study: str) -> str:

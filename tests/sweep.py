@@ -16,7 +16,7 @@ from orchestrator.study import AttemptResult, Claim, NewStudy, Study
 from worker.inventory import tensor_inventory
 from worker.recipes import load_recipe
 from worker.report import Hardware, Measurement, TrialResult
-from worker.spec import TrialSpec, override, parse_spec
+from worker.spec import GangConfig, TrialSpec, override, parse_spec
 
 TTL = timedelta(minutes=5)
 BASE = {
@@ -99,7 +99,10 @@ class Sweep:
         return spec
 
     def start(self, changes: dict[str, Any]) -> Claim:
-        gang = self.submit(changes).gang
+        return self.claim(self.submit(changes).gang)
+
+    def claim(self, gang: GangConfig) -> Claim:
+        """What waits for such a gang longest, begun."""
         with self.database.write() as session:
             claim = leases.claim(session, gang, "host-1", self.now, TTL)
             assert claim is not None
