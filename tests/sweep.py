@@ -72,13 +72,13 @@ def result_of(spec: TrialSpec, chance: random.Random) -> TrialResult:
 class Sweep:
     """A study as the loop would have written it: trials complete, over the cap, failed, running, queued, infeasible."""
 
-    def __init__(self, database: Database, artifacts: Path, now: datetime) -> None:
+    def __init__(self, database: Database, artifacts: Path, now: datetime, name: str = "demo") -> None:
         self.database, self.artifacts, self.now = database, ArtifactStore(artifacts), now
         self.chance = random.Random(7)
         space = {"sharing.lora.rank": {"choice": [0, 2, 4, 8]}, "sharing.unique_blocks": {"low": 1, "high": 6}}
         base = override(load_recipe("laptop"), BASE)
         new = NewStudy.model_validate(
-            {"name": "demo", "base": base, "space": space, "max_trials": 24, "cap_bytes": 600_000}
+            {"name": name, "base": base, "space": space, "max_trials": 24, "cap_bytes": 600_000}
         )
         with database.write() as session:
             self.study: Study = store.create_study(session, new, now)
