@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from api.terminal import (
     verdict_lines,
     watch_study,
 )
+from api.token_commands import token_app
 from orchestrator.caps import Caps
 from orchestrator.feasibility import judge, predict
 from orchestrator.sample import draw_samples
@@ -45,6 +47,7 @@ app = typer.Typer(
 )
 study_app = typer.Typer(help="Create, list and steer studies.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
+app.add_typer(token_app, name="token")
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Replace one field; repeatable.")
@@ -95,13 +98,14 @@ def up(
 @app.command()
 def api() -> None:
     """Serve the API and pages alone, as docker-compose.yml does. Settings come from CADDIE_* variables."""
-    from api.up import require_free_port, serve
+    from api.up import require_door, require_free_port, serve
     from orchestrator.database import Database
 
     settings = Settings.read(os.environ)
     require_free_port(settings)
     database = Database(settings.database_url)
     database.needs_migration()  # whether it answers at all: /readyz says whether the schema is ours
+    require_door(settings, database, datetime.now(UTC))
     serve(settings, database)
 
 

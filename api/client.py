@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.credentials import AuditOut, MadeTokenOut, MeOut, TokenOut
 from api.lanes import ClusterOut
 from api.lines import LogLineOut
 from api.previews import PreviewOut, StudyPreviewOut
@@ -232,6 +233,24 @@ class Caddie(Connection):
     def save_artifact(self, study: str, number: int, file: Path) -> Path:
         """The stored model, in a file that is there once it is whole; an interrupted download is gone on with."""
         return self._download(f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", file)
+
+    def me(self) -> MeOut:
+        """Who the server takes us for."""
+        return self._read("GET", "/v1/me", MeOut)
+
+    def create_token(self, body: Mapping[str, Any]) -> MadeTokenOut:
+        """Make a token; the body is a TokenIn. Not repeated: a second one would find the name taken."""
+        return self._read("POST", "/v1/tokens", MadeTokenOut, body=body)
+
+    def tokens(self) -> list[TokenOut]:
+        return list(self._pages("/v1/tokens", Page[TokenOut]))
+
+    def revoke_token(self, token_id: int) -> TokenOut:
+        return self._read("DELETE", f"/v1/tokens/{token_id}", TokenOut, attempts=ATTEMPTS)
+
+    def audit(self, limit: int = 100) -> list[AuditOut]:
+        """The latest writes, latest first."""
+        return self._read("GET", f"/v1/audit?limit={limit}", Page[AuditOut]).items
 
     def events(self, study: str | None = None, after: int = 0) -> Generator[EventOut]:
         """State changes with ids above `after`, for ever: of one study, or of all. Goes on where a connection broke."""
