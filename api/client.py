@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 from urllib.parse import quote, urlencode
 
+from pydantic import TypeAdapter
+
 from api.connection import ATTEMPTS, LIVE, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
 from api.lanes import ClusterOut
 from api.lines import LogLineOut
@@ -39,6 +41,7 @@ __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
 WAIT_POLL_SECONDS = 0.5
 OPEN = ("queued", "running")
+LOG_LINES = TypeAdapter(list[LogLineOut])
 
 
 class Wanted(TypedDict, total=False):
@@ -205,27 +208,22 @@ class Caddie(Connection):
     def logs(
         self, study: str, number: int, *, attempt: int | None = None, after: int = 0, tail: int | None = None
     ) -> list[LogLineOut]:
-        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, 1,000
-        at the most, or of those the last."""
+        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, or of
+        those the last, 1,000 at the most."""
         chosen = {"attempt": attempt, "after": after, "tail": tail}
-        query = urlencode({name: value for name, value in chosen.items() if value is not None})
-        path = f"/v1/studies/{_quoted(study)}/trials/{number}/logs?{query}"
-        return self._read("GET", path, Page[LogLineOut]).items
+        query = {name: value for name, value in chosen.items() if value is not None}
+        path = f"{_trials(study)}/{number}/logs"
+        if tail is None:
+            return list(self._pages(path, Page[LogLineOut], query))
+        return self._read("GET", f"{path}?{urlencode(query)}", Page[LogLineOut]).items
 
     def follow_logs(self, study: str, number: int, *, tail: int = 100) -> Generator[LogLineOut]:
-        """The last lines of the trial's latest attempt, then all that come, until the trial has ended."""
-        attempt, lines = 0, self.logs(study, number, tail=tail)
-        while True:
-            over = self.trial(study, number).state not in OPEN
-            for said in lines:
-                yield said
-                attempt, after = said.attempt_id, said.number
-            latest = self.logs(study, number, tail=1)
-            again = bool(latest) and latest[0].attempt_id == attempt
-            lines = self.logs(study, number, after=after if again else 0) if latest else []
-            if over and not lines:
+        """The last lines that the trial's attempts have logged, then all that come, until the trial has ended."""
+        for message in self._follow(f"{_trials(study)}/{number}/logs/stream?tail={tail}"):
+            if message.kind == "end":
                 return
-            time.sleep(0 if lines else WAIT_POLL_SECONDS)
+            if not message.kind:
+                yield from LOG_LINES.validate_json(message.data)
 
     def wait(self, study: str, number: int, run_id: int | None = None) -> TrialOut:
         """The trial, once it and this run of it have ended."""
