@@ -15,6 +15,7 @@ from api import (
     compare_page,
     docs_page,
     events,
+    executors,
     health,
     imports,
     logs,
@@ -26,6 +27,7 @@ from api import (
     studies_page,
     study_page,
     tokens,
+    trial_actions,
     trial_page,
     trials,
     verdicts,
@@ -37,8 +39,13 @@ from api.doors import Doors
 from api.problems import EXPECTED, MEDIA_TYPE, problem_of, respond
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
+from orchestrator.executors import Executors
 from orchestrator.settings import GPU_HOUR_DOLLARS
 
+VERSION_1 = (studies, trials, verdicts, imports, preview, cluster, logs, executors, events, tokens)
+PAGES = (
+    studies_page, study_page, trial_page, trial_actions, new_trial_page, compare_page, cluster_page, docs_page, sign_in,
+)  # fmt: skip
 DOOR_STATUSES, BODY_STATUSES = (401, 403, 429, 503), (400, 408, 413)
 
 
@@ -62,24 +69,22 @@ def create_app(
     )  # fmt: skip
     store = ArtifactStore(artifacts) if artifacts is not None else None
     app.state.context = Context(database, store, gpu_hour_dollars)
+    app.state.executors = Executors(database)
     door = door or Door()
     app.state.admission = Admission(database, door)
     app.add_middleware(Doors, admission=app.state.admission, door=door, routes=app.router.routes)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, cluster, logs, events):
+    for module in VERSION_1:
         version_1.include_router(module.router)
-    version_1.include_router(tokens.router)
-    app.include_router(version_1)
-    app.include_router(health.router)
-    for shown in (studies_page, study_page, trial_page, new_trial_page, compare_page, cluster_page, docs_page):
-        app.include_router(shown.router)
-    app.include_router(sign_in.router)
+    for router in (version_1, health.router, *(module.router for module in PAGES)):
+        app.include_router(router)
     pages.mount_assets(app)
     if dashboard:
         Dashboard(database).mount(app)
     _install_errors(app)
     _declare_problems(app)
+    _keep_to_3_1(app)
     return app
 
 
@@ -130,6 +135,23 @@ def _declare_problems(app: FastAPI) -> None:
                     by_the_door += DOOR_STATUSES
                 for status in by_the_door:
                     answers.setdefault(str(status), {"$ref": f"#/components/responses/Problem{status}"})
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _keep_to_3_1(app: FastAPI) -> None:
+    """Declare one event as a stream's schema: FastAPI does so by a key of OpenAPI 3.2."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = describe()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                for response in operation["responses"].values():
+                    for media in response.get("content", {}).values():
+                        if "itemSchema" in media:
+                            media["schema"] = media.pop("itemSchema")
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

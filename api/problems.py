@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from api.refusals import FieldProblem, ProblemDetails
 from orchestrator.artifacts import DamagedArtifact
-from orchestrator.errors import CaddieError, Conflict, IllegalMove, NotFound
+from orchestrator.errors import CaddieError, Conflict, IllegalMove, LeaseLost, NotFound
 from worker.shape import FieldError
 from worker.spec import InvalidSpec, Problem
 
@@ -29,6 +29,7 @@ TITLES: dict[str, tuple[int, str]] = {
     "method-not-allowed": (405, "The method is not allowed here"),
     "too-slow": (408, "The request did not arrive in time"),
     "conflict": (409, "What exists forbids it"),
+    "lease-lost": (409, "The attempt is not yours any more"),
     "illegal-move": (409, "The state does not allow it"),
     "damaged-artifact": (410, "The stored file is gone or damaged"),
     "too-large": (413, "The body is too large"),
@@ -100,6 +101,8 @@ def problem_of(error: Exception) -> ProblemDetails:
         case IllegalMove():
             found = (Problem("state", error.state, f"must be {' or '.join(error.allowed)} to {error.move}"),)
             return problem("illegal-move", str(error), found)
+        case LeaseLost():
+            return problem("lease-lost", f"{error}: stop it, and do not tell of it")
         case DamagedArtifact():
             return problem("damaged-artifact", str(error))
         case OperationalError() | TimeoutError():  # it is away, or all its connections are busy

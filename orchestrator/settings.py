@@ -30,6 +30,8 @@ KNOWN = {
     "CADDIE_OWNER": "this orchestrator's name, its own, and the same after a restart (default: host and process)",
 }
 
+EXECUTOR = "executor:"
+"""Begins the owner's name of attempts that are asked for and told over HTTP."""
 GPU_HOUR_DOLLARS = 2.5  # a node of eight H100 costs about $20 an hour
 
 
@@ -67,6 +69,9 @@ class Settings:
             raise FieldError("CADDIE_LAUNCHER", launcher, "must be ray or local")
         host = environment.get("CADDIE_HOST", "127.0.0.1")
         port = int(_number(environment, "CADDIE_PORT", 8765, 1, 65_535, whole=True))
+        owner = environment.get("CADDIE_OWNER") or f"{socket.gethostname()}-{os.getpid()}"
+        if owner.startswith(EXECUTOR):  # it would take over the attempts of executors, which only they can end
+            raise FieldError("CADDIE_OWNER", owner, f"must not begin with {EXECUTOR}, as the names of executors do")
         return cls(
             home=home,
             database_url=environment.get("CADDIE_DATABASE_URL") or f"sqlite:///{home / 'caddie.db'}",
@@ -84,7 +89,7 @@ class Settings:
             lease_seconds=_number(environment, "CADDIE_LEASE_SECONDS", 30, 1, 3600),
             grace_seconds=_number(environment, "CADDIE_GRACE_SECONDS", 10, 0, 86_400),
             gpu_hour_dollars=_number(environment, "CADDIE_GPU_HOUR_DOLLARS", GPU_HOUR_DOLLARS, 0, 1000),
-            owner=environment.get("CADDIE_OWNER") or f"{socket.gethostname()}-{os.getpid()}",
+            owner=owner,
         )
 
 
