@@ -15,10 +15,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from api.limits import Rate
-from orchestrator.access import Principal, Role
+from orchestrator.access import Principal, Role, Token
 from orchestrator.database import Database
 from orchestrator.sign_ins import find_sign_in
-from orchestrator.tokens import USE_NOTED, Token, digest, find_token, has_tokens, note_use, token_of_digest
+from orchestrator.tokens import USE_NOTED, digest, find_token, has_tokens, note_use, token_of_digest
 
 REMEMBERED_SECONDS = 1.0
 MOST_REMEMBERED = 1000

@@ -5,8 +5,7 @@ from typing import Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from orchestrator.access import Role
-from orchestrator.tokens import NAME, Token
+from orchestrator.access import NAME, Role, Token
 
 
 class TokenIn(BaseModel):

@@ -1,24 +1,24 @@
-"""`caddie token`: who may use a server."""
+"""Commands about tokens: who may use a server."""
 
-import json
 import os
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from api.client import Caddie
+from api.cli_processes import database_errors
 from api.credentials import MadeTokenOut, TokenIn, TokenOut
+from api.options import AsJson, answer, connect
+from api.tables import Column, Grid
+from api.terminal import time_text
 from orchestrator.access import Role
 from orchestrator.settings import Settings
+from worker.shape import FieldError
 
-token_app = typer.Typer(help="Say who may use a server: tokens, their roles and their ends.", no_args_is_help=True)
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+app = typer.Typer(help="Say who may use a server: tokens, their roles and their ends.", no_args_is_help=True)
 
 
-@token_app.command("create")
+@app.command("create")
 def create(
     name: Annotated[str, typer.Argument(help="Whose it is; the audit calls its holder so. Never given twice.")],
     role: Annotated[Role, typer.Option(help="What its holder may do: read; also change studies; also give tokens.")],
@@ -33,50 +33,59 @@ def create(
     if local:
         made = _create_here(body)
     else:
-        with Caddie() as caddie:
+        with connect() as caddie:
             made = caddie.create_token(body.model_dump(mode="json", exclude_none=True))
-    print(made.model_dump_json(indent=2) if as_json else made.token)
+    answer(made, as_json, made.token)
 
 
-@token_app.command("list")
+@app.command("list")
 def list_tokens(as_json: AsJson = False) -> None:
     """All tokens, revoked and expired ones included."""
-    with Caddie() as caddie:
+    with connect() as caddie:
         tokens = caddie.tokens()
-    if as_json:
-        print(json.dumps([token.model_dump(mode="json") for token in tokens], indent=2))
-        return
-    table = Table("id", "name", "role", "ends", "last used", box=None)
-    for token in tokens:
-        ends = token.expires_at.strftime("%Y-%m-%d %H:%M") if token.expires_at else "never"
-        used = token.last_used_at.strftime("%Y-%m-%d %H:%M") if token.last_used_at else "never"
-        table.add_row(str(token.id), token.name, token.role, "revoked" if token.revoked_at else ends, used)
-    Console().print(table)
+    columns = (
+        Column("id"), Column("name", left=True, cut=20), Column("role", left=True), Column("ends", left=True),
+        Column("last used", left=True),
+    )  # fmt: skip
+    cells = [(str(token.id), token.name, token.role.value, _end(token), _time(token.last_used_at)) for token in tokens]
+    answer(tokens, as_json, Grid(columns, cells))
 
 
-@token_app.command("revoke")
+@app.command("revoke")
 def revoke(
     token_id: Annotated[int, typer.Argument(help="Its number, as `caddie token list` says.")], as_json: AsJson = False
 ) -> None:
     """Make a token worthless, for good, within a second."""
-    with Caddie() as caddie:
+    with connect() as caddie:
         token = caddie.revoke_token(token_id)
-    print(token.model_dump_json(indent=2) if as_json else f"token {token.id} of {token.name} is revoked")
+    answer(token, as_json, f"token {token.id} of {token.name} is revoked")
+
+
+def _end(token: TokenOut) -> str:
+    return "revoked" if token.revoked_at is not None else _time(token.expires_at)
+
+
+def _time(at: datetime | None) -> str:
+    return "never" if at is None else time_text(at)
 
 
 def _create_here(body: TokenIn) -> MadeTokenOut:
     """The same without a server: whoever can write the database needs nobody's leave."""
     from orchestrator.audit import add_audit
     from orchestrator.database import Database
+    from orchestrator.errors import Conflict
     from orchestrator.tokens import create_token
 
     now, database = datetime.now(UTC), Database(Settings.read(os.environ).database_url)
     try:
-        if database.is_sqlite:
-            database.migrate()
-        with database.write() as session:
-            token, text = create_token(session, body.name, body.role, now, body.end(now))
-            add_audit(session, "local", "token.create", f"tokens/{token.id}", now)
+        with database_errors():
+            if database.is_sqlite:
+                database.migrate()
+            with database.write() as session:
+                token, text = create_token(session, body.name, body.role, now, body.end(now))
+                add_audit(session, "local", "token.create", f"tokens/{token.id}", now)
+    except Conflict as taken:
+        raise FieldError(taken.field, taken.value, taken.message) from None
     finally:
         database.close()
     return MadeTokenOut(**TokenOut.of(token).model_dump(), token=text)
