@@ -36,6 +36,8 @@ class Door:
     admin_sha256: str | None = None
     """Of CADDIE_ADMIN_TOKEN, which is an admin's token without a row."""
     requests_per_second: int = 3000
+    patience_seconds: float = 20.0
+    """For the head of a request, for its body, and for each piece of a body that is a file."""
 
 
 @dataclass(frozen=True)

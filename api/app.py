@@ -71,6 +71,7 @@ def create_app(
     app.state.context = Context(database, store, gpu_hour_dollars)
     app.state.executors = Executors(database)
     door = door or Door()
+    app.state.door = door
     app.state.admission = Admission(database, door)
     app.add_middleware(Doors, admission=app.state.admission, door=door, routes=app.router.routes)
     app.state.templates = pages.load_templates()
