@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
+from starlette.routing import Match
 
 from api import (
     cluster,
@@ -34,6 +35,9 @@ from api.problems import EXPECTED, MEDIA_TYPE, problem_of, respond
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.settings import GPU_HOUR_DOLLARS
+
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def create_app(
@@ -94,10 +98,18 @@ def _install_errors(app: FastAPI) -> None:
         details = problem_of(error)
         if pages.wants_page(request):
             return pages.error_page(request, details)
-        return respond(details, getattr(error, "headers", None))
+        headers = {"Allow": _allowed(request)} if details.status == 405 else getattr(error, "headers", None)
+        return respond(details, headers)
 
     for expected in (*EXPECTED, Exception):
         app.add_exception_handler(expected, answer)
+
+
+def _allowed(request: Request) -> str:
+    """Every method that the path takes: Starlette names those of the first route that has it."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    routes = request.app.routes
+    return ", ".join(m for m in METHODS if any(route.matches(scopes[m])[0] is Match.FULL for route in routes))
 
 
 def _declare_problems(app: FastAPI) -> None:

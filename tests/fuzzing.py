@@ -15,13 +15,14 @@ from schemathesis.hooks import HookContext
 
 from worker.recipes import load_recipe
 
-STUDY = "0"
-"""The name of the study that is there: the shortest that the document allows, which systematic cases therefore use."""
+STUDY, DOOMED = "0", "1"
+"""The study that is there, by the name that systematic cases use; and one to pause, stop and archive."""
 TRIALS = 14
 STREAM_SECONDS = 0.3  # how long a stream without news is listened to
 STREAMS = "(events|stream)$"
 MOST_LISTED = 20
 SPECIFIED = "^/v1/(preview|studies|studies/preview|studies/{study}/(clone|imports|trials|trials/batch))$"
+MOVES = "^/v1/studies/{study}(/(pause|resume|stop|archive|unarchive))?$"
 RELATED = "^/v1/(events|studies/{study}/(events|trials)|.*/(stream|verdict))$"
 
 ODD = (0, -1, 2**31, 2**63, 10**30, 1e308, 1e-320, -0.0, "", "\0", "\ud800", "x" * 70, "../x", None, True, [], {}, [[]])
@@ -96,6 +97,7 @@ def configuration(examples: int, steps: int, *, seed: int) -> SchemathesisConfig
                 "stateful": {"enabled": steps > 0, "max-steps": max(steps, 2)},
             },
             "operations": [
+                {"include-path-regex": MOVES, "include-method": ["POST", "PATCH"], "parameters": {"path.study": DOOMED}},
                 {"include-path-regex": STREAMS, "request-timeout": STREAM_SECONDS},
                 # What makes a spec, a space or a cursor valid is said in words: the schema allows more.
                 {"include-path-regex": SPECIFIED, "checks": {"positive_data_acceptance": {"enabled": False}}},
