@@ -65,7 +65,7 @@ function write(lines) {
       log.append(head);
     }
     const line = document.createElement("span");
-    const at = Object.assign(document.createElement("i"), { textContent: said.elapsed_seconds.toFixed(1).padStart(9) });
+    const at = Object.assign(document.createElement("i"), { textContent: said.elapsed_seconds.toFixed(1).padStart(7) });
     line.append(at, ` ${said.line}\n`);
     log.append(line);
   }
