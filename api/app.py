@@ -115,18 +115,18 @@ def _install_errors(app: FastAPI) -> None:
         details = problem_of(error)
         if pages.wants_page(request):
             return pages.error_page(request, details)
-        headers = {"Allow": _allowed(request)} if details.status == 405 else getattr(error, "headers", None)
+        headers = _allowed(request) if details.status == 405 else getattr(error, "headers", None)
         return respond(details, headers)
 
     for expected in (*EXPECTED, Exception):
         app.add_exception_handler(expected, answer)
 
 
-def _allowed(request: Request) -> str:
+def _allowed(request: Request) -> dict[str, str]:
     """Every method that the path takes: Starlette names those of the first route that has it."""
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
     routes = request.app.routes
-    return ", ".join(m for m in METHODS if any(route.matches(scopes[m])[0] is Match.FULL for route in routes))
+    return {"Allow": ", ".join(m for m in METHODS if any(r.matches(scopes[m])[0] is Match.FULL for r in routes))}
 
 
 def _declare_problems(app: FastAPI) -> None:

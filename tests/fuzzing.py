@@ -2,8 +2,10 @@
 itself. In a share of them the path names what exists, and the body is one that people would write, with a few values
 that nobody foresaw; the rest is drawn from the document alone."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import schemathesis
@@ -11,13 +13,19 @@ from fastapi import FastAPI
 from hypothesis import strategies as st
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
+from schemathesis.generation.case import Case
+from schemathesis.generation.modes import GenerationMode
 from schemathesis.hooks import HookContext
+from starlette.types import Receive, Scope, Send
 
 from worker.recipes import load_recipe
+
+log = logging.getLogger(__name__)
 
 STUDY, DOOMED = "0", "1"
 """The study that is there, by the name that systematic cases use; and one to pause, stop and archive."""
 TRIALS = 14
+TOKEN = "caddie_for_tests"
 STREAM_SECONDS = 0.3  # how long a stream without news is listened to
 STREAMS = "(events|stream)$"
 MOST_LISTED = 20
@@ -86,6 +94,7 @@ def configuration(examples: int, steps: int, *, seed: int) -> SchemathesisConfig
             "continue-on-failure": True,
             "request-timeout": 30,
             "max-stream-events": 2,
+            "headers": {"Authorization": f"Bearer {TOKEN}"},
             "dictionaries": {"studies": {"values": [STUDY]}, "trials": {"values": [*range(TRIALS)]}},
             "parameters": {
                 "path.study": {"dictionary": "studies", "probability": 0.9},
@@ -102,9 +111,9 @@ def configuration(examples: int, steps: int, *, seed: int) -> SchemathesisConfig
                 # What makes a spec, a space or a cursor valid is said in words: the schema allows more.
                 {"include-path-regex": SPECIFIED, "checks": {"positive_data_acceptance": {"enabled": False}}},
                 {"include-path-regex": RELATED, "checks": {"positive_data_acceptance": {"enabled": False}}},
-                # `preview` is a name that a study can have, and as such it can be read.
+                # `preview` is a name that a study can have; `batch` is no trial's number, which is said first.
                 {
-                    "include-path": "/v1/studies/preview",
+                    "include-path-regex": "/(preview|batch)$",
                     "checks": {"allow_header_conformance": {"enabled": False}, "unsupported_method": {"enabled": False}},
                 },
             ],
@@ -112,30 +121,52 @@ def configuration(examples: int, steps: int, *, seed: int) -> SchemathesisConfig
     )  # fmt: skip
 
 
+@dataclass
+class Answered:
+    """The application as a server runs it: what nobody expected was answered, and is logged, not raised."""
+
+    app: FastAPI
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception:
+            log.exception("unexpected: %s %s", scope.get("method"), scope.get("path"))
+
+
 def fuzz(app: FastAPI, config: SchemathesisConfig, result: dict[str, Any]) -> tuple[list[str], dict[str, set[int]]]:
-    """Send everything. Returns what was wrong, each with the request that shows it, and each operation's statuses."""
-    schema = schemathesis.openapi.from_asgi("/v1/openapi.json", app, config=config)
+    """Send everything. Returns what was wrong, each with a request that shows it, and the statuses of each operation.
+
+    `result` is one that was trained, as JSON.
+    """
+    schema = schemathesis.openapi.from_dict(app.openapi(), config=config)
+    schema.app = Answered(app)
+    schema.validate()
 
     @schema.hook
-    def flatmap_body(context: HookContext, body: Any) -> st.SearchStrategy[Any]:
-        assert context.operation is not None
-        if not isinstance(body, dict) or not re.match(SPECIFIED, context.operation.path):
-            return st.just(body)
-        return st.one_of(st.just(body), written(context.operation.path, body, result))
+    def flatmap_case(context: HookContext, case: Case) -> st.SearchStrategy[Case]:
+        drawn_wrong = case.meta is not None and case.meta.generation.mode is GenerationMode.NEGATIVE
+        if drawn_wrong or not isinstance(case.body, dict) or not re.match(SPECIFIED, case.path):
+            return st.just(case)
 
-    schema.validate()
+        def say(body: dict[str, Any]) -> Case:
+            case.body = body
+            return case
+
+        return st.one_of(st.just(case), written(case.path, case.body, result).map(say))
+
     wrong: dict[tuple[str, str, str], str] = {}
     statuses: dict[str, set[int]] = {}
     for event in from_schema(schema).execute():
         if isinstance(event, events.ScenarioFinished):
-            for node_id, interaction in event.recorder.interactions.items():
-                label = event.recorder.cases[node_id].value.operation.label
-                statuses.setdefault(label, set()).add(interaction.response.status_code if interaction.response else 0)
-                for check in event.recorder.checks.get(node_id, ()):
-                    if (info := check.failure_info) is not None:
-                        answer = interaction.response and interaction.response.content[:500]
-                        said = f"{label}: {info.failure.title}: {info.failure.message}\n{info.code_sample}\n{answer!r}"
-                        wrong.setdefault((label, check.name, info.failure.title), said)
+            for case_id, interaction in event.recorder.interactions.items():
+                label, answer = event.recorder.cases[case_id].value.operation.label, interaction.response
+                statuses.setdefault(label, set()).add(answer.status_code if answer else 0)
+                for check in event.recorder.checks.get(case_id, ()):
+                    if check.failure_info is not None:
+                        failure, request = check.failure_info.failure, check.failure_info.code_sample
+                        said = f"{label}: {failure.title}: {failure.message}\n{request}\n{answer and answer.content!r}"
+                        wrong.setdefault((label, check.name, failure.title), said[:3000])
         elif isinstance(event, events.NonFatalError):
             wrong.setdefault((event.label, "error", str(event.value)), f"{event.label}: {event.value!r}")
         elif isinstance(event, events.FatalError):
