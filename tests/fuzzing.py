@@ -3,6 +3,8 @@ itself. In a share of them the path names what exists, and the body is one that 
 that nobody foresaw; the rest is drawn from the document alone."""
 
 import logging
+import os
+import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from schemathesis.generation.modes import GenerationMode
 from schemathesis.hooks import HookContext
 from starlette.types import Receive, Scope, Send
 
+from orchestrator.study import Lease
 from worker.recipes import load_recipe
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ STREAMS = "(events|stream)$"
 MOST_LISTED = 20
 SPECIFIED = "^/v1/(preview|studies|studies/preview|studies/{study}/(clone|imports|trials|trials/batch))$"
 MOVES = "^/v1/studies/{study}(/(pause|resume|stop|archive|unarchive))?$"
-RELATED = "^/v1/(events|studies/{study}/(events|trials)|.*/(stream|verdict))$"
+RELATED = "^/v1/(events|tokens|studies/{study}/(events|trials)|.*/(stream|tell|verdict))$"
 
 ODD = (0, -1, 2**31, 2**63, 10**30, 1e308, 1e-320, -0.0, "", "\0", "\ud800", "x" * 70, "../x", None, True, [], {}, [[]])
 """Values that something below might refuse: larger than a column, unwritable as text, of another type."""
@@ -86,11 +89,14 @@ def written(operation: str, body: dict[str, Any], result: dict[str, Any]) -> st.
     return st.fixed_dictionaries({"overrides": OVERRIDES}, optional={"params": params, **optional})
 
 
-def configuration(examples: int, steps: int, *, seed: int) -> SchemathesisConfig:
-    """Systematic cases of every operation, then `examples` drawn ones each, then runs of `steps` along links."""
+def configuration(examples: int, steps: int, *, held: Lease, ended: Lease) -> SchemathesisConfig:
+    """Systematic cases of every operation, then `examples` drawn ones each, then runs of `steps` along links.
+
+    Executors report under the lease `held`, and tell how the attempt under the lease `ended` did.
+    """
     return SchemathesisConfig.from_dict(
         {
-            "seed": seed,
+            "seed": 1 if "CI" in os.environ else random.randrange(2**32),
             "continue-on-failure": True,
             "request-timeout": 30,
             "max-stream-events": 2,
@@ -100,13 +106,15 @@ def configuration(examples: int, steps: int, *, seed: int) -> SchemathesisConfig
                 "path.study": {"dictionary": "studies", "probability": 0.9},
                 "path.number": {"dictionary": "trials", "probability": 0.9},
             },
-            "generation": {"max-examples": examples, "deterministic": True, "no-shrink": True},
+            "generation": {"max-examples": examples, "deterministic": "CI" in os.environ, "no-shrink": True},
             "phases": {
                 "examples": {"enabled": False},
                 "stateful": {"enabled": steps > 0, "max-steps": max(steps, 2)},
             },
             "operations": [
                 {"include-path-regex": MOVES, "include-method": ["POST", "PATCH"], "parameters": {"path.study": DOOMED}},
+                {"include-path-regex": "^/v1/attempts/", "parameters": _under(held)},
+                {"include-path-regex": "^/v1/attempts/.*/tell$", "parameters": _under(ended)},
                 {"include-path-regex": STREAMS, "request-timeout": STREAM_SECONDS},
                 # What makes a spec, a space or a cursor valid is said in words: the schema allows more.
                 {"include-path-regex": SPECIFIED, "checks": {"positive_data_acceptance": {"enabled": False}}},
@@ -119,6 +127,10 @@ def configuration(examples: int, steps: int, *, seed: int) -> SchemathesisConfig
             ],
         }
     )  # fmt: skip
+
+
+def _under(lease: Lease) -> dict[str, Any]:
+    return {"path.attempt_id": lease.attempt_id, "header.Caddie-Lease": lease.token}
 
 
 @dataclass
