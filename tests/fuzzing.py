@@ -34,7 +34,7 @@ STREAMS = "(events|stream)$"
 MOST_LISTED = 20
 SPECIFIED = "^/v1/(preview|studies|studies/preview|studies/{study}/(clone|imports|trials|trials/batch))$"
 MOVES = "^/v1/studies/{study}(/(pause|resume|stop|archive|unarchive))?$"
-RELATED = "^/v1/(events|tokens|studies/{study}/(events|trials)|.*/(stream|tell|verdict))$"
+RELATED = "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)|.*/(stream|tell|verdict))$"
 
 ODD = (0, -1, 2**31, 2**63, 10**30, 1e308, 1e-320, -0.0, "", "\0", "\ud800", "x" * 70, "../x", None, True, [], {}, [[]])
 """Values that something below might refuse: larger than a column, unwritable as text, of another type."""
@@ -89,8 +89,10 @@ def written(operation: str, body: dict[str, Any], result: dict[str, Any]) -> st.
     return st.fixed_dictionaries({"overrides": OVERRIDES}, optional={"params": params, **optional})
 
 
-def configuration(examples: int, steps: int, *, held: Lease, ended: Lease) -> SchemathesisConfig:
-    """Systematic cases of every operation, then `examples` drawn ones each, then runs of `steps` along links.
+def configuration(
+    examples: int, *, systematic: bool, linked: bool, held: Lease, ended: Lease
+) -> SchemathesisConfig:
+    """Systematic cases of every operation, `examples` drawn ones of each, and as many walks along links between them.
 
     Executors report under the lease `held`, and tell how the attempt under the lease `ended` did.
     """
@@ -109,7 +111,8 @@ def configuration(examples: int, steps: int, *, held: Lease, ended: Lease) -> Sc
             "generation": {"max-examples": examples, "deterministic": "CI" in os.environ, "no-shrink": True},
             "phases": {
                 "examples": {"enabled": False},
-                "stateful": {"enabled": steps > 0, "max-steps": max(steps, 2)},
+                "coverage": {"enabled": systematic},
+                "stateful": {"enabled": linked},
             },
             "operations": [
                 {"include-path-regex": MOVES, "include-method": ["POST", "PATCH"], "parameters": {"path.study": DOOMED}},
