@@ -125,6 +125,8 @@ def _declare_problems(app: FastAPI) -> None:
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:  # completed already
+            return app.openapi_schema
         document = describe()
         components = document["components"]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
