@@ -116,6 +116,6 @@ def test_whatever_is_sent_the_api_answers_as_declared_and_keeps_what_it_holds_wh
             for path in (f"/studies/{study}", *(f"/studies/{study}/trials/{number}" for number in trials)):
                 for place in (f"/v1{path}", path):
                     assert client.get(place).status_code == 200, place
-        for place in ("/", "/v1/studies?limit=500", "/v1/audit?limit=500", "/v1/cluster", "/cluster", "/metrics"):
+        for place in ("/", "/v1/studies?limit=500", "/v1/audit?limit=500", "/v1/cluster", "/cluster"):
             assert client.get(place).status_code == 200, place
         assert client.get("/v1/openapi.json").json() == app.openapi()
