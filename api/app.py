@@ -18,6 +18,7 @@ from api import (
     health,
     imports,
     logs,
+    metrics,
     new_trial_page,
     pages,
     preview,
@@ -56,12 +57,15 @@ def create_app(
     store = ArtifactStore(artifacts) if artifacts is not None else None
     app.state.context = Context(database, store, gpu_hour_dollars)
     app.state.executors = Executors(database)
+    app.state.metrics = metrics.Metrics(database, gpu_hour_dollars)
+    app.add_middleware(metrics.Measured, metrics=app.state.metrics)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
     for module in (studies, trials, verdicts, imports, preview, cluster, logs, executors, events):
         version_1.include_router(module.router)
     app.include_router(version_1)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     for shown in (studies_page, study_page, trial_page, new_trial_page, compare_page, cluster_page, docs_page):
         app.include_router(shown.router)
     pages.mount_assets(app)
