@@ -5,22 +5,25 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from urllib.parse import quote, urlencode
 
 from pydantic import TypeAdapter
 
-from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.connection import ATTEMPTS, LIVE, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.credentials import AuditOut, MadeTokenOut, MeOut, TokenOut
 from api.desk import AskIn, AskOut, DirectiveOut, ReportIn, TellIn, ToldOut
 from api.lanes import ClusterOut
 from api.lines import LogLineOut
 from api.previews import PreviewOut, StudyPreviewOut
-from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
+from api.reports import ArmsOut, ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
     ArtifactOut,
+    BatchedOut,
+    BatchOut,
     EventOut,
     Health,
     MeasurementOut,
@@ -43,6 +46,20 @@ __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
 WAIT_POLL_SECONDS = 0.5
 OPEN = ("queued", "running")
+LOG_LINES = TypeAdapter(list[LogLineOut])
+
+
+class Wanted(TypedDict, total=False):
+    """Which trials of a study, and in which order: a trial must have one of each list, and every tag."""
+
+    state: Sequence[TrialState]
+    origin: Sequence[Origin]
+    verdict: Sequence[Verdict]
+    arm: Sequence[str]
+    tag: Sequence[str]
+    sort: str
+    """number, val_bpb, artifact_bytes, created_at or finished_at; -val_bpb is worst first."""
+    page_size: int
 
 
 class Caddie(Connection):
@@ -125,6 +142,10 @@ class Caddie(Connection):
         """What each gang does, and did within the last hours; how much of it was idle, and what waits."""
         return self._read("GET", f"/v1/cluster?hours={hours}", ClusterOut)
 
+    def arms(self, study: str) -> ArmsOut:
+        """What proposed the study's trials, and what came of it."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/arms", ArmsOut)
+
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/activity", Page[ActivityOut]).items
@@ -135,6 +156,14 @@ class Caddie(Connection):
         path = f"/v1/studies/{_quoted(study)}/trials"
         return self._read("POST", path, SubmittedOut, body=body, headers=headers, attempts=ATTEMPTS)
 
+    def submit_batch(
+        self, study: str, bodies: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> list[BatchedOut]:
+        """Submit up to a hundred trials, all or none; each body is a TrialIn. Safe to repeat, as submit is."""
+        headers, body = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}, {"trials": list(bodies)}
+        path = f"{_trials(study)}/batch"
+        return self._read("POST", path, BatchOut, body=body, headers=headers, attempts=ATTEMPTS).trials
+
     def import_result(
         self, study: str, spec: Mapping[str, Any], result: Mapping[str, Any], *, idempotency_key: str | None = None
     ) -> TrialOut:
@@ -143,20 +172,14 @@ class Caddie(Connection):
         path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
         return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
 
-    def trials(
-        self,
-        study: str,
-        *,
-        state: Sequence[TrialState] = (),
-        origin: Sequence[Origin] = (),
-        verdict: Sequence[Verdict] = (),
-        arm: Sequence[str] = (),
-        tag: Sequence[str] = (),
-        sort: str = "number",
-    ) -> list[TrialSummary]:
-        """Every trial of the study that meets all of these, by number or as `sort` says: -val_bpb is worst first."""
-        query = {"state": state, "origin": origin, "verdict": verdict, "arm": arm, "tag": tag, "sort": sort}
-        return list(self._pages(f"{_trials(study)}?{urlencode(query, doseq=True)}", Page[TrialSummary]))
+    def iter_trials(self, study: str, **wanted: Unpack[Wanted]) -> Iterator[TrialSummary]:
+        """The study's trials that meet all that is wanted. Pages are fetched as they are asked for."""
+        limit = wanted.pop("page_size", self._page_size)
+        return self._pages(_trials(study), Page[TrialSummary], {**wanted, "limit": limit})
+
+    def trials(self, study: str, **wanted: Unpack[Wanted]) -> list[TrialSummary]:
+        """Every trial of the study that meets all that is wanted, by number where it does not say how to sort."""
+        return list(self.iter_trials(study, **wanted))
 
     def tag(self, study: str, number: int, tags: Sequence[str]) -> list[str]:
         """Give the trial these tags, and take all others from it."""
@@ -190,19 +213,22 @@ class Caddie(Connection):
     def logs(
         self, study: str, number: int, *, attempt: int | None = None, after: int = 0, tail: int | None = None
     ) -> list[LogLineOut]:
-        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, 1,000
-        at the most, or of those the last."""
+        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, or of
+        those the last, 1,000 at the most."""
         chosen = {"attempt": attempt, "after": after, "tail": tail}
-        query = urlencode({name: value for name, value in chosen.items() if value is not None})
-        path = f"/v1/studies/{_quoted(study)}/trials/{number}/logs?{query}"
-        return self._read("GET", path, Page[LogLineOut]).items
+        query = {name: value for name, value in chosen.items() if value is not None}
+        path = f"{_trials(study)}/{number}/logs"
+        if tail is None:
+            return list(self._pages(path, Page[LogLineOut], query))
+        return self._read("GET", f"{path}?{urlencode(query)}", Page[LogLineOut]).items
 
     def follow_logs(self, study: str, number: int, *, tail: int = 100) -> Generator[LogLineOut]:
-        """The last lines of the trial's attempts, then all that come, until the trial has ended."""
-        for message in self._follow(f"/v1/studies/{_quoted(study)}/trials/{number}/logs/stream?tail={tail}"):
+        """The last lines that the trial's attempts have logged, then all that come, until the trial has ended."""
+        for message in self._follow(f"{_trials(study)}/{number}/logs/stream?tail={tail}"):
             if message.kind == "end":
                 return
-            yield from _LINES.validate_json(message.data)
+            if not message.kind:
+                yield from LOG_LINES.validate_json(message.data)
 
     def ask(
         self, study: str, executor: str, *, gang: GangConfig | None = None, lease_seconds: float = 60.0
@@ -260,12 +286,33 @@ class Caddie(Connection):
         """The stored model, in a file that is there once it is whole; an interrupted download is gone on with."""
         return self._download(f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", file)
 
-    def events(self, study: str | None = None, after: int = 0) -> Generator[EventOut]:
-        """State changes with ids above `after`, for ever: of one study, or of all. Goes on where a connection broke."""
+    def me(self) -> MeOut:
+        """Who the server takes us for."""
+        return self._read("GET", "/v1/me", MeOut)
+
+    def create_token(self, body: Mapping[str, Any]) -> MadeTokenOut:
+        """Make a token; the body is a TokenIn. Not repeated: a second one would find the name taken."""
+        return self._read("POST", "/v1/tokens", MadeTokenOut, body=body)
+
+    def tokens(self) -> list[TokenOut]:
+        return list(self._pages("/v1/tokens", Page[TokenOut]))
+
+    def revoke_token(self, token_id: int) -> TokenOut:
+        return self._read("DELETE", f"/v1/tokens/{token_id}", TokenOut, attempts=ATTEMPTS)
+
+    def audit(self, limit: int = 100) -> list[AuditOut]:
+        """The latest writes, latest first."""
+        return self._read("GET", f"/v1/audit?limit={limit}", Page[AuditOut]).items
+
+    def events(self, study: str | None = None, after: int = 0, *, follow: bool = True) -> Generator[EventOut]:
+        """State changes with ids above `after`, of one study or of all; and then, where `follow`, what comes, for ever.
+        Goes on where a connection broke."""
         path = "/v1/events" if study is None else f"/v1/studies/{_quoted(study)}/events"
         for message in self._follow(path, str(after or "")):
             if not message.kind:
                 yield EventOut.model_validate_json(message.data)
+            elif (message.kind, message.data) == LIVE and not follow:
+                return
 
 
 def _trials(study: str) -> str:

@@ -7,8 +7,9 @@ from datetime import datetime, timedelta
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from orchestrator.cost import FREE, IDLE, held_seconds, seconds_by_phase
+from orchestrator.cost import FREE, IDLE, held_seconds
 from orchestrator.lanes import list_waiting
+from orchestrator.ledger import seconds_by_phase
 from orchestrator.lifecycle import StudyState, TrialState
 from orchestrator.tables import AttemptRow, RunRow, StudyRow, TrialRow
 from worker.spec import GangConfig

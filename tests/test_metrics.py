@@ -29,7 +29,9 @@ def parsed(text: str) -> dict[str, Samples]:
 
 @pytest.fixture
 def http(database: Database) -> Iterator[TestClient]:
-    with TestClient(create_app(database, gpu_hour_dollars=3600.0)) as client:
+    with TestClient(
+        create_app(database, gpu_hour_dollars=3600.0), base_url="http://127.0.0.1", client=("127.0.0.1", 1)
+    ) as client:
         yield client
 
 
