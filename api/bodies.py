@@ -23,6 +23,7 @@ from orchestrator.study import (
 )
 from worker.recipes import Size, load_recipe, require_full
 from worker.report import TrialResult
+from worker.shape import FieldError
 from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, override, parse_spec, problems_of
 
 
@@ -155,6 +156,36 @@ class TrialIn(SpecIn):
     """A trial to submit."""
 
     allow_duplicate: bool = Field(default=False, description="Add it even where the study has the same configuration.")
+
+
+class BatchIn(Input):
+    """Trials to submit together: all of them, or none."""
+
+    trials: tuple[TrialIn, ...] = Field(min_length=1, max_length=100)
+
+    def build_all(self, study: NewStudy) -> tuple[TrialSpec, ...]:
+        """The specs, in their order. Raises InvalidSpec, naming every wrong field of every trial, and each trial that
+        is the same as one before it and may not be."""
+        specs: list[TrialSpec] = []
+        problems: list[Problem] = []
+        for place, trial in enumerate(self.trials):
+            try:
+                specs.append(trial.build(study))
+            except InvalidSpec as error:
+                problems += (problem.within(f"trials.{place}") for problem in error.problems)
+            except FieldError as error:
+                problems.append(Problem(error.path, error.value, error.expected).within(f"trials.{place}"))
+        if problems:
+            raise InvalidSpec(tuple(problems))
+        first: dict[str, int] = {}
+        for place, (trial, spec) in enumerate(zip(self.trials, specs, strict=True)):
+            same = first.setdefault(spec.canonical_hash, place)
+            if same != place and not trial.allow_duplicate:
+                message = f"has the same configuration as trials.{same}; allow_duplicate adds another"
+                problems.append(Problem(f"trials.{place}", spec.canonical_hash, message))
+        if problems:
+            raise InvalidSpec(tuple(problems))
+        return tuple(specs)
 
 
 class ImportIn(SpecIn):

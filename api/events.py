@@ -152,8 +152,12 @@ async def stream_measurements(
 async def _follow(
     context: Context, read: Callable[[Session], list[ServerSentEvent]], over: Callable[[], bool]
 ) -> AsyncIterator[ServerSentEvent]:
-    """What `read` finds, about twice a second, until it is over or the server goes down."""
+    """What `read` finds, about twice a second, until it is over or the server goes down.
+
+    Once all that was there has been sent, a comment says so: `live`.
+    """
     yield ServerSentEvent(comment="open", retry=1000)
+    live = False
     while not context.closing.is_set():
         news = await run_in_threadpool(_read, context.database, read)
         for event in news:
@@ -161,6 +165,9 @@ async def _follow(
         if over():
             return
         if len(news) < BATCH:
+            if not live:
+                live = True
+                yield ServerSentEvent(comment="live")
             await asyncio.sleep(POLL_SECONDS)
 
 

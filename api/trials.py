@@ -2,6 +2,7 @@
 
 import base64
 import logging
+from functools import partial
 from typing import Annotated, Literal, cast
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
@@ -9,7 +10,7 @@ from fastapi.responses import FileResponse
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from api.bodies import NoteIn, Tag, TagsIn, TrialIn
+from api.bodies import BatchIn, NoteIn, Tag, TagsIn, TrialIn
 from api.context import (
     LARGEST_ID,
     After,
@@ -22,13 +23,26 @@ from api.context import (
     TrialNumber,
     WriterOf,
 )
+from api.intake import Submission, Taken, take
 from api.problems import responses
 from api.reports import LedgerOut
-from api.schemas import EventOut, MeasurementOut, NoteOut, Page, SubmittedOut, TagsOut, TrialOut, TrialSummary
-from api.submission import submit
+from api.schemas import (
+    BatchedOut,
+    BatchOut,
+    EventOut,
+    MeasurementOut,
+    NoteOut,
+    Page,
+    SubmittedOut,
+    TagsOut,
+    TrialOut,
+    TrialSummary,
+)
+from api.submission import Asked, submit_batch
 from orchestrator import store
 from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
+from orchestrator.detail import get_detail
 from orchestrator.errors import NotFound
 from orchestrator.labels import add_note, delete_note, list_notes, list_tags, set_tags
 from orchestrator.ledger import ledger
@@ -54,8 +68,9 @@ async def _wanted(
     verdict: Annotated[tuple[Verdict, ...], Query()] = (),
     arm: Annotated[tuple[Name, ...], Query(max_length=32, description="As /arms names them.")] = (),
     tag: Annotated[tuple[Tag, ...], Query(max_length=32, description="It must have them all.")] = (),
+    after: Annotated[int, Query(ge=-1, le=LARGEST_ID, description="Only numbers above this.")] = -1,
 ) -> Wanted:
-    return Wanted(state, origin, verdict, arm, tag)
+    return Wanted(state, origin, verdict, arm, tag, after)
 
 
 WantedOf = Annotated[Wanted, Depends(_wanted)]
@@ -69,27 +84,47 @@ Key = Annotated[
 
 
 @router.post(
-    "", status_code=201, responses={**responses(400, 409, 415), 200: {"model": SubmittedOut, "description": "Replayed"}}
-)
-def submit_trial(
-    study: StudyName, body: TrialIn, context: ContextOf, writer: WriterOf, response: Response, key: Key = None
-) -> SubmittedOut:
+    "", status_code=201, response_model=SubmittedOut,
+    responses={**responses(400, 409, 415), 200: {"model": SubmittedOut, "description": "Replayed"}},
+)  # fmt: skip
+async def submit_trial(
+    study: StudyName, body: TrialIn, context: ContextOf, writer: WriterOf, key: Key = None
+) -> Response:
     """Submit a trial. One that cannot fit the byte cap is kept as infeasible, with the reason, and never runs.
 
     With `allow_duplicate`, a configuration of which the study has a complete trial is that trial's next replicate.
     """
-    database = context.database
+    taken: Taken = await context.submissions.ask(Submission(study, body, key, writer), partial(take, context))
+    headers = {"Location": f"/v1/studies/{study}/trials/{taken.number}"}
+    if taken.replayed:
+        headers["Idempotent-Replay"] = "true"
+    return Response(taken.written, 200 if taken.replayed else 201, headers, "application/json")
+
+
+@router.post(
+    "/batch", status_code=201,
+    responses={**responses(400, 409, 415), 200: {"model": BatchOut, "description": "Replayed"}},
+)  # fmt: skip
+def submit_trials(
+    study: StudyName, body: BatchIn, database: DatabaseOf, writer: WriterOf, response: Response, key: Key = None
+) -> BatchOut:
+    """Submit up to a hundred trials, each as alone: all are added, or none. Problems name the trial, as `trials.3`."""
     with database.read() as session:
         found = store.get_study(session, study)
-    spec = body.build(found.definition)
-    submitted = submit(writer, found, spec, key=key, allow_duplicate=body.allow_duplicate)
-    response.headers["Location"] = f"/v1/studies/{study}/trials/{submitted.trial.number}"
-    if submitted.replayed:
+    specs = body.build_all(found.definition)
+    asked = [
+        Asked(spec, trial.allow_duplicate, f"trials.{place}")
+        for place, (trial, spec) in enumerate(zip(body.trials, specs, strict=True))
+    ]
+    submitted = submit_batch(writer, found, asked, key=key)
+    if submitted[0].replayed:
         response.status_code = 200
         response.headers["Idempotent-Replay"] = "true"
     with database.read() as session:
-        trial = describe(session, study, submitted.trial, context)
-    return SubmittedOut(**dict(trial), run_id=submitted.run_id)
+        tags = list_tags(session, [one.trial.id for one in submitted])
+    return BatchOut(
+        trials=[BatchedOut.submitted(one.trial, one.run_id, tags.get(one.trial.id, ())) for one in submitted]
+    )
 
 
 @router.get("")
@@ -117,8 +152,8 @@ def list_trials(
 def get_trial(study: StudyName, number: TrialNumber, context: ContextOf) -> TrialOut:
     """One trial with its runs and attempts."""
     with context.database.read() as session:
-        trial = store.get_trial(session, store.get_study(session, study).id, number)
-        return describe(session, study, trial, context)
+        detail = get_detail(session, study, number)
+    return TrialOut.detailed(study, detail, context.gpu_hour_dollars)
 
 
 @router.post("/{number}/cancel", responses=responses(409))
@@ -223,9 +258,7 @@ def artifact_of(trial: Trial, attempts: tuple[Attempt, ...]) -> Artifact | None:
 
 def describe(session: Session, study: str, trial: Trial, context: Context) -> TrialOut:
     """The trial with its runs and attempts, and what these cost."""
-    runs, attempts = store.list_runs(session, trial.id), store.list_attempts(session, trial.id)
-    tags, notes = list_tags(session, [trial.id]).get(trial.id, ()), list_notes(session, trial.id)
-    return TrialOut.detailed(study, trial, runs, attempts, context.gpu_hour_dollars, tags, notes)
+    return TrialOut.detailed(study, get_detail(session, study, trial.number), context.gpu_hour_dollars)
 
 
 def _cursor(place: Place, sort: Sort) -> str:

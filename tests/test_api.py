@@ -252,8 +252,12 @@ def test_what_does_not_exist_is_not_found(http: httpx.Client, study: str) -> Non
 
 
 def test_a_page_that_cannot_be_is_refused(http: httpx.Client, study: str) -> None:
-    for query in ("limit=0", "limit=501", "limit=x", "after=-2", f"after={2**31}", f"after={10**30}", "state=done"):
-        found = problem(http.get(f"{study}/trials?{query}"), 422, "invalid-input")
+    wrong = {
+        f"{study}/trials": ("limit=0", "limit=501", "limit=x", "cursor=1", "state=done"),
+        "/v1/studies": ("after=-2", f"after={2**31}", f"after={10**30}", "state=done"),
+    }
+    for path, query in ((path, query) for path, queries in wrong.items() for query in queries):
+        found = problem(http.get(f"{path}?{query}"), 422, "invalid-input")
         assert found["problems"][0]["field"].startswith(f"query.{query.partition('=')[0]}"), query
     problem(http.get(f"{study}/trials/{10**30}"), 422, "invalid-input")
 
