@@ -42,6 +42,10 @@ from orchestrator.database import Database
 from orchestrator.executors import Executors
 from orchestrator.settings import GPU_HOUR_DOLLARS
 
+VERSION_1 = (studies, trials, verdicts, imports, preview, cluster, logs, executors, events, tokens)
+PAGES = (
+    studies_page, study_page, trial_page, trial_actions, new_trial_page, compare_page, cluster_page, docs_page, sign_in,
+)  # fmt: skip
 DOOR_STATUSES, BODY_STATUSES = (401, 403, 429, 503), (400, 408, 413)
 
 
@@ -71,23 +75,10 @@ def create_app(
     app.add_middleware(Doors, admission=app.state.admission, door=door, routes=app.router.routes)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, cluster, logs, executors, events):
+    for module in VERSION_1:
         version_1.include_router(module.router)
-    version_1.include_router(tokens.router)
-    app.include_router(version_1)
-    app.include_router(health.router)
-    for shown in (
-        studies_page,
-        study_page,
-        trial_page,
-        trial_actions,
-        new_trial_page,
-        compare_page,
-        cluster_page,
-        docs_page,
-    ):
-        app.include_router(shown.router)
-    app.include_router(sign_in.router)
+    for router in (version_1, health.router, *(module.router for module in PAGES)):
+        app.include_router(router)
     pages.mount_assets(app)
     if dashboard:
         Dashboard(database).mount(app)
