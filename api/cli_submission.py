@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from api.arguments import overrides_of, read_results, read_spec
+from api.arguments import overrides_of, read_bodies, read_results, read_spec
 from api.completion import recipes as recipe_names
 from api.options import AsJson, Overrides, RecipeSize, SpecName, StudyName, answer, connect
 from api.previews import PreviewOut
+from api.schemas import TrialOut
 from api.terminal import preview_lines, recipes_table
-from api.terminal_trials import trial_lines
+from api.terminal_trials import trial_lines, trials_table
 from orchestrator.study import CAP_BYTES
 from worker.recipes import require_full
 from worker.spec import override, parse_spec
@@ -52,6 +53,12 @@ def submit(
     ] = None,
     overrides: Overrides = None,
     size: RecipeSize = "full",
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            "--batch", metavar="FILE", help="Submit all of a file's trials or none: a list, or one a line (- is stdin)."
+        ),
+    ] = None,
     key: Annotated[
         str | None, typer.Option("--key", help="Idempotency key: a retry with it returns the same trial.")
     ] = None,
@@ -61,13 +68,23 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it ends; exit 1 unless it completes.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submit one trial to a study."""
-    body = _body(spec, overrides, size, allow_duplicate)
+    """Submit one trial to a study, or a file of them."""
     with connect() as caddie:
-        submitted = caddie.submit(study, body, idempotency_key=key)
-        trial = caddie.wait(study, submitted.number, submitted.run_id) if wait else submitted
-    answer(trial, as_json, *trial_lines(trial))
-    if wait and not any(run.id == submitted.run_id and run.state == "succeeded" for run in trial.runs):
+        if batch is None:
+            body = _body(spec, overrides, size, allow_duplicate)
+            submitted = caddie.submit(study, body, idempotency_key=key)
+            runs = [(submitted.number, submitted.run_id)]
+        else:
+            batched = caddie.submit_batch(study, _bodies(batch, spec, overrides, allow_duplicate), idempotency_key=key)
+            runs = [(trial.number, trial.run_id) for trial in batched]
+        ended = [caddie.wait(study, *run) for run in runs] if wait else []
+    if batch is None:
+        trial = ended[0] if wait else submitted
+        answer(trial, as_json, *trial_lines(trial))
+    else:
+        trials = ended or batched
+        answer(trials, as_json, trials_table(trials))
+    if wait and not all(map(_succeeded, ended, (run_id for _, run_id in runs))):
         raise typer.Exit(1)
 
 
@@ -98,3 +115,13 @@ def _body(spec: str | None, overrides: list[str] | None, size: str, allow_duplic
         return {"spec": override(read_spec(spec, size), changes), "allow_duplicate": allow_duplicate}
     require_full(size)
     return {"params": {}, "overrides": changes, "allow_duplicate": allow_duplicate}
+
+
+def _bodies(file: Path, spec: str | None, overrides: list[str] | None, allow_duplicate: bool) -> list[dict[str, Any]]:
+    if spec is not None or overrides:
+        raise typer.BadParameter("says what each trial is: give no spec and no --set", param_hint="--batch")
+    return [{"allow_duplicate": allow_duplicate, **body} for body in read_bodies(file)]
+
+
+def _succeeded(trial: TrialOut, run_id: int | None) -> bool:
+    return any(run.id == run_id and run.state == "succeeded" for run in trial.runs)

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from api.client import Wanted
 from api.options import AsJson, AsJsonLines, StudyName, TrialNumber, answer, connect, print_lines, remark, show
 from api.schemas import TagsOut, TrialOut
-from api.terminal_trials import event_line, measurements_table, note_lines, trial_parts, trials_table
+from api.terminal_trials import event_line, log_line, measurements_table, note_lines, trial_parts, trials_table
 from orchestrator.lifecycle import TrialState
 from orchestrator.study import Origin, Verdict
 
@@ -129,6 +129,23 @@ def measurements(study: StudyName, number: TrialNumber, as_json: AsJson = False)
     with connect() as caddie:
         found = caddie.measurements(study, number)
     answer(found, as_json, measurements_table(found))
+
+
+@app.command("logs")
+def logs(
+    study: StudyName,
+    number: TrialNumber,
+    follow: Follow = False,
+    tail: Annotated[int | None, typer.Option("--tail", "-n", help="Only the last lines.", min=0, max=1000)] = None,
+    attempt: Annotated[int | None, typer.Option(help="Only of the attempt of this id.")] = None,
+    as_json: AsJsonLines = False,
+) -> None:
+    """What a trial's latest attempt has logged; with --follow, all of its attempts from the last lines on."""
+    with connect() as caddie:
+        if follow:
+            print_lines(caddie.follow_logs(study, number, tail=100 if tail is None else tail), as_json, log_line)
+        else:
+            print_lines(caddie.logs(study, number, attempt=attempt, tail=tail), as_json, log_line)
 
 
 @app.command("artifact")

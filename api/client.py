@@ -46,6 +46,7 @@ __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
 WAIT_POLL_SECONDS = 0.5
 OPEN = ("queued", "running")
+LOG_LINES = TypeAdapter(list[LogLineOut])
 
 
 class Wanted(TypedDict, total=False):
@@ -212,19 +213,22 @@ class Caddie(Connection):
     def logs(
         self, study: str, number: int, *, attempt: int | None = None, after: int = 0, tail: int | None = None
     ) -> list[LogLineOut]:
-        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, 1,000
-        at the most, or of those the last."""
+        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, or of
+        those the last, 1,000 at the most."""
         chosen = {"attempt": attempt, "after": after, "tail": tail}
-        query = urlencode({name: value for name, value in chosen.items() if value is not None})
-        path = f"/v1/studies/{_quoted(study)}/trials/{number}/logs?{query}"
-        return self._read("GET", path, Page[LogLineOut]).items
+        query = {name: value for name, value in chosen.items() if value is not None}
+        path = f"{_trials(study)}/{number}/logs"
+        if tail is None:
+            return list(self._pages(path, Page[LogLineOut], query))
+        return self._read("GET", f"{path}?{urlencode(query)}", Page[LogLineOut]).items
 
     def follow_logs(self, study: str, number: int, *, tail: int = 100) -> Generator[LogLineOut]:
-        """The last lines of the trial's attempts, then all that come, until the trial has ended."""
-        for message in self._follow(f"/v1/studies/{_quoted(study)}/trials/{number}/logs/stream?tail={tail}"):
+        """The last lines that the trial's attempts have logged, then all that come, until the trial has ended."""
+        for message in self._follow(f"{_trials(study)}/{number}/logs/stream?tail={tail}"):
             if message.kind == "end":
                 return
-            yield from _LINES.validate_json(message.data)
+            if not message.kind:
+                yield from LOG_LINES.validate_json(message.data)
 
     def ask(
         self, study: str, executor: str, *, gang: GangConfig | None = None, lease_seconds: float = 60.0

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from api.lines import LogLineOut
 from api.schemas import EventOut, MeasurementOut, NoteOut, TrialOut, TrialSummary
 from api.tables import Column, Grid
 from api.terminal import bpb_text, time_text, tying_text
@@ -131,3 +132,8 @@ def event_line(event: EventOut) -> str:
     """One state change."""
     about = event.study if event.trial is None else f"{event.study} {event.trial}"
     return f"{event.id:>6}  {time_text(event.at)}  {about}  {event.kind}  {event.message}".rstrip()
+
+
+def log_line(said: LogLineOut) -> str:
+    """A line of a log, after how long its attempt had run."""
+    return f"{said.elapsed_seconds:>8,.1f}s  {said.line}"
