@@ -19,6 +19,7 @@ from api import cli_live, cli_processes, cli_results, cli_studies, cli_submissio
 from api.client import ApiError, ClientError, Unreachable
 from api.completion import study_names
 from api.options import remark
+from api.token_commands import token_app
 from worker.shape import FieldError
 from worker.spec import InvalidSpec, problems_of
 
@@ -55,6 +56,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 app.command("data", rich_help_panel=MACHINE, context_settings=PASSED_ON)(cli_processes.data)
 app.add_typer(cli_studies.app, name="study", rich_help_panel=ALL)
 app.add_typer(cli_trials.app, name="trial", rich_help_panel=ALL)
+app.add_typer(token_app, name="token", rich_help_panel=ALL)
 
 
 def main() -> None:

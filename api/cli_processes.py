@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,7 @@ def up(
 
 def api() -> None:
     """Serve the API and pages alone, as docker-compose.yml does. Settings come from CADDIE_* variables."""
-    from api.up import require_free_port, serve
+    from api.up import require_door, require_free_port, serve
     from orchestrator.database import Database
 
     settings = Settings.read(os.environ)
@@ -43,6 +44,7 @@ def api() -> None:
     with database_errors():
         database = Database(settings.database_url)
         database.needs_migration()  # whether it answers at all: /readyz says whether the schema is ours
+        require_door(settings, database, datetime.now(UTC))
         serve(settings, database)
 
 

@@ -1,5 +1,6 @@
 """A typed client of the HTTP API: `with Caddie("http://127.0.0.1:8765") as caddie: caddie.leaderboard("sweep")`."""
 
+import base64
 import hashlib
 import os
 import time
@@ -12,12 +13,15 @@ from urllib.parse import quote, urlencode
 from pydantic import TypeAdapter
 
 from api.connection import ATTEMPTS, LIVE, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.credentials import AuditOut, MadeTokenOut, MeOut, TokenOut
+from api.desk import AskIn, AskOut, DirectiveOut, ReportIn, TellIn, ToldOut
 from api.lanes import ClusterOut
 from api.lines import LogLineOut
 from api.previews import PreviewOut, StudyPreviewOut
 from api.reports import ArmsOut, ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
+    ArtifactOut,
     BatchedOut,
     BatchOut,
     EventOut,
@@ -36,6 +40,7 @@ from api.standings import LeaderboardOut, VerdictOut
 from orchestrator.lifecycle import TrialState
 from orchestrator.settings import Settings
 from orchestrator.study import Origin, Verdict
+from worker.spec import GangConfig
 
 __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
@@ -225,6 +230,35 @@ class Caddie(Connection):
             if not message.kind:
                 yield from LOG_LINES.validate_json(message.data)
 
+    def ask(
+        self, study: str, executor: str, *, gang: GangConfig | None = None, lease_seconds: float = 60.0
+    ) -> AskOut | None:
+        """A run to execute, under a lease; None where there is nothing to do now. Not repeated: where no answer came,
+        a run that was given out goes back to the queue once its lease has run out."""
+        body = AskIn(executor=executor, gang=gang, lease_seconds=lease_seconds).model_dump(mode="json")
+        answer = self._send("POST", f"/v1/studies/{_quoted(study)}/ask", body=body, attempts=1)
+        return None if answer.status_code == 204 else AskOut.model_validate_json(answer.content)
+
+    def report(self, asked: AskOut, body: ReportIn | None = None) -> DirectiveOut:
+        """Say what the attempt has measured and logged, or only that it goes on; whether it should. Raises ApiError of
+        kind lease-lost where it is not ours any more."""
+        path = f"/v1/attempts/{asked.attempt_id}/report"
+        said = (body or ReportIn()).model_dump(mode="json")
+        return self._read("POST", path, DirectiveOut, body=said, headers=_lease(asked), attempts=ATTEMPTS)
+
+    def put_artifact(self, asked: AskOut, data: bytes) -> ArtifactOut:
+        """Store the model's bytes, before the attempt is told to have succeeded."""
+        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        headers = {**_lease(asked), "Repr-Digest": f"sha-256=:{digest}:"}
+        path = f"/v1/attempts/{asked.attempt_id}/artifact"
+        answer = self._send("PUT", path, content=data, headers=headers, attempts=ATTEMPTS)
+        return ArtifactOut.model_validate_json(answer.content)
+
+    def tell(self, asked: AskOut, body: TellIn) -> ToldOut:
+        """End the attempt; safe to repeat."""
+        path, said = f"/v1/attempts/{asked.attempt_id}/tell", body.model_dump(mode="json")
+        return self._read("POST", path, ToldOut, body=said, headers=_lease(asked), attempts=ATTEMPTS)
+
     def wait(self, study: str, number: int, run_id: int | None = None) -> TrialOut:
         """The trial, once it and this run of it have ended."""
         while True:
@@ -252,6 +286,24 @@ class Caddie(Connection):
         """The stored model, in a file that is there once it is whole; an interrupted download is gone on with."""
         return self._download(f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", file)
 
+    def me(self) -> MeOut:
+        """Who the server takes us for."""
+        return self._read("GET", "/v1/me", MeOut)
+
+    def create_token(self, body: Mapping[str, Any]) -> MadeTokenOut:
+        """Make a token; the body is a TokenIn. Not repeated: a second one would find the name taken."""
+        return self._read("POST", "/v1/tokens", MadeTokenOut, body=body)
+
+    def tokens(self) -> list[TokenOut]:
+        return list(self._pages("/v1/tokens", Page[TokenOut]))
+
+    def revoke_token(self, token_id: int) -> TokenOut:
+        return self._read("DELETE", f"/v1/tokens/{token_id}", TokenOut, attempts=ATTEMPTS)
+
+    def audit(self, limit: int = 100) -> list[AuditOut]:
+        """The latest writes, latest first."""
+        return self._read("GET", f"/v1/audit?limit={limit}", Page[AuditOut]).items
+
     def events(self, study: str | None = None, after: int = 0, *, follow: bool = True) -> Generator[EventOut]:
         """State changes with ids above `after`, of one study or of all; and then, where `follow`, what comes, for ever.
         Goes on where a connection broke."""
@@ -265,6 +317,13 @@ class Caddie(Connection):
 
 def _trials(study: str) -> str:
     return f"/v1/studies/{_quoted(study)}/trials"
+
+
+_LINES = TypeAdapter(list[LogLineOut])
+
+
+def _lease(asked: AskOut) -> dict[str, str]:
+    return {"Caddie-Lease": asked.lease_token}
 
 
 def _quoted(part: str) -> str:

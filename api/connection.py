@@ -122,6 +122,7 @@ class Connection:
         path: str,
         *,
         body: Mapping[str, Any] | None = None,
+        content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         attempts: int,
     ) -> httpx.Response:
@@ -129,7 +130,7 @@ class Connection:
         1 because that is not safe, it is after 429."""
         for attempt in range(ATTEMPTS):
             try:
-                answer = self._http.request(method, path, json=body, headers=headers)
+                answer = self._http.request(method, path, json=body, content=content, headers=headers)
             except httpx.TransportError as error:
                 if attempt >= attempts - 1:
                     raise self._unreachable(error) from None

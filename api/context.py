@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Request
 from sqlalchemy.orm import Session
 
 from api.kept import Kept
-from orchestrator.access import LOCAL, Principal
+from api.together import Together
+from orchestrator.access import Principal
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.audit import add_audit
+from orchestrator.calibration import Calibrations
 from orchestrator.database import Database
 from orchestrator.errors import NotFound
 from orchestrator.settings import GPU_HOUR_DOLLARS
@@ -35,6 +37,8 @@ class Context:
     closing: threading.Event = field(default_factory=threading.Event)
     accounts: Accounts = field(default_factory=Accounts)
     kept: Kept = field(default_factory=Kept)
+    calibrations: Calibrations = field(default_factory=Calibrations)
+    submissions: Together[Any, Any] = field(default_factory=Together)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Writer:
     database: Database
     actor: str
     now: datetime
+    calibrations: Calibrations = field(default_factory=Calibrations)
 
     @contextmanager
     def write(self, action: str, subject: str) -> Iterator[Session]:
@@ -69,7 +74,8 @@ async def _now() -> datetime:
 
 
 async def _principal(request: Request) -> Principal:
-    principal: Principal = getattr(request.state, "principal", LOCAL)
+    principal: Principal = request.state.principal
+    assert principal is not None, "a path without a door changes nothing and knows nobody"
     return principal
 
 
@@ -77,9 +83,9 @@ PrincipalOf = Annotated[Principal, Depends(_principal)]
 
 
 async def _writer(
-    principal: PrincipalOf, database: Annotated[Database, Depends(_database)], now: Annotated[datetime, Depends(_now)]
+    principal: PrincipalOf, context: Annotated[Context, Depends(_context)], now: Annotated[datetime, Depends(_now)]
 ) -> Writer:
-    return Writer(database, principal.name, now)
+    return Writer(context.database, principal.name, now, context.calibrations)
 
 
 async def _study_name(study: Annotated[str, Path(description="The study's name.")]) -> str:

@@ -9,7 +9,6 @@ from api.bodies import ImportIn
 from api.context import ContextOf, StudyName, WriterOf
 from api.problems import responses
 from api.schemas import TrialOut
-from api.submission import recent_trials
 from api.trials import Key, describe
 from orchestrator import feasibility, store
 from orchestrator.errors import Conflict
@@ -31,9 +30,9 @@ def import_result(
     database = context.database
     with database.read() as session:
         found = store.get_study(session, study)
-        history = recent_trials(session, found)
+        calibration = context.calibrations.read(session, found.id)
     spec = body.build(found.definition)
-    prediction = feasibility.predict(spec, history)
+    prediction = calibration.predict(spec)
     verdict, reason = feasibility.judge(prediction, found.definition, spec)
     params = Domain(found.definition.base, found.definition.space).partial(spec)
     new = NewTrial(spec, params, "imported", prediction, verdict, reason, key)

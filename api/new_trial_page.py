@@ -16,15 +16,14 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from api.bars import bytes_bar, predicted_bytes
 from api.bodies import TrialIn
-from api.context import LARGEST_ID, ContextOf, DatabaseOf, StudyName, WriterOf
+from api.context import LARGEST_ID, Context, ContextOf, DatabaseOf, StudyName, WriterOf
 from api.fields import REST, Field, overrides_of, placed, sections, texts_of
 from api.forms import FormOf
 from api.pages import page
 from api.pictures import tying_picture
-from api.preview import preview
-from api.submission import recent_trials, submit
+from api.preview import Predicts, preview
+from api.submission import submit
 from orchestrator import seeds, store
-from orchestrator.database import Database
 from orchestrator.errors import CaddieError, Conflict, NotFound
 from orchestrator.standing import ranked
 from orchestrator.study import Study, Trial
@@ -92,23 +91,23 @@ def show_form(request: Request, study: StudyName, start: StartOf, context: Conte
     """The form, filled in with what it starts from."""
     with context.database.read() as session:
         draft = Draft.of(session, study, start, {})
-    return _show(request, context.database, draft)
+    return _show(request, context, draft)
 
 
 @router.post("/studies/{study}/new/preview", openapi_extra={"x-role": "viewer"})
-def show_preview(request: Request, draft: DraftOf, database: DatabaseOf) -> HTMLResponse:
+def show_preview(request: Request, draft: DraftOf, context: ContextOf) -> HTMLResponse:
     """What the form's trial would be, as a part of the page, and what is wrong with it."""
-    return page(request, "new_trial_live.html", **_preview_facts(database, draft))
+    return page(request, "new_trial_live.html", **_preview_facts(context, draft))
 
 
 @router.post("/studies/{study}/new")
-def submit_form(request: Request, draft: DraftOf, form: FormOf, writer: WriterOf) -> Response:
+def submit_form(request: Request, draft: DraftOf, form: FormOf, context: ContextOf, writer: WriterOf) -> Response:
     """Submit the form's trial and go on to its page. Or show the form again: with what is wrong at each field, or with
     what it would be where that was all that was asked."""
     if draft.spec is None:
-        return _show(request, writer.database, draft, status=422)
+        return _show(request, context, draft, status=422)
     if "preview" in form:
-        return _show(request, writer.database, draft)
+        return _show(request, context, draft)
     key = form.get("key", "")
     try:
         submitted = submit(
@@ -116,7 +115,7 @@ def submit_form(request: Request, draft: DraftOf, form: FormOf, writer: WriterOf
             key=key if KEY.fullmatch(key) else None, allow_duplicate="allow_duplicate" in form,
         )  # fmt: skip
     except CaddieError as error:
-        return _show(request, writer.database, draft, error, status=409)
+        return _show(request, context, draft, error, status=409)
     return RedirectResponse(f"/studies/{draft.study.name}/trials/{submitted.trial.number}", 303)
 
 
@@ -135,18 +134,18 @@ def _begin(session: Session, study: Study, start: str) -> TrialSpec:
 
 
 def _show(
-    request: Request, database: Database, draft: Draft, refused: CaddieError | None = None, status: int = 200
+    request: Request, context: Context, draft: Draft, refused: CaddieError | None = None, status: int = 200
 ) -> HTMLResponse:
-    with database.read() as session:
+    with context.database.read() as session:
         leaders = [one.number for one in ranked(seeds.list_standings(session, draft.study.id, LEADERS))[:LEADERS]]
     return page(
-        request, "new_trial.html", status, **_preview_facts(database, draft), refused=refused,
+        request, "new_trial.html", status, **_preview_facts(context, draft), refused=refused,
         conflict=refused if isinstance(refused, Conflict) else None, sections=_sections(draft),
         recipes=recipe_names(), leaders=leaders, key=secrets.token_urlsafe(16),
     )  # fmt: skip
 
 
-def _preview_facts(database: Database, draft: Draft) -> dict[str, Any]:
+def _preview_facts(context: Context, draft: Draft) -> dict[str, Any]:
     spec, study = draft.spec, draft.study
     before = texts_of(draft.begin)
     facts: dict[str, Any] = {
@@ -155,14 +154,14 @@ def _preview_facts(database: Database, draft: Draft) -> dict[str, Any]:
     }  # fmt: skip
     if spec is None:
         return facts
-    with database.read() as session:
-        history = recent_trials(session, study)
+    with context.database.read() as session:
+        predict = context.calibrations.read(session, study.id).predict
         twin = store.find_trial(session, study.id, spec_hash=spec.canonical_hash)
-    return facts | _shown(study, spec, history, twin)
+    return facts | _shown(study, spec, predict, twin)
 
 
-def _shown(study: Study, spec: TrialSpec, history: tuple[Trial, ...], twin: Trial | None) -> dict[str, Any]:
-    shown = preview(spec, study.definition, history)
+def _shown(study: Study, spec: TrialSpec, predict: Predicts, twin: Trial | None) -> dict[str, Any]:
+    shown = preview(spec, study.definition, predict)
     prediction = shown.prediction
     by_class = predicted_bytes(spec, prediction.artifact_bytes, prediction.code_bytes)
     interval = (prediction.artifact_bytes_low, prediction.artifact_bytes_high)

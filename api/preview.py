@@ -1,42 +1,43 @@
 """What a spec would be and cost, without running it; and the recipes to start from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 
 from api.bodies import PreviewIn, StudyIn
-from api.context import DatabaseOf
+from api.context import ContextOf
 from api.previews import PreviewOut, StudyPreviewOut
 from api.problems import responses
 from api.schemas import Page, RecipeOut
-from api.submission import recent_trials
 from orchestrator import feasibility, store
 from orchestrator.caps import Caps
 from orchestrator.sample import draw_samples
-from orchestrator.study import CAP_BYTES, NewStudy, Trial
+from orchestrator.study import CAP_BYTES, NewStudy, Prediction
 from worker.recipes import load_recipe, recipe_names
 from worker.spec import TrialSpec, parse_spec
+
+Predicts = Callable[[TrialSpec], Prediction]
 
 router = APIRouter(tags=["preview"])
 
 SAMPLES, MOST_SAMPLES = 20, 1000
 
 
-@router.post("/preview", responses=responses(400, 404, 415, 422))
-def preview_spec(body: PreviewIn, database: DatabaseOf) -> PreviewOut:
+@router.post("/preview", openapi_extra={"x-role": "viewer"}, responses=responses(400, 404, 415, 422))
+def preview_spec(body: PreviewIn, context: ContextOf) -> PreviewOut:
     """Predict a configuration's parameters and bytes. Nothing is stored."""
     if body.study is None:
         return preview(body.build(None), Caps(body.cap_bytes or CAP_BYTES))
-    with database.read() as session:
+    with context.database.read() as session:
         study = store.get_study(session, body.study)
-        history = recent_trials(session, study)
+        predict = context.calibrations.read(session, study.id).predict
     definition = study.definition
     caps = definition.model_copy(update={"cap_bytes": body.cap_bytes or definition.cap_bytes})
-    return preview(body.build(definition), caps, history)
+    return preview(body.build(definition), caps, predict)
 
 
-@router.post("/studies/preview", responses=responses(400, 415, 422))
+@router.post("/studies/preview", openapi_extra={"x-role": "viewer"}, responses=responses(400, 415, 422))
 def preview_study(
     body: StudyIn,
     samples: Annotated[
@@ -53,8 +54,8 @@ def list_recipes() -> Page[RecipeOut]:
     return Page(items=[RecipeOut(name=name, spec=parse_spec(load_recipe(name))) for name in recipe_names()])
 
 
-def preview(spec: TrialSpec, caps: NewStudy | Caps, history: Sequence[Trial] = ()) -> PreviewOut:
-    """The spec's prediction, calibrated on finished trials, and its verdict against the caps."""
-    prediction = feasibility.predict(spec, history)
+def preview(spec: TrialSpec, caps: NewStudy | Caps, predict: Predicts = feasibility.predict) -> PreviewOut:
+    """The spec's prediction, as a study's trials calibrate it, and its verdict against the caps."""
+    prediction = predict(spec)
     verdict, reason = feasibility.judge(prediction, caps, spec)
     return PreviewOut.of(spec, prediction, caps.cap_bytes, verdict, reason)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel
 
@@ -32,6 +32,7 @@ from worker.tying import TyingMap
 
 if TYPE_CHECKING:  # SQLAlchemy and NumPy come with these, and clients read answers without them
     from orchestrator.activity import Activity
+    from orchestrator.detail import Detail
     from orchestrator.labels import Note
     from orchestrator.spending import Account
 
@@ -250,22 +251,15 @@ class TrialOut(TrialSummary):
     """Oldest first."""
 
     @classmethod
-    def detailed(
-        cls,
-        study: str,
-        trial: Trial,
-        runs: Sequence[Run],
-        attempts: Sequence[Attempt],
-        gpu_hour_dollars: float,
-        tags: Sequence[str],
-        notes: Sequence["Note"],
-    ) -> "TrialOut":
+    def detailed(cls, study: str, detail: "Detail", gpu_hour_dollars: float, **more: Any) -> Self:
+        """With what a kind of it has `more`."""
+        trial, attempts = detail.trial, detail.attempts
         phase = next((attempt.phase for attempt in attempts if attempt.outcome is None), "")
         return cls(
-            **_summary(trial, phase, tags), study=study, spec=trial.spec, spec_hash=trial.spec_hash,
+            **_summary(trial, phase, detail.tags), study=study, spec=trial.spec, spec_hash=trial.spec_hash,
             prediction=PredictionOut.of(trial.prediction), result=trial.result,
-            runs=[RunOut.of(run, attempts, gpu_hour_dollars) for run in runs],
-            notes=[NoteOut.of(note) for note in notes],
+            runs=[RunOut.of(run, attempts, gpu_hour_dollars) for run in detail.runs],
+            notes=[NoteOut.of(note) for note in detail.notes], **more,
         )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from api.context import Writer
 from orchestrator import feasibility, seeds, store
+from orchestrator.calibration import Calibration
 from orchestrator.errors import Conflict
-from orchestrator.feasibility import Predictor
 from orchestrator.lifecycle import TrialState
 from orchestrator.points import Domain
 from orchestrator.replicates import next_seed
@@ -20,8 +20,6 @@ from orchestrator.study import NewTrial, ReplicationConfig, Run, Study, Trial
 from worker.spec import TrialSpec
 
 log = logging.getLogger(__name__)
-
-RECENT_TRIALS = 500  # what a prediction is calibrated on
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,11 @@ def submit_batch(
     """
     with writer.database.read() as session:
         replay = _replay(session, study, asked, key)
-        history = recent_trials(session, study)
+        calibration = writer.calibrations.read(session, study.id)
     if replay is not None:
         return replay
-    predictor, domain = Predictor.of(history), Domain(study.definition.base, study.definition.space)
-    new = [_judged(study, domain, predictor, one.spec, own) for one, own in zip(asked, _keys(key), strict=False)]
+    domain = Domain(study.definition.base, study.definition.space)
+    new = [judged(study, domain, calibration, one.spec, own) for one, own in zip(asked, _keys(key), strict=False)]
     with writer.write("trial.submit", f"studies/{study.name}") as session:
         store.hold_study(session, study.id)  # from here on no other submission can slip in between
         submitted = _replay(session, study, asked, key) or tuple(
@@ -81,8 +79,16 @@ def submit_batch(
     return submitted
 
 
-def _judged(study: Study, domain: Domain, predictor: Predictor, spec: TrialSpec, key: str | None) -> NewTrial:
-    prediction = predictor.predict(spec)
+def judged(
+    study: Study,
+    domain: Domain,
+    calibration: Calibration,
+    spec: TrialSpec,
+    key: str | None,
+    spec_hash: str | None = None,
+) -> NewTrial:
+    """The trial that would be added: predicted, and judged by the study's caps."""
+    prediction = calibration.predict(spec, spec_hash)
     verdict, reason = feasibility.judge(prediction, study.definition, spec)
     return NewTrial(spec, domain.partial(spec), "submitted", prediction, verdict, reason, key)
 
@@ -93,12 +99,6 @@ def _keys(key: str | None) -> Iterator[str | None]:
     yield key
     digest = None if key is None else hashlib.sha256(key.encode()).hexdigest()
     yield from (digest and f"{digest} {place}" for place in count(1))
-
-
-def recent_trials(session: Session, study: Study) -> tuple[Trial, ...]:
-    """The study's latest complete trials, which say how far predictions are off."""
-    total = sum(store.count_trials(session, study.id).values())
-    return store.list_trials(session, study.id, states=(TrialState.COMPLETE,), after=total - 1 - RECENT_TRIALS)
 
 
 def _replay(session: Session, study: Study, asked: Sequence[Asked], key: str | None) -> tuple[Submitted, ...] | None:

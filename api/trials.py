@@ -2,6 +2,7 @@
 
 import base64
 import logging
+from functools import partial
 from typing import Annotated, Literal, cast
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
@@ -22,6 +23,7 @@ from api.context import (
     TrialNumber,
     WriterOf,
 )
+from api.intake import Submission, Taken, take
 from api.problems import responses
 from api.reports import LedgerOut
 from api.schemas import (
@@ -36,10 +38,11 @@ from api.schemas import (
     TrialOut,
     TrialSummary,
 )
-from api.submission import Asked, submit, submit_batch
+from api.submission import Asked, submit_batch
 from orchestrator import store
 from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
+from orchestrator.detail import get_detail
 from orchestrator.errors import NotFound
 from orchestrator.labels import add_note, delete_note, list_notes, list_tags, set_tags
 from orchestrator.ledger import ledger
@@ -81,27 +84,21 @@ Key = Annotated[
 
 
 @router.post(
-    "", status_code=201, responses={**responses(400, 409, 415), 200: {"model": SubmittedOut, "description": "Replayed"}}
-)
-def submit_trial(
-    study: StudyName, body: TrialIn, context: ContextOf, writer: WriterOf, response: Response, key: Key = None
-) -> SubmittedOut:
+    "", status_code=201, response_model=SubmittedOut,
+    responses={**responses(400, 409, 415), 200: {"model": SubmittedOut, "description": "Replayed"}},
+)  # fmt: skip
+async def submit_trial(
+    study: StudyName, body: TrialIn, context: ContextOf, writer: WriterOf, key: Key = None
+) -> Response:
     """Submit a trial. One that cannot fit the byte cap is kept as infeasible, with the reason, and never runs.
 
     With `allow_duplicate`, a configuration of which the study has a complete trial is that trial's next replicate.
     """
-    database = context.database
-    with database.read() as session:
-        found = store.get_study(session, study)
-    spec = body.build(found.definition)
-    submitted = submit(writer, found, spec, key=key, allow_duplicate=body.allow_duplicate)
-    response.headers["Location"] = f"/v1/studies/{study}/trials/{submitted.trial.number}"
-    if submitted.replayed:
-        response.status_code = 200
-        response.headers["Idempotent-Replay"] = "true"
-    with database.read() as session:
-        trial = describe(session, study, submitted.trial, context)
-    return SubmittedOut(**dict(trial), run_id=submitted.run_id)
+    taken: Taken = await context.submissions.ask(Submission(study, body, key, writer), partial(take, context))
+    headers = {"Location": f"/v1/studies/{study}/trials/{taken.number}"}
+    if taken.replayed:
+        headers["Idempotent-Replay"] = "true"
+    return Response(taken.written, 200 if taken.replayed else 201, headers, "application/json")
 
 
 @router.post(
@@ -155,8 +152,8 @@ def list_trials(
 def get_trial(study: StudyName, number: TrialNumber, context: ContextOf) -> TrialOut:
     """One trial with its runs and attempts."""
     with context.database.read() as session:
-        trial = store.get_trial(session, store.get_study(session, study).id, number)
-        return describe(session, study, trial, context)
+        detail = get_detail(session, study, number)
+    return TrialOut.detailed(study, detail, context.gpu_hour_dollars)
 
 
 @router.post("/{number}/cancel", responses=responses(409))
@@ -261,9 +258,7 @@ def artifact_of(trial: Trial, attempts: tuple[Attempt, ...]) -> Artifact | None:
 
 def describe(session: Session, study: str, trial: Trial, context: Context) -> TrialOut:
     """The trial with its runs and attempts, and what these cost."""
-    runs, attempts = store.list_runs(session, trial.id), store.list_attempts(session, trial.id)
-    tags, notes = list_tags(session, [trial.id]).get(trial.id, ()), list_notes(session, trial.id)
-    return TrialOut.detailed(study, trial, runs, attempts, context.gpu_hour_dollars, tags, notes)
+    return TrialOut.detailed(study, get_detail(session, study, trial.number), context.gpu_hour_dollars)
 
 
 def _cursor(place: Place, sort: Sort) -> str:

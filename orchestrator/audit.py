@@ -1,12 +1,16 @@
 """Who changed what, when: one row for every write that came through the API, committed with the change itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import cast
 
-from sqlalchemy import insert, select
+from sqlalchemy import Table, insert, select
 from sqlalchemy.orm import Session
 
 from orchestrator.tables import AuditRow
+
+_ADD = insert(cast(Table, AuditRow.__table__))
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,13 @@ class Audit:
 
 def add_audit(session: Session, actor: str, action: str, subject: str, now: datetime) -> None:
     """Say in this transaction who makes it."""
-    session.execute(insert(AuditRow).values(at=now, actor=actor, action=action, subject=subject))
+    add_audits(session, [(actor, action, subject)], now)
+
+
+def add_audits(session: Session, said: Sequence[tuple[str, str, str]], now: datetime) -> None:
+    """Say so of several writes, each by its actor, action and subject."""
+    rows = [{"at": now, "actor": actor, "action": action, "subject": subject} for actor, action, subject in said]
+    session.execute(_ADD, rows)
 
 
 def list_audits(session: Session, *, before: int | None = None, limit: int = 100) -> tuple[Audit, ...]:

@@ -1,8 +1,9 @@
 """One database, by URL: SQLite (the embedded default) or PostgreSQL. Sessions that read, and sessions that write."""
 
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class Database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = _create_engine(self)
         self._writing = self.engine.execution_options(writing=True)
+        # SQLite has one writer. Its own waiters ask again and again, and the last to come may be the first to get it.
+        self._turn: AbstractContextManager[Any] = threading.Lock() if self.is_sqlite else nullcontext()
         self._reading = self.engine if self.is_sqlite else self.engine.execution_options(**READ_ONLY)
 
     @property
@@ -56,7 +59,8 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session committed at the end of the block, or rolled back by an exception."""
-        with Session(self._writing, expire_on_commit=False, execution_options=FRESH) as session, session.begin():
+        session = Session(self._writing, expire_on_commit=False, execution_options=FRESH)
+        with self._turn, session, session.begin():
             yield session
 
     def migrate(self) -> None:

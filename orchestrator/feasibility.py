@@ -74,9 +74,9 @@ class Predictor:
         """Of the logarithm of model bytes, between seeds of one configuration; None before any trial finished."""
         return self._regression.seed_deviation if self._regression else None
 
-    def predict(self, spec: TrialSpec) -> Prediction:
-        """What the spec will cost."""
-        configuration = cache(lambda: spec.canonical_hash)
+    def predict(self, spec: TrialSpec, spec_hash: str | None = None) -> Prediction:
+        """What the spec will cost. Its canonical hash takes a while to make, unless the caller has it."""
+        configuration = cache(lambda: spec_hash or spec.canonical_hash)
         weight, timing = self._weight(spec, configuration), self._pace.timing(spec, configuration)
         return Prediction(
             parameters=weight.prior.parameters, code_bytes=self.code_bytes, artifact_bytes=weight.quantile(0.5),

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, cast
 
+from sqlalchemy import Row
+
 from orchestrator.ledger import seconds_by_phase
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.study import (
@@ -28,9 +30,11 @@ def gang_of(ranks: int, device: str) -> GangConfig:
     return GangConfig.model_validate({"ranks": ranks, "device": device})
 
 
-def study_of(row: StudyRow) -> Study:
+def study_of(row: StudyRow | Row[*tuple[Any, ...]]) -> Study:
+    """Of a mapped row, or of one whose definition is the text that was written."""
+    written = row.definition if isinstance(row.definition, str) else json.dumps(row.definition)
     return Study(
-        id=row.id, name=row.name, state=StudyState(row.state), definition=_definition(json.dumps(row.definition)),
+        id=row.id, name=row.name, state=StudyState(row.state), definition=_definition(written),
         proposed=row.proposed, refused=row.refused, reason=row.reason,
         created_at=row.created_at, changed_at=row.changed_at, priority=row.priority, archived_at=row.archived_at,
     )  # fmt: skip

@@ -10,7 +10,21 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, Table, exists, func, insert, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    CursorResult,
+    Table,
+    Text,
+    bindparam,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    update,
+)
+from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session, aliased
 
@@ -45,6 +59,13 @@ from orchestrator.tables import (
 from worker.spec import GangConfig, TrialSpec
 
 EVENT_LOCK = 0x0CADD1F  # any fixed number: PostgreSQL's advisory lock that makes event ids follow commit order
+_LOCK_EVENTS = text(f"SELECT pg_advisory_xact_lock({EVENT_LOCK})")
+_ADD_EVENTS = insert(EVENTS)
+# JSON as it was written: a definition seldom changes, and is built from the same text once.
+_STUDY = select(
+    *(column for column in STUDIES.c if column.key != "definition"),
+    sql_cast(STUDIES.c.definition, Text).label("definition"),
+).where(STUDIES.c.name == bindparam("name"))
 
 
 def create_study(session: Session, new: NewStudy, now: datetime) -> Study:
@@ -62,7 +83,7 @@ def create_study(session: Session, new: NewStudy, now: datetime) -> Study:
 
 def get_study(session: Session, name: str) -> Study:
     """The study of this name. Raises NotFound."""
-    row = session.scalar(select(StudyRow).where(StudyRow.name == name))
+    row = session.execute(_STUDY, {"name": name}).one_or_none()
     if row is None:
         raise NotFound("study", name)
     return study_of(row)
@@ -380,9 +401,18 @@ def list_events(session: Session, after: int = 0, study_id: int | None = None, l
 
 def add_event(session: Session, study_id: int, number: int | None, kind: str, message: str, now: datetime) -> None:
     """Add an event to the transaction. Call it last: on PostgreSQL it holds a lock until the commit."""
+    add_events(session, study_id, [(number, kind, message)], now)
+
+
+def add_events(session: Session, study_id: int, said: Sequence[tuple[int | None, str, str]], now: datetime) -> None:
+    """Add events as add_event does, each by its trial's number, kind and message."""
     if session.get_bind().dialect.name == "postgresql":
-        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": EVENT_LOCK})
-    session.execute(insert(EVENTS).values(study_id=study_id, trial_number=number, at=now, kind=kind, message=message))
+        session.execute(_LOCK_EVENTS)
+    rows = [
+        {"study_id": study_id, "trial_number": number, "at": now, "kind": kind, "message": message}
+        for number, kind, message in said
+    ]
+    session.execute(_ADD_EVENTS, rows)
 
 
 def insert_missing(session: Session, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> int:

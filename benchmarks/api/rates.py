@@ -83,7 +83,9 @@ def server(kind: str, url: str) -> Iterator[tuple[int, psutil.Process]]:
 def load(port: int, connections: int, seconds: float, requests: list[dict[str, Any]]) -> dict[str, Any]:
     lines = "\n".join(json.dumps(request) for request in requests)
     command = [sys.executable, str(HERE / "load.py"), str(port), str(connections), str(seconds)]
-    told: dict[str, Any] = json.loads(subprocess.run(command, input=lines, capture_output=True, check=True, text=True).stdout)
+    told: dict[str, Any] = json.loads(
+        subprocess.run(command, input=lines, capture_output=True, check=True, text=True).stdout
+    )
     return told
 
 
@@ -111,7 +113,10 @@ def measure(database: str, folder: Path, options: argparse.Namespace) -> dict[tu
                     expected = {"201"} if what == "submit" else {"200"}
                     assert set(told["statuses"]) == expected, told["statuses"]
                     if place:
-                        latencies, figures = sorted(told["latencies"]), found.setdefault((what, connections, kind), Figures())
+                        latencies, figures = (
+                            sorted(told["latencies"]),
+                            found.setdefault((what, connections, kind), Figures()),
+                        )
                         figures.rates.append(len(latencies) / told["seconds"])
                         figures.p50.append(latencies[len(latencies) // 2])
                         figures.p99.append(latencies[int(len(latencies) * 0.99)])
@@ -130,7 +135,9 @@ def main() -> int:
     for database in options.databases.split(","):
         with tempfile.TemporaryDirectory() as folder:
             found = measure(database, Path(folder), options)
-        print(f"\n{database:<10} {'what':<7} {'conns':>5} {'server':<8}    rate    from–to         p50 ms   p99 ms p99/p50   CPU ms  of fastapi")
+        print(
+            f"\n{database:<10} {'what':<7} {'conns':>5} {'server':<8}    rate    from–to         p50 ms   p99 ms p99/p50   CPU ms  of fastapi"
+        )
         for (what, connections, kind), figures in found.items():
             bare = found.get((what, connections, "fastapi"))
             ratio = median(a / b for a, b in zip(figures.rates, bare.rates, strict=True)) if bare else 0

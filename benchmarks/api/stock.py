@@ -82,7 +82,9 @@ def stocked(url: str, trials: int, space: dict[str, Any]) -> None:
     with database.write() as session:
         study = store.create_study(session, definition, BEGAN)
     domain, rng = Domain(definition.base, definition.space), random.Random(0)
-    rows: dict[type, list[dict[str, Any]]] = {kind: [] for kind in (TrialRow, RunRow, AttemptRow, ArtifactRow, EventRow)}
+    rows: dict[type, list[dict[str, Any]]] = {
+        kind: [] for kind in (TrialRow, RunRow, AttemptRow, ArtifactRow, EventRow)
+    }
     seen: set[str] = set()
     while len(seen) < trials:
         spec = domain.spec(point := domain.random(rng), GangConfig())
@@ -103,7 +105,9 @@ def stocked(url: str, trials: int, space: dict[str, Any]) -> None:
     database.close()
 
 
-def _rows_of(number: int, study_id: int, spec: Any, point: Any, rng: random.Random) -> list[tuple[type, dict[str, Any]]]:
+def _rows_of(
+    number: int, study_id: int, spec: Any, point: Any, rng: random.Random
+) -> list[tuple[type, dict[str, Any]]]:
     prediction, began = predict(spec), BEGAN + timedelta(seconds=20 * number)
     ended = began + timedelta(seconds=15)
     bpb, size = 3 - 0.1 * log(prediction.parameters) + rng.gauss(0, 0.01), prediction.artifact_bytes
