@@ -211,6 +211,19 @@ class TagsIn(Input):
     tags: tuple[Tag, ...] = Field(max_length=MOST_TAGS)
 
 
+class SeedsIn(Input):
+    """Further seeds for a complete trial: these, or so many of those that its study lists and the trial has not had."""
+
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(default=(), max_length=64)
+    count: int = Field(default=0, ge=0, le=64)
+
+    @model_validator(mode="after")
+    def _check(self) -> "SeedsIn":
+        if bool(self.seeds) == bool(self.count):
+            raise FieldError("seeds", list(self.seeds), "give either seeds, or how many as count")
+        return self
+
+
 class NoteIn(Input):
     """A note about a trial: plain text."""
 

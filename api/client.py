@@ -30,6 +30,7 @@ from api.schemas import (
     NoteOut,
     Page,
     RecipeOut,
+    RunOut,
     StudyOut,
     SubmittedOut,
     TagsOut,
@@ -205,6 +206,19 @@ class Caddie(Connection):
 
     def cancel(self, study: str, number: int) -> TrialOut:
         return self._read("POST", f"/v1/studies/{_quoted(study)}/trials/{number}/cancel", TrialOut)
+
+    def retry(self, study: str, number: int) -> TrialOut:
+        """Queue a failed or cancelled trial once more. Not repeated: it might retry what failed meanwhile."""
+        return self._read("POST", f"{_trials(study)}/{number}/retry", TrialOut)
+
+    def add_seeds(self, study: str, number: int, seeds: Sequence[int] = (), *, count: int = 0) -> list[RunOut]:
+        """Run a complete trial at these seeds, or at so many more of its study's list."""
+        body = {"seeds": list(seeds)} if seeds else {"count": count}
+        return self._read("POST", f"{_trials(study)}/{number}/seeds", Page[RunOut], body=body).items
+
+    def cancel_run(self, study: str, number: int, run: int) -> RunOut:
+        """End one queued or running seed of a complete trial."""
+        return self._read("POST", f"{_trials(study)}/{number}/runs/{run}/cancel", RunOut)
 
     def measurements(self, study: str, number: int) -> list[MeasurementOut]:
         path = f"/v1/studies/{_quoted(study)}/trials/{number}/measurements"

@@ -361,8 +361,9 @@ def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[R
         return RunState.SUCCEEDED, TrialState.COMPLETE
     if ended.outcome is Outcome.STOPPED:
         return RunState.STOPPED, TrialState.PRUNED
-    made = select(AttemptRow.outcome, AttemptRow.cause).where(AttemptRow.run_id == run_id)
-    ends = session.execute(made.where(AttemptRow.outcome.is_not(None))).all()
+    made = select(AttemptRow.outcome, AttemptRow.cause).join(RunRow, RunRow.id == AttemptRow.run_id)
+    counted = (AttemptRow.outcome.is_not(None), AttemptRow.number > RunRow.forgiven)
+    ends = session.execute(made.where(RunRow.id == run_id, *counted)).all()
     spent = (
         sum(end.outcome not in UNCHARGED for end in ends) >= MAX_ATTEMPTS,
         sum(end.outcome == Outcome.LOST for end in ends) >= MAX_LOST,
