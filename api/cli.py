@@ -64,7 +64,7 @@ app.add_typer(cli_tokens.app, name="token", rich_help_panel=ALL)
 def main() -> None:
     """The console script."""
     try:
-        code: Any = app(standalone_mode=False)  # what a command exits with; nothing where it just ends
+        code: Any = app(prog_name="caddie", standalone_mode=False)  # what it exits with; nothing where it just ends
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

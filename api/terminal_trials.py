@@ -78,7 +78,8 @@ def attempts_table(trial: TrialOut) -> Grid:
             scored = run.scores if attempt.outcome == "succeeded" else None
             rows.append((
                 *named, str(attempt.id), attempt.outcome or attempt.phase or "running",
-                bpb_text(scored and scored.val_bpb), f"{attempt.cost.seconds:,.1f}", f"{attempt.cost.dollars:,.2f}",
+                bpb_text(scored.val_bpb if scored else None), f"{attempt.cost.seconds:,.1f}",
+                f"{attempt.cost.dollars:,.2f}",
                 attempt.gang or "–", attempt.reason or "",
             ))  # fmt: skip
     return Grid(columns, rows)
