@@ -545,7 +545,7 @@ def test_the_shell_offers_names_numbers_recipes_and_paths(
 
 def test_every_path_that_the_shell_offers_is_one_of_a_spec() -> None:
     paths = spec_paths()
-    assert {"seed", "model.width", "sharing.lora.rank", "sharing.tying", "gang.ranks"} <= set(paths)
+    assert {"seed", "model.width", "sharing.lora.rank", "sharing.tying.pattern", "gang.ranks"} <= set(paths)
     for path in paths:
         value: Any = parse_spec(load_recipe("laptop"))
         for part in path.split("."):

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import random
+import re
 import socket
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -205,3 +206,16 @@ def test_a_server_that_is_not_there_is_unreachable() -> None:
         port = listener.getsockname()[1]
     with Caddie(f"http://127.0.0.1:{port}") as nobody, pytest.raises(Unreachable, match=f"127.0.0.1:{port}"):
         nobody.ready()
+
+
+def test_the_readmes_python_runs(
+    caddie: Caddie, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    caddie.create_study({**STUDY, "name": "my-study"})
+    monkeypatch.setenv("CADDIE_URL", url)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(block, {})
+    printed = capsys.readouterr().out
+    assert not blocks or ("trial.queued" in printed and "not-found no artifact of trial 0" in printed)
