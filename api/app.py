@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
+from starlette.routing import Match
 
 from api import (
     cluster,
@@ -42,7 +43,14 @@ from orchestrator.database import Database
 from orchestrator.executors import Executors
 from orchestrator.settings import GPU_HOUR_DOLLARS
 
+VERSION_1 = (studies, trials, verdicts, imports, preview, cluster, logs, executors, events, tokens)
+PAGES = (
+    studies_page, study_page, trial_page, trial_actions, new_trial_page, compare_page, cluster_page, docs_page, sign_in,
+)  # fmt: skip
 DOOR_STATUSES, BODY_STATUSES = (401, 403, 429, 503), (400, 408, 413)
+
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def create_app(
@@ -71,23 +79,10 @@ def create_app(
     app.add_middleware(Doors, admission=app.state.admission, door=door, routes=app.router.routes)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, cluster, logs, executors, events):
+    for module in VERSION_1:
         version_1.include_router(module.router)
-    version_1.include_router(tokens.router)
-    app.include_router(version_1)
-    app.include_router(health.router)
-    for shown in (
-        studies_page,
-        study_page,
-        trial_page,
-        trial_actions,
-        new_trial_page,
-        compare_page,
-        cluster_page,
-        docs_page,
-    ):
-        app.include_router(shown.router)
-    app.include_router(sign_in.router)
+    for router in (version_1, health.router, *(module.router for module in PAGES)):
+        app.include_router(router)
     pages.mount_assets(app)
     if dashboard:
         Dashboard(database).mount(app)
@@ -111,10 +106,18 @@ def _install_errors(app: FastAPI) -> None:
         details = problem_of(error)
         if pages.wants_page(request):
             return pages.error_page(request, details)
-        return respond(details, getattr(error, "headers", None))
+        headers = _allowed(request) if details.status == 405 else getattr(error, "headers", None)
+        return respond(details, headers)
 
     for expected in (*EXPECTED, Exception):
         app.add_exception_handler(expected, answer)
+
+
+def _allowed(request: Request) -> dict[str, str]:
+    """Every method that the path takes: Starlette names those of the first route that has it."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    routes = request.app.routes
+    return {"Allow": ", ".join(m for m in METHODS if any(r.matches(scopes[m])[0] is Match.FULL for r in routes))}
 
 
 def _declare_problems(app: FastAPI) -> None:
@@ -122,6 +125,8 @@ def _declare_problems(app: FastAPI) -> None:
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:  # completed already
+            return app.openapi_schema
         document = describe()
         components = document["components"]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
