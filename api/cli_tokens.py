@@ -1,13 +1,14 @@
-"""Commands about tokens: who may use a server."""
+"""Commands about who may use a server, and who did what with it."""
 
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
 from api.cli_processes import database_errors
-from api.credentials import MadeTokenOut, TokenIn, TokenOut
+from api.credentials import AuditOut, MadeTokenOut, TokenIn, TokenOut
 from api.options import AsJson, answer, connect
 from api.tables import Column, Grid
 from api.terminal import time_text
@@ -43,12 +44,7 @@ def list_tokens(as_json: AsJson = False) -> None:
     """All tokens, revoked and expired ones included."""
     with connect() as caddie:
         tokens = caddie.tokens()
-    columns = (
-        Column("id"), Column("name", left=True, cut=20), Column("role", left=True), Column("ends", left=True),
-        Column("last used", left=True),
-    )  # fmt: skip
-    cells = [(str(token.id), token.name, token.role.value, _end(token), _time(token.last_used_at)) for token in tokens]
-    answer(tokens, as_json, Grid(columns, cells))
+    answer(tokens, as_json, _tokens_table(tokens))
 
 
 @app.command("revoke")
@@ -61,12 +57,21 @@ def revoke(
     answer(token, as_json, f"token {token.id} of {token.name} is revoked")
 
 
-def _end(token: TokenOut) -> str:
-    return "revoked" if token.revoked_at is not None else _time(token.expires_at)
+def me(as_json: AsJson = False) -> None:
+    """Who the server takes you for, and what you may do."""
+    with connect() as caddie:
+        found = caddie.me()
+    answer(found, as_json, f"{found.name}, {found.role}")
 
 
-def _time(at: datetime | None) -> str:
-    return "never" if at is None else time_text(at)
+def audit(
+    limit: Annotated[int, typer.Option("--limit", "-n", help="How many at the most.", min=1, max=500)] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Who wrote what, latest first."""
+    with connect() as caddie:
+        found = caddie.audit(limit)
+    answer(found, as_json, _audit_table(found))
 
 
 def _create_here(body: TokenIn) -> MadeTokenOut:
@@ -89,3 +94,27 @@ def _create_here(body: TokenIn) -> MadeTokenOut:
     finally:
         database.close()
     return MadeTokenOut(**TokenOut.of(token).model_dump(), token=text)
+
+
+def _tokens_table(tokens: Sequence[TokenOut]) -> Grid:
+    columns = (
+        Column("id"), Column("name", left=True, cut=12), Column("role", left=True), Column("ends", left=True),
+        Column("last used", 1, left=True), Column("created", 2, left=True),
+    )  # fmt: skip
+    cells = [
+        (
+            str(token.id), token.name, token.role,
+            "revoked" if token.revoked_at else time_text(token.expires_at) if token.expires_at else "never",
+            time_text(token.last_used_at), time_text(token.created_at),
+        )
+        for token in tokens
+    ]  # fmt: skip
+    return Grid(columns, cells)
+
+
+def _audit_table(entries: Sequence[AuditOut]) -> Grid:
+    columns = (
+        Column("id", 1), Column("at", left=True), Column("who", left=True, cut=12), Column("what", left=True),
+        Column("of", left=True, cut=20),
+    )  # fmt: skip
+    return Grid(columns, [(str(one.id), time_text(one.at), one.actor, one.action, one.subject) for one in entries])

@@ -41,7 +41,7 @@ class TokenOut(BaseModel):
     last_used_at: datetime | None
 
     @classmethod
-    def of(cls, token: Token) -> "TokenOut":
+    def of(cls, token: "Token") -> "TokenOut":
         return cls(**{name: getattr(token, name) for name in TokenOut.model_fields})
 
 

@@ -31,13 +31,13 @@ HEADERS = {
 def page(request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
     """A template rendered, under the policy that our pages load nothing but our own files.
 
-    Every template knows the `path` it is shown at, who reads it (`principal`), whether they may change anything, and
-    the token that its forms send back.
+    Every template knows the `path` it is shown at, who reads it (`principal`, None before a sign-in), whether they may
+    change anything, and the token that its forms send back.
     """
     templates: Environment = request.app.state.templates
-    principal: Principal | None = request.state.principal  # None at the sign-in
+    principal: Principal | None = getattr(request.state, "principal", None)
     shared = {
-        "path": request.url.path, "principal": principal, "csrf": request.state.csrf,
+        "path": request.url.path, "principal": principal, "csrf": getattr(request.state, "csrf", ""),
         "may_write": principal is not None and principal.role.includes(Role.SUBMITTER),
     }  # fmt: skip
     return HTMLResponse(templates.get_template(template).render(shared, **facts), status, headers=HEADERS)

@@ -3,14 +3,14 @@
 import base64
 import logging
 from functools import partial
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.responses import FileResponse
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from api.bodies import BatchIn, NoteIn, Tag, TagsIn, TrialIn
+from api.bodies import BatchIn, NoteIn, SeedsIn, Tag, TagsIn, TrialIn
 from api.context import (
     LARGEST_ID,
     After,
@@ -25,6 +25,7 @@ from api.context import (
 )
 from api.intake import Submission, Taken, take
 from api.problems import responses
+from api.ranges import StoredFile
 from api.reports import LedgerOut
 from api.schemas import (
     BatchedOut,
@@ -33,13 +34,14 @@ from api.schemas import (
     MeasurementOut,
     NoteOut,
     Page,
+    RunOut,
     SubmittedOut,
     TagsOut,
     TrialOut,
     TrialSummary,
 )
 from api.submission import Asked, submit_batch
-from orchestrator import store
+from orchestrator import reopening, store
 from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.detail import get_detail
@@ -48,12 +50,14 @@ from orchestrator.labels import add_note, delete_note, list_notes, list_tags, se
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import TrialState
 from orchestrator.listing import Order, Place, Sort, Wanted, list_page, read_place
+from orchestrator.seeds import ask_seeds, cancel_seed
 from orchestrator.study import Artifact, Attempt, Origin, Trial, Verdict
 from worker.shape import FieldError
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/studies/{study}/trials", tags=["trials"], responses=responses(404, 422))
 
+RunId = Annotated[int, Path(ge=1, le=LARGEST_ID)]
 NoteId = Annotated[int, Path(ge=1, le=LARGEST_ID)]
 Sorting = Literal[
     "number", "-number", "val_bpb", "-val_bpb", "artifact_bytes", "-artifact_bytes",
@@ -166,6 +170,38 @@ def cancel_trial(study: StudyName, number: TrialNumber, context: ContextOf, writ
     return described
 
 
+@router.post("/{number}/retry", responses=responses(409))
+def retry_trial(study: StudyName, number: TrialNumber, context: ContextOf, writer: WriterOf) -> TrialOut:
+    """Queue a failed or cancelled trial once more, with attempts as if it had had none."""
+    with writer.write("trial.retry", f"studies/{study}/trials/{number}") as session:
+        trial = reopening.retry_trial(session, store.get_study(session, study).id, number, writer.now)
+        described = describe(session, study, trial, context)
+    log.info("trial %d of study %s is tried again", number, study, extra={"trial_id": trial.id})
+    return described
+
+
+@router.post("/{number}/seeds", status_code=201, responses=responses(400, 409, 415))
+def add_seeds(
+    study: StudyName, number: TrialNumber, body: SeedsIn, context: ContextOf, writer: WriterOf
+) -> Page[RunOut]:
+    """Run a complete trial at further seeds, which its leaderboard row then is the mean of."""
+    with writer.write("trial.seeds", f"studies/{study}/trials/{number}") as session:
+        found = store.get_study(session, study)
+        runs = ask_seeds(session, found, number, writer.now, named=body.seeds, count=body.count)
+    log.info("trial %d of study %s runs at %d more seeds", number, study, len(runs))
+    return Page(items=[RunOut.of(run, (), context.gpu_hour_dollars) for run in runs])
+
+
+@router.post("/{number}/runs/{run}/cancel", responses=responses(409))
+def cancel_run(study: StudyName, number: TrialNumber, run: RunId, context: ContextOf, writer: WriterOf) -> RunOut:
+    """End one queued or running seed of a complete trial; its gang is stopped."""
+    with writer.write("run.cancel", f"studies/{study}/trials/{number}/runs/{run}") as session:
+        cancelled = cancel_seed(session, store.get_study(session, study).id, number, run, writer.now)
+        attempts = store.list_attempts(session, cancelled.trial_id)
+    log.info("run %d of trial %d of study %s was cancelled", run, number, study)
+    return RunOut.of(cancelled, attempts, context.gpu_hour_dollars)
+
+
 @router.put("/{number}/tags", responses=responses(400, 415))
 def tag_trial(study: StudyName, number: TrialNumber, body: TagsIn, writer: WriterOf) -> TagsOut:
     """Give the trial these tags, and take all others from it."""
@@ -231,7 +267,13 @@ def list_measurements(study: StudyName, number: TrialNumber, database: DatabaseO
     return Page(items=[MeasurementOut.of(progress) for progress in measured])
 
 
-@router.get("/{number}/artifact", response_class=FileResponse, responses=responses(410))
+ARTIFACT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    **responses(410, 416), 206: {"description": "The range that was asked for"}
+}  # fmt: skip
+
+
+@router.get("/{number}/artifact", response_class=FileResponse, responses=ARTIFACT_ANSWERS)
+@router.head("/{number}/artifact", name="head_artifact", response_class=FileResponse, responses=ARTIFACT_ANSWERS)
 def get_artifact(study: StudyName, number: TrialNumber, context: ContextOf) -> FileResponse:
     """The stored model's bytes, whole or by range, with their digest (RFC 9530)."""
     with context.database.read() as session:
@@ -243,10 +285,8 @@ def get_artifact(study: StudyName, number: TrialNumber, context: ContextOf) -> F
     if not path.is_file():
         raise DamagedArtifact(f"artifact {artifact.uri} is missing")
     digest = base64.b64encode(bytes.fromhex(artifact.sha256)).decode()
-    return FileResponse(
-        path, media_type="application/octet-stream", filename=f"{study}-{number}.caddie",
-        headers={"Repr-Digest": f"sha-256=:{digest}:", "ETag": f'"{artifact.sha256}"'},
-    )  # fmt: skip
+    headers = {"Repr-Digest": f"sha-256=:{digest}:", "ETag": f'"{artifact.sha256}"'}
+    return StoredFile(path, artifact.bytes, f"{study}-{number}.caddie", headers)
 
 
 def artifact_of(trial: Trial, attempts: tuple[Attempt, ...]) -> Artifact | None:

@@ -5,6 +5,7 @@ from datetime import datetime
 from enum import StrEnum
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
+"""What a principal may be called."""
 
 
 class Role(StrEnum):
