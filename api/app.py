@@ -76,6 +76,7 @@ def create_app(
     app.state.context = Context(database, store, gpu_hour_dollars)
     app.state.executors = Executors(database)
     door = door or Door()
+    app.state.door = door
     app.state.admission = Admission(database, door)
     app.add_middleware(Doors, admission=app.state.admission, door=door, routes=app.router.routes)
     app.state.metrics = metrics.Metrics(database, gpu_hour_dollars)
