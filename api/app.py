@@ -1,6 +1,7 @@
 """The application: /v1, the pages, Optuna's dashboard, and one answer to every error."""
 
 import json
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,38 @@ from api import (
     compare_page,
     docs_page,
     events,
+    executors,
     health,
     imports,
     logs,
     new_trial_page,
     pages,
     preview,
+    sign_in,
     studies,
     studies_page,
     study_page,
+    tokens,
+    trial_actions,
     trial_page,
     trials,
     verdicts,
 )
+from api.admission import Admission, Door
 from api.context import Context
 from api.dashboard import Dashboard
+from api.doors import Doors
 from api.problems import EXPECTED, MEDIA_TYPE, problem_of, respond
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
+from orchestrator.executors import Executors
 from orchestrator.settings import GPU_HOUR_DOLLARS
+
+VERSION_1 = (studies, trials, verdicts, imports, preview, cluster, logs, executors, events, tokens)
+PAGES = (
+    studies_page, study_page, trial_page, trial_actions, new_trial_page, compare_page, cluster_page, docs_page, sign_in,
+)  # fmt: skip
+DOOR_STATUSES, BODY_STATUSES = (401, 403, 429, 503), (400, 408, 413)
 
 
 def create_app(
@@ -41,10 +55,12 @@ def create_app(
     artifacts: Path | None = None,
     dashboard: bool = True,
     gpu_hour_dollars: float = GPU_HOUR_DOLLARS,
+    door: Door | None = None,
 ) -> FastAPI:
     """The application over this database. Loads neither torch nor ray; optuna with the first visit to its dashboard.
 
     `artifacts` is the folder that artifacts are downloaded from; without it there are none to download.
+    Without a `door` it is that of a server that this machine alone reaches.
     """
     # FastAPI's own documentation pages load scripts from other hosts.
     app = FastAPI(
@@ -53,19 +69,22 @@ def create_app(
     )  # fmt: skip
     store = ArtifactStore(artifacts) if artifacts is not None else None
     app.state.context = Context(database, store, gpu_hour_dollars)
+    app.state.executors = Executors(database)
+    door = door or Door()
+    app.state.admission = Admission(database, door)
+    app.add_middleware(Doors, admission=app.state.admission, door=door, routes=app.router.routes)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
-    for module in (studies, trials, verdicts, imports, preview, cluster, logs, events):
+    for module in VERSION_1:
         version_1.include_router(module.router)
-    app.include_router(version_1)
-    app.include_router(health.router)
-    for shown in (studies_page, study_page, trial_page, new_trial_page, compare_page, cluster_page, docs_page):
-        app.include_router(shown.router)
+    for router in (version_1, health.router, *(module.router for module in PAGES)):
+        app.include_router(router)
     pages.mount_assets(app)
     if dashboard:
         Dashboard(database).mount(app)
     _install_errors(app)
     _declare_problems(app)
+    _keep_to_3_1(app)
     return app
 
 
@@ -90,16 +109,47 @@ def _install_errors(app: FastAPI) -> None:
 
 
 def _declare_problems(app: FastAPI) -> None:
-    """Give the errors of the OpenAPI document the media type that they are sent with."""
+    """Complete the OpenAPI document: who may call what, what the door answers, and the type of problems."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = describe()
+        components = document["components"]
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        schema = {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}
+        components["responses"] = {
+            f"Problem{status}": {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: schema}}
+            for status in (*DOOR_STATUSES, *BODY_STATUSES)
+        }
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                answers = operation["responses"]
+                for status in answers.keys() & {str(one) for one in range(400, 600)}:
+                    answers[status]["content"] = {MEDIA_TYPE: next(iter(answers[status]["content"].values()))}
+                by_the_door: tuple[int, ...] = BODY_STATUSES if "requestBody" in operation else ()
+                if path.startswith("/v1/") or path == "/metrics":
+                    operation.setdefault("x-role", "viewer" if method == "get" else "submitter")
+                    operation["security"] = [{"token": []}]
+                    by_the_door += DOOR_STATUSES
+                for status in by_the_door:
+                    answers.setdefault(str(status), {"$ref": f"#/components/responses/Problem{status}"})
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _keep_to_3_1(app: FastAPI) -> None:
+    """Declare one event as a stream's schema: FastAPI does so by a key of OpenAPI 3.2."""
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = describe()
         for operations in document["paths"].values():
             for operation in operations.values():
-                for status, response in operation["responses"].items():
-                    if int(status) >= 400:
-                        response["content"] = {MEDIA_TYPE: next(iter(response["content"].values()))}
+                for response in operation["responses"].values():
+                    for media in response.get("content", {}).values():
+                        if "itemSchema" in media:
+                            media["schema"] = media.pop("itemSchema")
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

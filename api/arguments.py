@@ -1,6 +1,7 @@
 """What the command line is given: specs, files and values, read. All raise InvalidSpec, naming what is wrong."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,23 @@ def read_results(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
             message = f"value {number} must be an object with a spec and a result"
             raise InvalidSpec((Problem("file", str(path), message),))
         yield value["spec"], value["result"]
+
+
+def read_bodies(path: Path) -> list[dict[str, Any]]:
+    """The trials that a file has, as the API takes them: a list in YAML or JSON, or JSON one a line; - is stdin.
+
+    Each is a mapping that may have spec, recipe, size, params, overrides and allow_duplicate.
+    """
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if line.strip()]
+        by_line = len(lines) > 1 and all(line.lstrip().startswith("{") for line in lines)
+        found = [json.loads(line) for line in lines] if by_line else read_yaml(text)
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        raise InvalidSpec((Problem("file", str(path), " ".join(str(error).split())),)) from None
+    if not isinstance(found, list) or not found or not all(isinstance(body, dict) for body in found):
+        raise InvalidSpec((Problem("file", str(path), "must hold a list of trials, each a mapping"),))
+    return found
 
 
 def overrides_of(pairs: list[str] | None) -> dict[str, Any]:

@@ -1,21 +1,27 @@
 """A typed client of the HTTP API: `with Caddie("http://127.0.0.1:8765") as caddie: caddie.leaderboard("sweep")`."""
 
+import base64
 import hashlib
 import os
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from urllib.parse import quote, urlencode
 
-from api.connection import ATTEMPTS, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from pydantic import TypeAdapter
+
+from api.connection import ATTEMPTS, LIVE, ApiError, BadAnswer, ClientError, Connection, Unreachable, announced
+from api.credentials import AuditOut, MadeTokenOut, MeOut, TokenOut
+from api.desk import AskIn, AskOut, DirectiveOut, ReportIn, TellIn, ToldOut
 from api.lanes import ClusterOut
 from api.lines import LogLineOut
 from api.previews import PreviewOut, StudyPreviewOut
-from api.reports import ImportanceOut, LedgerOut, ParetoOut, StoppingOut
+from api.reports import ArmsOut, ImportanceOut, LedgerOut, ParetoOut, StoppingOut
 from api.schemas import (
     ActivityOut,
+    ArtifactOut,
     BatchedOut,
     BatchOut,
     EventOut,
@@ -34,11 +40,26 @@ from api.standings import LeaderboardOut, VerdictOut
 from orchestrator.lifecycle import TrialState
 from orchestrator.settings import Settings
 from orchestrator.study import Origin, Verdict
+from worker.spec import GangConfig
 
 __all__ = ["ApiError", "BadAnswer", "Caddie", "ClientError", "Unreachable"]
 
 WAIT_POLL_SECONDS = 0.5
 OPEN = ("queued", "running")
+LOG_LINES = TypeAdapter(list[LogLineOut])
+
+
+class Wanted(TypedDict, total=False):
+    """Which trials of a study, and in which order: a trial must have one of each list, and every tag."""
+
+    state: Sequence[TrialState]
+    origin: Sequence[Origin]
+    verdict: Sequence[Verdict]
+    arm: Sequence[str]
+    tag: Sequence[str]
+    sort: str
+    """number, val_bpb, artifact_bytes, created_at or finished_at; -val_bpb is worst first."""
+    page_size: int
 
 
 class Caddie(Connection):
@@ -121,6 +142,10 @@ class Caddie(Connection):
         """What each gang does, and did within the last hours; how much of it was idle, and what waits."""
         return self._read("GET", f"/v1/cluster?hours={hours}", ClusterOut)
 
+    def arms(self, study: str) -> ArmsOut:
+        """What proposed the study's trials, and what came of it."""
+        return self._read("GET", f"/v1/studies/{_quoted(study)}/arms", ArmsOut)
+
     def activity(self, study: str) -> list[ActivityOut]:
         """What the study's gangs do now."""
         return self._read("GET", f"/v1/studies/{_quoted(study)}/activity", Page[ActivityOut]).items
@@ -147,20 +172,14 @@ class Caddie(Connection):
         path, body = f"/v1/studies/{_quoted(study)}/imports", {"spec": spec, "result": result}
         return self._read("POST", path, TrialOut, body=body, headers=headers, attempts=ATTEMPTS)
 
-    def trials(
-        self,
-        study: str,
-        *,
-        state: Sequence[TrialState] = (),
-        origin: Sequence[Origin] = (),
-        verdict: Sequence[Verdict] = (),
-        arm: Sequence[str] = (),
-        tag: Sequence[str] = (),
-        sort: str = "number",
-    ) -> list[TrialSummary]:
-        """Every trial of the study that meets all of these, by number or as `sort` says: -val_bpb is worst first."""
-        query = {"state": state, "origin": origin, "verdict": verdict, "arm": arm, "tag": tag, "sort": sort}
-        return list(self._pages(f"{_trials(study)}?{urlencode(query, doseq=True)}", Page[TrialSummary]))
+    def iter_trials(self, study: str, **wanted: Unpack[Wanted]) -> Iterator[TrialSummary]:
+        """The study's trials that meet all that is wanted. Pages are fetched as they are asked for."""
+        limit = wanted.pop("page_size", self._page_size)
+        return self._pages(_trials(study), Page[TrialSummary], {**wanted, "limit": limit})
+
+    def trials(self, study: str, **wanted: Unpack[Wanted]) -> list[TrialSummary]:
+        """Every trial of the study that meets all that is wanted, by number where it does not say how to sort."""
+        return list(self.iter_trials(study, **wanted))
 
     def tag(self, study: str, number: int, tags: Sequence[str]) -> list[str]:
         """Give the trial these tags, and take all others from it."""
@@ -194,27 +213,51 @@ class Caddie(Connection):
     def logs(
         self, study: str, number: int, *, attempt: int | None = None, after: int = 0, tail: int | None = None
     ) -> list[LogLineOut]:
-        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, 1,000
-        at the most, or of those the last."""
+        """What an attempt at the trial has logged, by default the latest one: the lines numbered above `after`, or of
+        those the last, 1,000 at the most."""
         chosen = {"attempt": attempt, "after": after, "tail": tail}
-        query = urlencode({name: value for name, value in chosen.items() if value is not None})
-        path = f"/v1/studies/{_quoted(study)}/trials/{number}/logs?{query}"
-        return self._read("GET", path, Page[LogLineOut]).items
+        query = {name: value for name, value in chosen.items() if value is not None}
+        path = f"{_trials(study)}/{number}/logs"
+        if tail is None:
+            return list(self._pages(path, Page[LogLineOut], query))
+        return self._read("GET", f"{path}?{urlencode(query)}", Page[LogLineOut]).items
 
     def follow_logs(self, study: str, number: int, *, tail: int = 100) -> Generator[LogLineOut]:
-        """The last lines of the trial's latest attempt, then all that come, until the trial has ended."""
-        attempt, lines = 0, self.logs(study, number, tail=tail)
-        while True:
-            over = self.trial(study, number).state not in OPEN
-            for said in lines:
-                yield said
-                attempt, after = said.attempt_id, said.number
-            latest = self.logs(study, number, tail=1)
-            again = bool(latest) and latest[0].attempt_id == attempt
-            lines = self.logs(study, number, after=after if again else 0) if latest else []
-            if over and not lines:
+        """The last lines that the trial's attempts have logged, then all that come, until the trial has ended."""
+        for message in self._follow(f"{_trials(study)}/{number}/logs/stream?tail={tail}"):
+            if message.kind == "end":
                 return
-            time.sleep(0 if lines else WAIT_POLL_SECONDS)
+            if not message.kind:
+                yield from LOG_LINES.validate_json(message.data)
+
+    def ask(
+        self, study: str, executor: str, *, gang: GangConfig | None = None, lease_seconds: float = 60.0
+    ) -> AskOut | None:
+        """A run to execute, under a lease; None where there is nothing to do now. Not repeated: where no answer came,
+        a run that was given out goes back to the queue once its lease has run out."""
+        body = AskIn(executor=executor, gang=gang, lease_seconds=lease_seconds).model_dump(mode="json")
+        answer = self._send("POST", f"/v1/studies/{_quoted(study)}/ask", body=body, attempts=1)
+        return None if answer.status_code == 204 else AskOut.model_validate_json(answer.content)
+
+    def report(self, asked: AskOut, body: ReportIn | None = None) -> DirectiveOut:
+        """Say what the attempt has measured and logged, or only that it goes on; whether it should. Raises ApiError of
+        kind lease-lost where it is not ours any more."""
+        path = f"/v1/attempts/{asked.attempt_id}/report"
+        said = (body or ReportIn()).model_dump(mode="json")
+        return self._read("POST", path, DirectiveOut, body=said, headers=_lease(asked), attempts=ATTEMPTS)
+
+    def put_artifact(self, asked: AskOut, data: bytes) -> ArtifactOut:
+        """Store the model's bytes, before the attempt is told to have succeeded."""
+        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        headers = {**_lease(asked), "Repr-Digest": f"sha-256=:{digest}:"}
+        path = f"/v1/attempts/{asked.attempt_id}/artifact"
+        answer = self._send("PUT", path, content=data, headers=headers, attempts=ATTEMPTS)
+        return ArtifactOut.model_validate_json(answer.content)
+
+    def tell(self, asked: AskOut, body: TellIn) -> ToldOut:
+        """End the attempt; safe to repeat."""
+        path, said = f"/v1/attempts/{asked.attempt_id}/tell", body.model_dump(mode="json")
+        return self._read("POST", path, ToldOut, body=said, headers=_lease(asked), attempts=ATTEMPTS)
 
     def wait(self, study: str, number: int, run_id: int | None = None) -> TrialOut:
         """The trial, once it and this run of it have ended."""
@@ -243,16 +286,44 @@ class Caddie(Connection):
         """The stored model, in a file that is there once it is whole; an interrupted download is gone on with."""
         return self._download(f"/v1/studies/{_quoted(study)}/trials/{number}/artifact", file)
 
-    def events(self, study: str | None = None, after: int = 0) -> Generator[EventOut]:
-        """State changes with ids above `after`, for ever: of one study, or of all. Goes on where a connection broke."""
+    def me(self) -> MeOut:
+        """Who the server takes us for."""
+        return self._read("GET", "/v1/me", MeOut)
+
+    def create_token(self, body: Mapping[str, Any]) -> MadeTokenOut:
+        """Make a token; the body is a TokenIn. Not repeated: a second one would find the name taken."""
+        return self._read("POST", "/v1/tokens", MadeTokenOut, body=body)
+
+    def tokens(self) -> list[TokenOut]:
+        return list(self._pages("/v1/tokens", Page[TokenOut]))
+
+    def revoke_token(self, token_id: int) -> TokenOut:
+        return self._read("DELETE", f"/v1/tokens/{token_id}", TokenOut, attempts=ATTEMPTS)
+
+    def audit(self, limit: int = 100) -> list[AuditOut]:
+        """The latest writes, latest first."""
+        return self._read("GET", f"/v1/audit?limit={limit}", Page[AuditOut]).items
+
+    def events(self, study: str | None = None, after: int = 0, *, follow: bool = True) -> Generator[EventOut]:
+        """State changes with ids above `after`, of one study or of all; and then, where `follow`, what comes, for ever.
+        Goes on where a connection broke."""
         path = "/v1/events" if study is None else f"/v1/studies/{_quoted(study)}/events"
         for message in self._follow(path, str(after or "")):
             if not message.kind:
                 yield EventOut.model_validate_json(message.data)
+            elif (message.kind, message.data) == LIVE and not follow:
+                return
 
 
 def _trials(study: str) -> str:
     return f"/v1/studies/{_quoted(study)}/trials"
+
+
+_LINES = TypeAdapter(list[LogLineOut])
+
+
+def _lease(asked: AskOut) -> dict[str, str]:
+    return {"Caddie-Lease": asked.lease_token}
 
 
 def _quoted(part: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import urlencode
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -29,6 +29,9 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 5.0
 LONGEST_RETRY_AFTER_SECONDS = 60.0
 BUSY = (429, 503)
 """Statuses of a server that will answer later. At 429 nothing was begun, so that every request can be repeated."""
+COMMENT = ":"
+LIVE = (COMMENT, "live")
+"""The kind and the data of what says that all that was there has been sent."""
 CHUNK_BYTES = 1 << 20
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -61,7 +64,8 @@ class BadAnswer(ClientError):
 
 @dataclass(frozen=True)
 class Message:
-    """One server-sent event; `kind` is empty where it is unnamed, `id` where the stream gave none so far."""
+    """One server-sent event; `kind` is empty where it is unnamed, `id` where the stream gave none so far. A comment is
+    one of kind COMMENT."""
 
     kind: str
     id: str
@@ -103,16 +107,15 @@ class Connection:
                 f"{method} {path} answered what this version cannot read: {where}: {first['msg']}"
             ) from None
 
-    def _pages(self, path: str, kind: type[Page[Answer]]) -> Iterator[Answer]:
-        """The items of every page, which are fetched as they are asked for. The path may have a query."""
-        query = "&" if "?" in path else "?"
-        cursor = ""
+    def _pages(self, path: str, kind: type[Page[Answer]], query: Mapping[str, Any] | None = None) -> Iterator[Answer]:
+        """The items of every page, which are fetched as they are asked for."""
+        asked = {"limit": self._page_size, **(query or {})}
         while True:
-            page = self._read("GET", f"{path}{query}limit={self._page_size}{cursor}", kind)
+            page = self._read("GET", f"{path}?{urlencode(asked, doseq=True)}", kind)
             yield from page.items
             if page.next is None:
                 return
-            cursor = f"&{'cursor' if isinstance(page.next, str) else 'after'}={quote(str(page.next))}"
+            asked["cursor" if isinstance(page.next, str) else "after"] = page.next
 
     def _send(
         self,
@@ -120,6 +123,7 @@ class Connection:
         path: str,
         *,
         body: Mapping[str, Any] | None = None,
+        content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         attempts: int,
     ) -> httpx.Response:
@@ -127,7 +131,7 @@ class Connection:
         1 because that is not safe, it is after 429."""
         for attempt in range(ATTEMPTS):
             try:
-                answer = self._http.request(method, path, json=body, headers=headers)
+                answer = self._http.request(method, path, json=body, content=content, headers=headers)
             except httpx.TransportError as error:
                 if attempt >= attempts - 1:
                     raise self._unreachable(error) from None
@@ -208,7 +212,7 @@ class Connection:
 
 
 def messages(lines: Iterator[str], last_id: str = "") -> Iterator[Message]:
-    """A stream's events, by the lines of it. Comments, and events without data, are left out."""
+    """A stream's events and comments, by the lines of it."""
     data: list[str] = []
     kind = ""
     for line in lines:
@@ -218,6 +222,8 @@ def messages(lines: Iterator[str], last_id: str = "") -> Iterator[Message]:
             if data:
                 yield Message(kind, last_id, "\n".join(data))
             data, kind = [], ""
+        elif not name:
+            yield Message(COMMENT, last_id, value)
         elif name == "data":
             data.append(value)
         elif name == "event":

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from api.follow import Streams
 from api.kept import Kept
 from api.together import Together
-from orchestrator.access import LOCAL, Principal
+from orchestrator.access import Principal
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.audit import add_audit
 from orchestrator.calibration import Calibrations
@@ -79,7 +79,8 @@ async def _now() -> datetime:
 
 
 async def _principal(request: Request) -> Principal:
-    principal: Principal = getattr(request.state, "principal", LOCAL)
+    principal: Principal = request.state.principal
+    assert principal is not None, "a path without a door changes nothing and knows nobody"
     return principal
 
 

@@ -19,7 +19,8 @@ from rich.console import Console
 from api.client import Caddie, Unreachable
 from api.program import environment_of, program
 from api.standings import LeaderboardRow
-from api.terminal import leaderboard_table, watch_study
+from api.terminal_results import leaderboard_table
+from api.watch import watch_study
 from orchestrator.settings import KNOWN, Settings
 
 DEMO: dict[str, Any] = {

@@ -45,8 +45,12 @@ class Streams:
     async def follow(
         self, topic: Hashable, cursor: Hashable, read: Read, closing: Callable[[], bool]
     ) -> AsyncIterator[ServerSentEvent]:
-        """What `read` finds behind the cursor, and then what comes, until it is over or the server is closing."""
+        """What `read` finds behind the cursor, and then what comes, until it is over or the server is closing.
+
+        Once all that was there has been sent, a comment says so: `live`.
+        """
         yield ServerSentEvent(comment="open", retry=1000)
+        live = False
         while not closing():
             news = await self._look(topic, cursor, read)
             for event in news.events:
@@ -55,6 +59,9 @@ class Streams:
                 return
             cursor = news.cursor
             if not news.more:
+                if not live:
+                    live = True
+                    yield ServerSentEvent(comment="live")
                 await self._wait()
 
     async def _look(self, topic: Hashable, cursor: Hashable, read: Read) -> News:

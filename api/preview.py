@@ -24,7 +24,7 @@ router = APIRouter(tags=["preview"])
 SAMPLES, MOST_SAMPLES = 20, 1000
 
 
-@router.post("/preview", responses=responses(400, 404, 415, 422))
+@router.post("/preview", openapi_extra={"x-role": "viewer"}, responses=responses(400, 404, 415, 422))
 def preview_spec(body: PreviewIn, context: ContextOf) -> PreviewOut:
     """Predict a configuration's parameters and bytes. Nothing is stored."""
     if body.study is None:
@@ -37,7 +37,7 @@ def preview_spec(body: PreviewIn, context: ContextOf) -> PreviewOut:
     return preview(body.build(definition), caps, predict)
 
 
-@router.post("/studies/preview", responses=responses(400, 415, 422))
+@router.post("/studies/preview", openapi_extra={"x-role": "viewer"}, responses=responses(400, 415, 422))
 def preview_study(
     body: StudyIn,
     samples: Annotated[

@@ -7,12 +7,13 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from api.refusals import FieldProblem, ProblemDetails
 from orchestrator.artifacts import DamagedArtifact
-from orchestrator.errors import CaddieError, Conflict, IllegalMove, NotFound
+from orchestrator.errors import CaddieError, Conflict, IllegalMove, LeaseLost, NotFound
 from worker.shape import FieldError
 from worker.spec import InvalidSpec, Problem
 
@@ -22,13 +23,19 @@ LONGEST_TEXT = 500
 
 TITLES: dict[str, tuple[int, str]] = {
     "malformed-body": (400, "The body is not JSON"),
+    "unauthenticated": (401, "Nobody knows who asks"),
+    "forbidden": (403, "Whoever asks may not do this"),
     "not-found": (404, "There is no such thing"),
     "method-not-allowed": (405, "The method is not allowed here"),
+    "too-slow": (408, "The request did not arrive in time"),
     "conflict": (409, "What exists forbids it"),
+    "lease-lost": (409, "The attempt is not yours any more"),
     "illegal-move": (409, "The state does not allow it"),
     "damaged-artifact": (410, "The stored file is gone or damaged"),
+    "too-large": (413, "The body is too large"),
     "unsupported-media-type": (415, "The body must be JSON"),
     "invalid-input": (422, "The input is not valid"),
+    "too-many-requests": (429, "Too many requests"),
     "internal-error": (500, "Something is wrong on our side"),
     "not-ready": (503, "The service is not ready"),
 }
@@ -38,8 +45,18 @@ class NotReady(Exception):
     """The database cannot be reached, or is not migrated."""
 
 
+class Refusal(Exception):
+    """A request that goes no further: a kind of TITLES, why, and what the answer's headers say besides."""
+
+    def __init__(self, kind: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.headers = headers
+
+
 EXPECTED: tuple[type[Exception], ...] = (
-    CaddieError, DamagedArtifact, FieldError, HTTPException, InvalidSpec, NotReady, RequestValidationError,
+    CaddieError, DamagedArtifact, FieldError, HTTPException, InvalidSpec, NotReady, OperationalError, Refusal,
+    RequestValidationError, TimeoutError,
 )  # fmt: skip
 
 
@@ -62,6 +79,8 @@ def problem(
 def respond(details: ProblemDetails, headers: Mapping[str, str] | None = None) -> Response:
     """The problem as a response."""
     content = details.model_dump(exclude={"existing"} if details.existing is None else None)
+    if details.status == 503:
+        headers = {"Retry-After": "1", **(headers or {})}
     return JSONResponse(content, details.status, headers=headers, media_type=MEDIA_TYPE)
 
 
@@ -82,8 +101,14 @@ def problem_of(error: Exception) -> ProblemDetails:
         case IllegalMove():
             found = (Problem("state", error.state, f"must be {' or '.join(error.allowed)} to {error.move}"),)
             return problem("illegal-move", str(error), found)
+        case LeaseLost():
+            return problem("lease-lost", f"{error}: stop it, and do not tell of it")
         case DamagedArtifact():
             return problem("damaged-artifact", str(error))
+        case OperationalError() | TimeoutError():  # it is away, or all its connections are busy
+            return problem("not-ready", f"the database does not answer: {type(error).__name__}")
+        case Refusal():
+            return problem(error.kind, str(error))
         case NotReady():
             return problem("not-ready", str(error))
         case HTTPException():

@@ -1,11 +1,58 @@
-"""The HTTP server: uvicorn, with streams that end when it goes down."""
+"""The HTTP server: uvicorn, with streams that end when it goes down, and connections that nobody holds for ever."""
 
+import asyncio
 import socket
+from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from api.context import Context
+
+HEAD_SECONDS = 10.0
+MOST_CONNECTIONS = 1000
+
+
+class Impatient(H11Protocol):
+    """uvicorn's own protocol, which waits without end for the head of a request, and for the body of one that was
+    answered without it. The body of one that is being answered is the door's to time (`limits`)."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._relax()
+
+    def _expect(self) -> None:
+        """Give what the client owes us so many seconds, counted from its beginning."""
+        cycle: RequestResponseCycle | None = self.cycle
+        answered = cycle is None or cycle.response_complete
+        owes = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and answered
+        if not owes or self.timeout_keep_alive_task is not None:
+            self._relax()
+        elif self._patience is None:
+            self._patience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _relax(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
 
 class Server(uvicorn.Server):
@@ -17,7 +64,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, host=host, port=port, log_level=log_level, access_log=False, timeout_graceful_shutdown=10,
-                server_header=False, ws="none",
+                server_header=False, ws="none", http=Impatient, limit_concurrency=MOST_CONNECTIONS,
+                log_config=None,
             )
         )  # fmt: skip
 

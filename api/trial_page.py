@@ -1,5 +1,6 @@
 """The page of one trial, the part of it that changes, and its spec as a file."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -17,16 +18,22 @@ from api.pages import page
 from api.pictures import tying_picture
 from api.schemas import TrialOut, parameters_by_class
 from api.standings import VerdictOut
-from api.timeline import attempt_lanes
+from api.timeline import AttemptLane, attempt_lanes
 from api.trials import artifact_of, describe
 from api.verdicts import get_verdict
 from orchestrator import seeds, store
+from orchestrator.activity import list_trial_events
 from orchestrator.errors import CaddieError
-from orchestrator.lifecycle import OPEN_TRIALS, TrialState
+from orchestrator.lifecycle import OPEN_RUNS, OPEN_TRIALS, TrialState
+from orchestrator.logs import Logged, list_lines
 from orchestrator.standing import ranked
 from orchestrator.study import Study, Trial
+from worker.report import LogLine
 from worker.shape import FieldError
 from worker.spec import TrialSpec
+
+SHOWN_EVENTS = 200
+SHOWN_LINES = 300
 
 router = APIRouter(include_in_schema=False)
 
@@ -34,7 +41,10 @@ router = APIRouter(include_in_schema=False)
 @router.get("/studies/{study}/trials/{number}")
 def show_trial(request: Request, study: StudyName, number: TrialNumber, context: ContextOf, now: Now) -> HTMLResponse:
     """A trial: how it shares, its curves, bytes, attempts and spec, and what can be done with it."""
-    return page(request, "trial.html", base_url=request.base_url, **_facts(study, number, context, now))
+    facts = _facts(study, number, context, now)
+    with context.database.read() as session:
+        logged = list_lines(session, facts["trial_id"], tail=SHOWN_LINES)
+    return page(request, "trial.html", base_url=request.base_url, **facts, **_log(logged, facts["lanes"]))
 
 
 @router.get("/studies/{study}/trials/{number}/live")
@@ -70,10 +80,13 @@ def _facts(name: str, number: int, context: Context, now: datetime) -> dict[str,
         trial = store.get_trial(session, study.id, number)
         described = describe(session, study.name, trial, context)
         artifact = artifact_of(trial, store.list_attempts(session, trial.id))
+        events = list_trial_events(session, study.id, number, 0, SHOWN_EVENTS)
         leader, rival = _leaders(session, study, trial)
     return {
-        "study": study, "trial": described, "live": trial.state in OPEN_TRIALS, "leads": leader == number,
-        "rival": rival, "artifact": artifact, "lanes": attempt_lanes(described.runs, now),
+        "study": study, "trial": described, "trial_id": trial.id, "live": trial.state in OPEN_TRIALS,
+        "leads": leader == number,
+        "rival": rival, "artifact": artifact, "events": events[::-1], "seen": events[-1].id if events else 0,
+        "waits": any(run.state in OPEN_RUNS for run in described.runs), "lanes": attempt_lanes(described.runs, now),
         "verdict": _verdict(study, described, context), "spec_yaml": spec_yaml(trial.spec),
         "spec_name": spec_name(study.name, number), "differs": differences(study.definition.base, trial.spec),
         **_sharing(described), **_bytes(study, described),
@@ -94,6 +107,16 @@ def _verdict(study: Study, trial: TrialOut, context: Context) -> VerdictOut | No
         return get_verdict(study.name, trial.number, context.database)
     except (CaddieError, FieldError):
         return None
+
+
+def _log(logged: Sequence[Logged], lanes: Sequence[AttemptLane]) -> dict[str, Any]:
+    """The end of what its attempts said, attempt by attempt, and the cursor after it."""
+    names = {lane.attempt.id: f"seed {lane.run.seed}, attempt {lane.attempt.number}" for lane in lanes}
+    log: dict[int, tuple[str, list[LogLine]]] = {}
+    for one in logged:
+        log.setdefault(one.attempt_id, (names.get(one.attempt_id, ""), []))[1].append(one.said)
+    cursor = ",".join(f"{attempt_id}:{lines[-1].number}" for attempt_id, (_, lines) in log.items())
+    return {"log": log, "log_cursor": cursor}
 
 
 def _sharing(trial: TrialOut) -> dict[str, Any]:

@@ -68,8 +68,9 @@ async def _wanted(
     verdict: Annotated[tuple[Verdict, ...], Query()] = (),
     arm: Annotated[tuple[Name, ...], Query(max_length=32, description="As /arms names them.")] = (),
     tag: Annotated[tuple[Tag, ...], Query(max_length=32, description="It must have them all.")] = (),
+    after: Annotated[int, Query(ge=-1, le=LARGEST_ID, description="Only numbers above this.")] = -1,
 ) -> Wanted:
-    return Wanted(state, origin, verdict, arm, tag)
+    return Wanted(state, origin, verdict, arm, tag, after)
 
 
 WantedOf = Annotated[Wanted, Depends(_wanted)]

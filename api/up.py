@@ -9,15 +9,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from api.admission import Door, is_loopback
 from api.app import create_app
 from api.program import program
 from api.server import Server
 from orchestrator.database import Database
+from orchestrator.journal import write_journal
 from orchestrator.settings import Settings
+from orchestrator.tokens import digest, has_usable_token
 from worker.shape import FieldError
 
 log = logging.getLogger(__name__)
@@ -27,18 +31,24 @@ LOOK_SECONDS = 0.2
 
 def serve(settings: Settings, database: Database) -> None:
     """Serve the API until SIGINT or SIGTERM."""
-    app = create_app(database, artifacts=settings.artifacts, gpu_hour_dollars=settings.gpu_hour_dollars)
+    write_journal(logging.WARNING)
+    door = Door(
+        is_loopback(settings.host), None if settings.admin_token is None else digest(settings.admin_token),
+        settings.requests_per_second,
+    )  # fmt: skip
+    app = create_app(database, artifacts=settings.artifacts, gpu_hour_dollars=settings.gpu_hour_dollars, door=door)
     Server(app, host=settings.host, port=settings.port).run()
 
 
 def up(settings: Settings, environment: Mapping[str, str]) -> None:
     """Migrate, then serve with an orchestrator behind, until SIGINT or SIGTERM; then nothing of either is left.
 
-    Raises FieldError, before anything starts, where the port is taken.
+    Raises FieldError, before anything starts, where the port is taken, or where nobody could be told from anybody.
     """
     require_free_port(settings)
     database = Database(settings.database_url)
     database.migrate()
+    require_door(settings, database, datetime.now(UTC))
     settings.home.mkdir(parents=True, exist_ok=True)
     # One name for all the orchestrators that this process starts, so that each knows what the last one left.
     named = {**environment, "CADDIE_OWNER": settings.owner}
@@ -77,6 +87,18 @@ def require_free_port(settings: Settings) -> None:
             raise FieldError(
                 "CADDIE_PORT", settings.port, f"cannot listen on {settings.host}: {error.strerror}"
             ) from None
+
+
+def require_door(settings: Settings, database: Database, now: datetime) -> None:
+    """Raises FieldError where other machines could reach the API, and there is no token that opens it."""
+    if is_loopback(settings.host) or settings.admin_token is not None:
+        return
+    if not database.needs_migration():
+        with database.read() as session:
+            if has_usable_token(session, now):
+                return
+    how = "caddie token create NAME --role admin --local, or set CADDIE_ADMIN_TOKEN"
+    raise FieldError("CADDIE_HOST", settings.host, f"other machines reach this address: make a token first ({how})")
 
 
 class Orchestrator:

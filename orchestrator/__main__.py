@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
+from orchestrator.journal import write_journal
 from orchestrator.launcher import Launcher
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.loop import Loop, run
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--with-parent", action="store_true", help="stop when standard input closes: the parent has died"
     )
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    write_journal(logging.INFO)
     try:
         settings = Settings.read(os.environ)
         database = Database(settings.database_url)

@@ -6,9 +6,11 @@ import re
 import stat
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any
 
 from orchestrator.study import Artifact
 
@@ -30,6 +32,33 @@ class StoredFile:
     whole: bool
 
 
+@dataclass
+class Incoming:
+    """An artifact that arrives in pieces."""
+
+    path: Path
+    temporary: Path
+    sha256: str
+    file: IO[bytes]
+    size: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def write(self, piece: bytes) -> None:
+        self.file.write(piece)
+        self.digest.update(piece)
+        self.size += len(piece)
+
+    def keep(self) -> Artifact | None:
+        """Store what came, as `put` does; None where it does not have the digest that was announced."""
+        if self.digest.hexdigest() != self.sha256:
+            return None
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self.temporary, self.path)
+        _sync_folder(self.path.parent)
+        return _artifact(self.sha256, self.size)
+
+
 class ArtifactStore:
     """Files below one folder. URIs are relative to it (`sha256/ab/ab12…`), so that the folder can move."""
 
@@ -39,7 +68,7 @@ class ArtifactStore:
     def put(self, data: bytes) -> Artifact:
         """Store bytes. Afterwards the whole file is on disk under its digest, or nothing is."""
         digest = hashlib.sha256(data).hexdigest()
-        artifact = Artifact(f"sha256/{digest[:2]}/{digest}", len(data), digest)
+        artifact = _artifact(digest, len(data))
         path = self.path(artifact)
         if _touch(path, digest):
             return artifact
@@ -57,6 +86,28 @@ class ArtifactStore:
             Path(temporary).unlink(missing_ok=True)
             raise
         return artifact
+
+    @contextmanager
+    def receive(self, sha256: str) -> Iterator["Incoming"]:
+        """Store what comes in pieces, if it has this digest once it is whole; else nothing is stored."""
+        path = self.path(_artifact(sha256, 0))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
+        incoming = Incoming(path, Path(temporary), sha256, os.fdopen(handle, "wb"))
+        try:
+            os.fchmod(handle, 0o644)
+            yield incoming
+        finally:
+            incoming.file.close()
+            Path(temporary).unlink(missing_ok=True)
+
+    def find(self, sha256: str, size: int) -> Artifact | None:
+        """The artifact of this digest and so many bytes, if it is stored."""
+        artifact = _artifact(sha256, size)
+        try:
+            return artifact if self.path(artifact).stat().st_size == size else None
+        except (DamagedArtifact, FileNotFoundError):
+            return None
 
     def get(self, artifact: Artifact) -> bytes:
         """The bytes, after checking their digest. Raises DamagedArtifact."""
@@ -118,6 +169,10 @@ class ArtifactStore:
 
     def _missing(self, artifact: Artifact) -> DamagedArtifact:
         return DamagedArtifact(f"artifact {artifact.uri} is missing below {self.root}")
+
+
+def _artifact(sha256: str, size: int) -> Artifact:
+    return Artifact(f"sha256/{sha256[:2]}/{sha256}", size, sha256)
 
 
 def _touch(path: Path, digest: str) -> bool:

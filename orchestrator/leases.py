@@ -56,15 +56,17 @@ def claim(
     warm: bool = False,
     purses: Purses | None = None,
     without: tuple[int, ...] = (),
+    study_id: int | None = None,
 ) -> Claim | None:
-    """Take the queued run of this shape that is first in line, and open its next attempt under a new lease.
+    """Take the queued run of this shape that is first in line, of this study if one is named, and open its next
+    attempt under a new lease.
 
     `name` is that of the gang which is to have it: whoever resumes looks for it there. `warm`: it is to wait behind
     another attempt, which is not for runs that start cold. `without` are studies that have no turn. Raises OverBudget
     where `purses` say that the run's study cannot pay for it: the transaction is then void.
     """
     taken = session.execute(
-        update(RUNS).where(RUNS.c.id == _first_in_line(gang, warm, without), RUNS.c.state == RunState.QUEUED)
+        update(RUNS).where(RUNS.c.id == _first_in_line(gang, warm, without, study_id), RUNS.c.state == RunState.QUEUED)
         .values(state=RunState.RUNNING)
         .returning(RUNS.c.id, RUNS.c.trial_id, RUNS.c.seed, RUNS.c.rung, RUNS.c.budget, RUNS.c.queued_at)
     ).one_or_none()  # fmt: skip
@@ -109,7 +111,7 @@ def _spec_of(trial: TrialRow, seed: int, rung: Rung) -> TrialSpec:
 
 
 @lru_cache(maxsize=64)  # to put it together takes longer than to run it
-def _first_in_line(gang: GangConfig, warm: bool, without: tuple[int, ...]) -> ScalarSelect[int]:
+def _first_in_line(gang: GangConfig, warm: bool, without: tuple[int, ...], study_id: int | None) -> ScalarSelect[int]:
     """The queued run of this shape that is next, as part of a statement."""
     queued = aliased(RunRow)
     return (
@@ -118,6 +120,7 @@ def _first_in_line(gang: GangConfig, warm: bool, without: tuple[int, ...]) -> Sc
         .where(queued.state == RunState.QUEUED, queued.ranks == gang.ranks, queued.device == gang.device)
         .where(StudyRow.state == StudyState.RUNNING, queued.cold.is_(False) if warm else true())
         .where(StudyRow.id.not_in(without) if without else true())
+        .where(StudyRow.id == study_id if study_id is not None else true())
         .order_by(queued.priority.desc(), queued.id).limit(1)
         # What another transaction holds is being claimed or cancelled: the next in line is ours.
         .with_for_update(skip_locked=True, key_share=True, of=(TrialRow, queued)).scalar_subquery()
@@ -141,25 +144,39 @@ def resume(session: Session, owner: str, now: datetime, ttl: timedelta) -> list[
     """
     resumed = []
     left = session.execute(
-        select(AttemptRow.id, AttemptRow.lease_token, AttemptRow.gang, AttemptRow.phase, AttemptRow.started_at)
+        select(AttemptRow.id, AttemptRow.lease_token, AttemptRow.gang, AttemptRow.phase)
         .where(AttemptRow.outcome.is_(None), AttemptRow.owner == owner).order_by(AttemptRow.id)
     ).all()  # fmt: skip
-    for attempt_id, token, gang, phase, started_at in left:
+    for attempt_id, token, gang, phase in left:
         assert token is not None, "an open attempt has a lease"
         lease = Lease(attempt_id, secrets.token_hex(16))
         values = {"lease_token": lease.token, "lease_expires_at": now + ttl}
         if not _written(session, Lease(attempt_id, token), values):
             continue  # another orchestrator has just ended it as expired
-        run, trial = session.execute(
-            select(RunRow, TrialRow).join(TrialRow, TrialRow.id == RunRow.trial_id)
-            .join(AttemptRow, AttemptRow.run_id == RunRow.id).where(AttemptRow.id == attempt_id)
-        ).one()  # fmt: skip
-        known = run_of(run)
-        spec = _spec_of(trial, run.seed, Rung(run.rung, known.budget, known.gang))
+        claimed = claim_of(session, lease)
         after = session.scalar(select(func.max(MeasurementRow.number)).where(MeasurementRow.attempt_id == attempt_id))
-        claimed = Claim(lease, run.id, trial.id, trial.number, trial.study_id, spec, started_at, run.rung)
         resumed.append(Resumed(claimed, gang, phase, after or 0, last_line(session, attempt_id)))
     return resumed
+
+
+def claim_of(session: Session, lease: Lease) -> Claim:
+    """What was claimed under a lease that is still held. Raises LeaseLost."""
+    found = session.execute(
+        select(RunRow, TrialRow, AttemptRow.started_at).join(TrialRow, TrialRow.id == RunRow.trial_id)
+        .join(AttemptRow, AttemptRow.run_id == RunRow.id)
+        .where(AttemptRow.id == lease.attempt_id, AttemptRow.lease_token == lease.token)
+    ).one_or_none()  # fmt: skip
+    if found is None:
+        raise LeaseLost(lease.attempt_id)
+    run, trial, started_at = found
+    known = run_of(run)
+    spec = _spec_of(trial, run.seed, Rung(run.rung, known.budget, known.gang))
+    return Claim(lease, run.id, trial.id, trial.number, trial.study_id, spec, started_at, run.rung)
+
+
+def ask_to_stop(session: Session, lease: Lease, why: str) -> None:
+    """Keep with an open attempt why it is to end early, for whoever holds its lease. Raises LeaseLost."""
+    _write(session, lease, reason=why)
 
 
 def still_held(session: Session, held: Sequence[Lease]) -> set[int]:
@@ -172,15 +189,15 @@ def still_held(session: Session, held: Sequence[Lease]) -> set[int]:
 def record(
     session: Session,
     lease: Lease,
-    phase: str,
+    phase: str | None,
     measurements: Sequence[Measurement],
     now: datetime,
     ttl: timedelta,
     lines: Sequence[LogLine] = (),
 ) -> None:
     """Keep measurements and log lines, each exactly once however often it is delivered, and renew the lease. Raises
-    LeaseLost."""
-    renew(session, lease, now, ttl, phase=phase)
+    LeaseLost. Without a phase, the attempt stays in the one that it is in."""
+    renew(session, lease, now, ttl, **({} if phase is None else {"phase": phase}))
     add_lines(session, lease.attempt_id, lines)
     rows = [
         {

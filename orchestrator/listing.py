@@ -30,6 +30,8 @@ class Wanted:
     arms: Collection[str] = ()
     """As the study's account of arms names them."""
     tags: Collection[str] = ()
+    after: int = -1
+    """Only numbers above this."""
 
 
 @dataclass(frozen=True)
@@ -125,5 +127,7 @@ def _filters(wanted: Wanted) -> Iterator[ColumnElement[bool]]:
         named = {UNNAMED: and_(unnamed, proposed), SUBMITTED: and_(unnamed, ~proposed)}
         arms = [named[arm] for arm in wanted.arms if arm in named]
         yield or_(trial.suggestion["arm"].as_string().in_([*wanted.arms]), *arms)
+    if wanted.after >= 0:
+        yield trial.number > wanted.after
     for tag in wanted.tags:
         yield exists().where(TagRow.trial_id == trial.id, TagRow.tag == tag)

@@ -48,10 +48,11 @@ def last_line(session: Session, attempt_id: int) -> int:
 def last_lines(session: Session, trial_id: int) -> dict[int, int]:
     """The number of the last line of each of a trial's attempts that has logged any."""
     query = (
-        select(LogRow.attempt_id, func.max(LogRow.number)).join(AttemptRow, AttemptRow.id == LogRow.attempt_id)
-        .join(RunRow, RunRow.id == AttemptRow.run_id).where(RunRow.trial_id == trial_id).group_by(LogRow.attempt_id)
+        select(LogRow.attempt_id, func.max(LogRow.number).label("last"))
+        .join(AttemptRow, AttemptRow.id == LogRow.attempt_id).join(RunRow, RunRow.id == AttemptRow.run_id)
+        .where(RunRow.trial_id == trial_id).group_by(LogRow.attempt_id)
     )  # fmt: skip
-    return {attempt_id: number for attempt_id, number in session.execute(query)}
+    return {row.attempt_id: row.last for row in session.execute(query)}
 
 
 def list_lines(

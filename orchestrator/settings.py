@@ -19,6 +19,8 @@ KNOWN = {
     "CADDIE_PORT": "port that the API binds (default 8765)",
     "CADDIE_URL": "where the command line finds the API (default http://127.0.0.1:8765)",
     "CADDIE_TOKEN": "what the command line signs in with, where the API asks who calls",
+    "CADDIE_ADMIN_TOKEN": "an admin's token that the API takes besides those in its database",
+    "CADDIE_REQUESTS_PER_SECOND": "how much one token may ask of one API process (default 3000)",
     "CADDIE_LAUNCHER": "ray or local: what runs gangs (default ray)",
     "CADDIE_RAY_ADDRESS": "an existing Ray cluster to join; without it Ray starts on this machine",
     "CADDIE_RANKS": "ranks that may train side by side on this machine (default: its CPU cores)",
@@ -28,6 +30,8 @@ KNOWN = {
     "CADDIE_OWNER": "this orchestrator's name, its own, and the same after a restart (default: host and process)",
 }
 
+EXECUTOR = "executor:"
+"""Begins the owner's name of attempts that are asked for and told over HTTP."""
 GPU_HOUR_DOLLARS = 2.5  # a node of eight H100 costs about $20 an hour
 
 
@@ -43,6 +47,8 @@ class Settings:
     port: int
     url: str
     token: str | None = field(repr=False)
+    admin_token: str | None = field(repr=False)
+    requests_per_second: int
     launcher: Literal["ray", "local"]
     ray_address: str | None
     ranks: int
@@ -63,6 +69,9 @@ class Settings:
             raise FieldError("CADDIE_LAUNCHER", launcher, "must be ray or local")
         host = environment.get("CADDIE_HOST", "127.0.0.1")
         port = int(_number(environment, "CADDIE_PORT", 8765, 1, 65_535, whole=True))
+        owner = environment.get("CADDIE_OWNER") or f"{socket.gethostname()}-{os.getpid()}"
+        if owner.startswith(EXECUTOR):  # it would take over the attempts of executors, which only they can end
+            raise FieldError("CADDIE_OWNER", owner, f"must not begin with {EXECUTOR}, as the names of executors do")
         return cls(
             home=home,
             database_url=environment.get("CADDIE_DATABASE_URL") or f"sqlite:///{home / 'caddie.db'}",
@@ -72,19 +81,28 @@ class Settings:
             port=port,
             url=environment.get("CADDIE_URL") or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",
             token=environment.get("CADDIE_TOKEN") or None,
+            admin_token=_secret(environment, "CADDIE_ADMIN_TOKEN"),
+            requests_per_second=int(_number(environment, "CADDIE_REQUESTS_PER_SECOND", 3000, 1, 1_000_000, whole=True)),
             launcher="ray" if launcher == "ray" else "local",
             ray_address=environment.get("CADDIE_RAY_ADDRESS") or None,
             ranks=int(_number(environment, "CADDIE_RANKS", os.cpu_count() or 1, 1, 4096, whole=True)),
             lease_seconds=_number(environment, "CADDIE_LEASE_SECONDS", 30, 1, 3600),
             grace_seconds=_number(environment, "CADDIE_GRACE_SECONDS", 10, 0, 86_400),
             gpu_hour_dollars=_number(environment, "CADDIE_GPU_HOUR_DOLLARS", GPU_HOUR_DOLLARS, 0, 1000),
-            owner=environment.get("CADDIE_OWNER") or f"{socket.gethostname()}-{os.getpid()}",
+            owner=owner,
         )
 
 
 def _path(environment: Mapping[str, str], name: str, default: Path) -> Path:
     value = environment.get(name)
     return Path(value).expanduser().absolute() if value else default
+
+
+def _secret(environment: Mapping[str, str], name: str) -> str | None:
+    value = environment.get(name) or None
+    if value is not None and not re.fullmatch(r"[\x21-\x7e]{32,}", value):
+        raise FieldError(name, "…", "must be at least 32 characters of ASCII without spaces: openssl rand -hex 32")
+    return value
 
 
 def _number(

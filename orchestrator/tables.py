@@ -228,6 +228,7 @@ class AttemptRow(Base):
     """Seconds by phase, of the phases it has left."""
     outcome: Mapped[str | None] = mapped_column(String(16))
     reason: Mapped[str | None] = mapped_column(AnyText)
+    """Why it ended; of an open attempt of an executor, why it is to end early."""
     permanent: Mapped[bool] = mapped_column(default=False)
     cause: Mapped[str | None] = mapped_column(String(16))
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
@@ -239,6 +240,8 @@ class AttemptRow(Base):
     finished_at: Mapped[datetime | None] = mapped_column(index=True)
     lease_token: Mapped[str | None] = mapped_column(String(64))
     lease_expires_at: Mapped[datetime | None] = mapped_column(index=True)
+    told_sha256: Mapped[str | None] = mapped_column(String(64))
+    """Of the lease's token, where an executor told the end over HTTP: what it tells again changes nothing."""
 
 
 class MeasurementRow(Base):

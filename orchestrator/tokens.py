@@ -1,5 +1,5 @@
-"""Access tokens: `caddie_<id>_<secret>`, shown once. The database keeps the SHA-256 of the secret, which is 256 random bits:
-a slow hash defends guessable passwords, and these cannot be guessed."""
+"""Access tokens: `caddie_<id>_<secret>`, shown once. The database keeps the SHA-256 of the secret, which is 256 random
+bits: a slow hash defends passwords that can be guessed, and these cannot."""
 
 import hashlib
 import hmac

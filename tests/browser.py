@@ -40,6 +40,15 @@ class Browser:
         """What the script returns, once that is true."""
         return WebDriverWait(self.driver, seconds, 0.1).until(lambda driver: driver.execute_script(f"return {script}"))
 
+    def later(self, promise: str) -> Any:
+        """What the script's promise comes to."""
+        script = f"const done = arguments[arguments.length - 1]; ({promise}).then(done, (error) => done(String(error)))"
+        return self.driver.execute_async_script(script)
+
+    def allow_clipboard(self, origin: str) -> None:
+        allowed = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+        self.driver.execute_cdp_cmd("Browser.grantPermissions", {"origin": origin, "permissions": allowed})
+
     def texts(self, selector: str) -> list[str]:
         # In one go: the page may swap its parts at any moment.
         script = "return [...document.querySelectorAll(arguments[0])].map((found) => found.textContent.trim())"

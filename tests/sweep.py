@@ -16,7 +16,7 @@ from orchestrator.study import AttemptResult, Claim, NewStudy, Study
 from worker.inventory import tensor_inventory
 from worker.recipes import load_recipe
 from worker.report import Hardware, Measurement, TrialResult
-from worker.spec import TrialSpec, override, parse_spec
+from worker.spec import GangConfig, TrialSpec, override, parse_spec
 
 TTL = timedelta(minutes=5)
 BASE = {
@@ -72,13 +72,13 @@ def result_of(spec: TrialSpec, chance: random.Random) -> TrialResult:
 class Sweep:
     """A study as the loop would have written it: trials complete, over the cap, failed, running, queued, infeasible."""
 
-    def __init__(self, database: Database, artifacts: Path, now: datetime) -> None:
+    def __init__(self, database: Database, artifacts: Path, now: datetime, name: str = "demo") -> None:
         self.database, self.artifacts, self.now = database, ArtifactStore(artifacts), now
         self.chance = random.Random(7)
         space = {"sharing.lora.rank": {"choice": [0, 2, 4, 8]}, "sharing.unique_blocks": {"low": 1, "high": 6}}
         base = override(load_recipe("laptop"), BASE)
         new = NewStudy.model_validate(
-            {"name": "demo", "base": base, "space": space, "max_trials": 24, "cap_bytes": 600_000}
+            {"name": name, "base": base, "space": space, "max_trials": 24, "cap_bytes": 600_000}
         )
         with database.write() as session:
             self.study: Study = store.create_study(session, new, now)
@@ -99,7 +99,10 @@ class Sweep:
         return spec
 
     def start(self, changes: dict[str, Any]) -> Claim:
-        gang = self.submit(changes).gang
+        return self.claim(self.submit(changes).gang)
+
+    def claim(self, gang: GangConfig) -> Claim:
+        """What waits for such a gang longest, begun."""
         with self.database.write() as session:
             claim = leases.claim(session, gang, "host-1", self.now, TTL)
             assert claim is not None

@@ -23,7 +23,7 @@ from api.cli import app, main
 from api.client import Caddie
 from api.program import environment_of
 from api.schemas import ActivityOut
-from api.terminal import watch_study
+from api.watch import watch_study
 from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome, StudyState
@@ -389,7 +389,7 @@ def test_seeds_are_shown_with_their_interval_and_judged_by_the_challenges_rule(
         assert shown.startswith("trial 0 of sweep: ")
         finish(claim(), val_loss=nats, val_bpb=nats / 2)
     board = caddie("leaderboard", "sweep").out
-    assert "2.0046 0.0042 6" in board and "Without it: trial 0 2.0055." in board
+    assert "2.0046  0.0042  6" in board and "Without it: trial 0 2.0055." in board
     said = caddie("verdict", "sweep", "0", "--losses", "4.1,4.11,4.12")
     assert said.code == 0
     assert said.out.startswith("trial 0 of sweep sets a record against the losses given\n")

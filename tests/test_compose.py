@@ -17,7 +17,11 @@ from orchestrator.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 OURS = ("api", "migrate", "orchestrator")
-SECRETS = {"POSTGRES_PASSWORD": "a-secret", "RAY_AUTH_TOKEN": "a-token"}
+SECRETS = {
+    "POSTGRES_PASSWORD": "a-secret",
+    "RAY_AUTH_TOKEN": "a-token",
+    "CADDIE_ADMIN_TOKEN": "an-admins-token-of-32-characters-",
+}
 
 
 def filled(text: str) -> str:
@@ -96,6 +100,7 @@ def test_the_api_is_published_where_it_listens(services: dict[str, Any]) -> None
     api = services["api"]
     settings = Settings.read({"HOME": "/nowhere", **{k: filled(v) for k, v in api["environment"].items()}})
     assert settings.host == "0.0.0.0"
+    assert settings.admin_token == SECRETS["CADDIE_ADMIN_TOKEN"]  # else it would refuse to start
     assert api["ports"] == [f"127.0.0.1:{settings.port}:{settings.port}"]
     assert f":{settings.port}/" in " ".join(api["healthcheck"]["test"])
 

@@ -57,7 +57,8 @@ from orchestrator.database import Database
 
 database = Database("sqlite:///{tmp_path / "caddie.db"}")
 database.migrate()
-with TestClient(create_app(database, artifacts=Path("{tmp_path}"))) as client:
+app = create_app(database, artifacts=Path("{tmp_path}"))
+with TestClient(app, base_url="http://localhost", client=("127.0.0.1", 1)) as client:
     assert client.get("/readyz").status_code == 200
     assert client.get("/v1/studies").status_code == 200
 """

@@ -1,14 +1,19 @@
 """What holds of every page."""
 
+import csv
+import io
 import random
 import re
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from browser import Browser
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 from sweep import FAILED, INFEASIBLE, OVER, QUEUED, TTL, result_of
 
 from api.context import Writer
@@ -20,19 +25,77 @@ from orchestrator.study import AttemptResult, NewStudy
 from worker.recipes import load_recipe
 from worker.spec import override, parse_spec
 
+STILL = ("docs", "error")
+"""Pages that follow no stream."""
+
 
 @pytest.mark.browser
-def test_the_pages_fit_a_phone_and_the_dark(browser: Browser, url: str, screenshots: Path) -> None:
+def test_every_page_fits_a_phone_is_light_or_dark_and_asks_nobody_else(
+    browser: Browser, url: str, screenshots: Path
+) -> None:
     for name, path in (
-        ("studies", "/"), ("study", "/studies/demo"), ("trial", "/studies/demo/trials/2"), ("docs", "/docs"),
+        ("studies", "/"), ("study", "/studies/demo"), ("trial", "/studies/demo/trials/2"), ("cluster", "/cluster"),
+        ("docs", "/docs"), ("error", "/studies/nothing"),
     ):  # fmt: skip
-        browser.show(url + path, width=390, dark=True)
-        browser.until("document.querySelector('#link:not([hidden])') !== null || location.pathname == '/docs'")
-        assert browser.until("document.documentElement.scrollWidth") == 390
-        paper = browser.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
-        assert max(int(part) for part in paper.removeprefix("rgb(").removesuffix(")").split(",")) < 64
-        browser.picture(screenshots / f"{name}-phone-dark.png")
-    assert browser.complaints() == []
+        for mode, width, dark in (("light", 1280, False), ("dark", 1280, True), ("phone", 375, True)):
+            browser.show(url + path, width=width, dark=dark)
+            browser.until(f"document.querySelector('#link:not([hidden])') !== null || {str(name in STILL).lower()}")
+            assert browser.until("document.documentElement.scrollWidth") == width, name
+            paper = browser.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+            channels = [int(part) for part in paper.removeprefix("rgb(").removesuffix(")").split(",")]
+            assert max(channels) < 64 if dark else min(channels) > 192
+            browser.picture(screenshots / f"{name}-{mode}.png")
+    assert [said for said in browser.complaints() if "/studies/nothing" not in said] == []  # a 404 is one, to Chromium
+    assert browser.hosts() == {urlsplit(url).netloc}
+
+
+@pytest.mark.browser
+def test_the_keyboard_reaches_what_a_page_says_before_what_leads_elsewhere(browser: Browser, url: str) -> None:
+    browser.show(f"{url}/studies/demo")
+    keys = ActionChains(browser.driver)
+    keys.send_keys(Keys.TAB).perform()
+    focused = "document.activeElement"
+    assert browser.until(f"{focused}.textContent") == "Skip to content"
+    assert browser.until(f"{focused}.getBoundingClientRect().left") >= 0
+    keys.send_keys(Keys.ENTER).perform()
+    browser.until(f"{focused}.id == 'main'")
+    # What scrolls can be reached, and every button and link of the page has words.
+    scrolling = "[...document.querySelectorAll('.scroll')].every((one) => one.tabIndex == 0 && one.ariaLabel != '')"
+    assert browser.until(scrolling)
+    assert browser.until(
+        "[...document.querySelectorAll('main :is(a, button, summary)')]"
+        ".every((one) => one.textContent.trim() || one.getAttribute('aria-label') || one.closest('svg'))"
+    )
+
+
+@pytest.mark.browser
+def test_a_copied_table_holds_whole_values_quoted_and_without_formulas(browser: Browser, url: str) -> None:
+    browser.show(f"{url}/studies/demo")
+    browser.allow_clipboard(url)
+    browser.until("document.querySelector('#board button.copy') !== null")
+    browser.driver.execute_script("document.querySelector('#board button.copy').click()")
+    browser.until("document.querySelector('#board button.copy').textContent == 'Copied'")
+    copied = list(csv.DictReader(io.StringIO(browser.later("navigator.clipboard.readText()"), newline="")))
+    board = httpx.get(f"{url}/v1/studies/demo/leaderboard").json()["rows"]
+    assert [row["Trial"] for row in copied] == [str(row["number"]) for row in board]
+    assert [row["#"] for row in copied] == [str(row["rank"] or "") for row in board]
+    assert [float(row["BPB"]) for row in copied] == [
+        row["val_bpb"] if row["mean_bpb"] is None else row["mean_bpb"] for row in board
+    ]
+    assert [row["Artifact"] for row in copied] == [str(row["artifact_bytes"]) for row in board]
+    assert copied[0]["Tying map"] == " ".join(str(block) for block in board[0]["tying_map"])
+    written = browser.later(
+        """import('/assets/tables.js').then(({ csv }) => {
+          const table = document.createElement('table');
+          for (const text of ['=1+1', '@x', '-1.5', '+cmd', 'a "b", c', '12,345', '–']) {
+            table.insertRow().insertCell().textContent = text;
+          }
+          document.body.append(table);
+          return csv(table);
+        })"""
+    )
+    expected = ["'=1+1", "'@x", "-1.5", "'+cmd", 'a "b", c', "12345", ""]
+    assert [row[0] if row else "" for row in csv.reader(io.StringIO(written, newline=""))] == expected
 
 
 def test_every_page_is_whole_without_a_script(url: str) -> None:
@@ -85,7 +148,7 @@ def test_the_pages_show_what_attempts_cost_and_ran_on(
     text = httpx.get(f"{url}/studies/demo").text
     rows = {
         re.sub("<.*?>", "", name): re.findall(r">([\d,.]+)</td>", cells)
-        for name, cells in re.findall(r'<th scope="row">(.*?)</th>((?:<td class="n">[\d,.]+</td>)+)', text)
+        for name, cells in re.findall(r'<th scope="row">(.*?)</th>((?:<td class="n"[^>]*>[\d,.]+</td>)+)', text)
     }
     each = ["600.0", "2,400.0", "2.00"]
     assert rows == {

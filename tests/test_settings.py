@@ -33,6 +33,7 @@ def test_the_command_line_looks_for_the_api_where_it_listens() -> None:
         ("CADDIE_GRACE_SECONDS", "90000", "a number from 0 to 86400"),
         ("CADDIE_GPU_HOUR_DOLLARS", "2,5", "a number from 0"),
         ("CADDIE_LAUNCHER", "slurm", "must be ray or local"),
+        ("CADDIE_REQUESTS_PER_SECOND", "0", "a whole number from 1"),
     ],
 )
 def test_a_wrong_variable_is_named_with_its_value_and_what_would_be_right(name: str, value: str, says: str) -> None:
@@ -43,7 +44,15 @@ def test_a_wrong_variable_is_named_with_its_value_and_what_would_be_right(name: 
 
 def test_every_known_variable_is_read() -> None:
     numbers = {"CADDIE_PORT": "1", "CADDIE_RANKS": "1", "CADDIE_LEASE_SECONDS": "1", "CADDIE_LAUNCHER": "local"}
+    numbers |= {"CADDIE_REQUESTS_PER_SECOND": "1", "CADDIE_ADMIN_TOKEN": "x" * 32}
     numbers |= {"CADDIE_GPU_HOUR_DOLLARS": "1", "CADDIE_GRACE_SECONDS": "1"}
     default = Settings.read({})
     for name in KNOWN:
         assert Settings.read({name: numbers.get(name, "/elsewhere")}) != default, name
+
+
+def test_a_guessable_admin_token_is_refused_and_never_shown() -> None:
+    with pytest.raises(FieldError, match="at least 32 characters") as error:
+        Settings.read({"CADDIE_ADMIN_TOKEN": "hunter2"})
+    assert "hunter2" not in str(error.value)
+    assert "x" * 32 not in repr(Settings.read({"CADDIE_ADMIN_TOKEN": "x" * 32, "CADDIE_TOKEN": "x" * 32}))

@@ -1,14 +1,30 @@
 """A study's page, in a real browser on a study in the middle of a sweep."""
 
+import json
+import random
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from math import inf
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from browser import Browser
+from crowds import crowd_of
+from selenium.webdriver.common.keys import Keys
 from sweep import Sweep, result_of
 
+from api.overview import BEST, MOST
+from orchestrator import store
+from orchestrator.audit import list_audits
+from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome
-from orchestrator.study import AttemptResult
+from orchestrator.study import AttemptResult, NewStudy, NewTrial
+from worker.report import TrialResult
 
 
 @pytest.mark.browser
@@ -29,7 +45,11 @@ def test_a_studys_page_shows_the_sweep_and_stays_live(
     assert browser.texts("section[aria-labelledby=failed-title] .reason") == ["ArithmeticError: loss is nan at step 31"]
     browser.picture(screenshots / "study.png")
 
-    browser.driver.execute_script("window.notReloaded = true")
+    browser.driver.execute_script(
+        "window.notReloaded = true;"
+        "document.querySelectorAll('#board [name=trials]').forEach((box, i) => i < 2 && box.click())"
+    )
+    chosen = browser.until("[...document.querySelectorAll('[name=trials]:checked')].map((box) => box.value)")
     sweep.measure(sweep.running, 1, 15)
     browser.until("document.querySelector('[data-trial=\"11\"] progress').value == 0.5")
     assert browser.texts("[data-trial='11'] [data-score]")[0].startswith("step 60 · loss ")
@@ -39,5 +59,86 @@ def test_a_studys_page_shows_the_sweep_and_stays_live(
     browser.until("document.querySelectorAll('#chart .scatterlayer .point').length == 11")
     assert browser.texts(".board td.strong")[0] == "2.3000"
     assert browser.until("window.notReloaded")
+    # What the reader does outlives what comes in.
+    still = browser.until("[...document.querySelectorAll('[name=trials]:checked')].map((box) => box.value)")
+    assert sorted(still) == sorted(chosen)
+    assert browser.texts("#compare button") == ["Compare 2"]
+    browser.driver.execute_script("document.querySelector('#axis [value=gpu_seconds]').click()")
+    assert browser.until("location.search") == "?axis=gpu_seconds"
+    assert browser.texts("#course .xtitle") == ["GPU-seconds"]
     assert browser.complaints() == []
     assert browser.hosts() == {urlsplit(url).netloc}
+    browser.show(f"{url}/studies/demo?axis=gpu_seconds")
+    browser.until("document.querySelector('#axis [value=gpu_seconds]').ariaPressed == 'true'")
+
+
+@pytest.mark.browser
+def test_a_study_is_paused_and_resumed_by_buttons_that_ask_first(browser: Browser, sweep: Sweep, url: str) -> None:
+    for move, state in (("pause", "paused"), ("resume", "running")):
+        browser.show(f"{url}/studies/demo")
+        assert browser.count("details.confirm[open]") == 0
+        browser.driver.find_element("css selector", f"details[data-key={move}] summary").send_keys(Keys.ENTER)
+        browser.driver.find_element("css selector", f"details[data-key={move}] button").send_keys(Keys.ENTER)
+        browser.until(f"document.querySelector('.title .state').textContent == '{state}'")
+        assert browser.until("location.pathname") == "/studies/demo"
+        with sweep.database.read() as session:
+            assert store.get_study(session, "demo").state == state
+            assert list_audits(session, limit=1)[0].action == f"study.{move}"
+    assert browser.complaints() == []
+
+
+def test_a_study_that_is_stopped_offers_nothing_more(url: str) -> None:
+    stopped = httpx.post(f"{url}/studies/demo/state/stop", headers={"Accept": "text/html"})
+    assert (stopped.status_code, stopped.headers["location"]) == (303, "/studies/demo")
+    assert "state/" not in httpx.get(f"{url}/studies/demo").text
+    again = httpx.post(f"{url}/studies/demo/state/resume", headers={"Accept": "text/html"})
+    assert again.status_code == 409
+    assert again.headers["content-type"].startswith("text/html")
+    assert httpx.post(f"{url}/studies/demo/state/archive").status_code == 422
+
+
+def test_the_page_of_many_trials_is_small_and_waits_for_nothing(
+    small_database: Database,
+    serve: Callable[..., str],
+    new_study: Callable[..., NewStudy],
+    new_trial: Callable[..., NewTrial],
+    trial_result: Callable[..., TrialResult],
+    now: datetime,
+) -> None:
+    chance = random.Random(5)
+    rows: list[dict[str, Any]] = [
+        {
+            "val_bpb": 2 + chance.random(), "artifact_bytes": chance.randrange(10**5, 10**7), "feasible": n % 10 > 0,
+            "finished_at": now + timedelta(seconds=n),
+        }
+        for n in range(1, 10_000)
+    ]  # fmt: skip
+    crowd_of(small_database, new_study("demo"), new_trial(), trial_result(), now, rows)
+    url = serve(small_database, dashboard=False)
+    first = httpx.get(f"{url}/studies/demo", timeout=60)
+    assert first.status_code == 200
+    assert len(first.content) < 1_000_000
+    assert "Reckoning what 10,000 trials cost" in first.text
+    deadline = time.monotonic() + 60
+    while (drawn := drawn_of(httpx.get(f"{url}/studies/demo/live", timeout=60).text)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(drawn["fits"]["number"]) <= MOST + 10
+    assert len(drawn["over"]["number"]) <= MOST // 5
+    fit = [(row["val_bpb"], row["artifact_bytes"], n) for n, row in enumerate(rows, 1) if row["feasible"]]
+    fit.append((trial_result().val_bpb, trial_result().artifact_bytes, 0))
+    best = [number for _, _, number in sorted(fit)[:BEST]]
+    assert set(best) <= set(drawn["fits"]["number"])
+    lightest, edge = inf, []
+    for _, size, number in sorted(fit):
+        if size < lightest:
+            lightest = size
+            edge.append(number)
+    assert drawn["front"]["number"] == edge[::-1]
+    assert drawn["course"]["bpb"][-1] == min(fit)[0]
+    assert drawn["trials"] == 10_000
+
+
+def drawn_of(text: str) -> Any:
+    """What the page's charts draw; None while it is reckoned."""
+    return json.loads(re.findall(r'<script type="application/json" id="drawn"[^>]*>(.*?)</script>', text)[0])

@@ -1,6 +1,7 @@
 """A trial's page, in a real browser on a study in the middle of a sweep."""
 
 import re
+from datetime import datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,8 +12,16 @@ from sweep import QUEUED, RUNNING, Sweep
 
 from api.bars import bytes_bar, curve_picture, predicted_bytes
 from api.pictures import Loop, block_colour, loops, tying_picture
-from orchestrator import store
+from api.schemas import RunOut
+from api.timeline import attempt_lanes
+from orchestrator import seeds, store
+from orchestrator.lifecycle import Outcome, RunState
+from orchestrator.logs import add_lines
+from orchestrator.study import Attempt, Run
+from worker.recipes import read_yaml
+from worker.report import LogLine
 from worker.sharing import SharingConfig
+from worker.spec import BudgetConfig, GangConfig, parse_spec
 
 
 @pytest.mark.browser
@@ -110,3 +119,95 @@ def test_a_predicted_bar_has_its_interval_and_its_classes_add_up(sweep: Sweep) -
     ends = (prediction.artifact_bytes_low, prediction.artifact_bytes_high)
     assert f"{ends[0]:,} to {ends[1]:,} expected" in bytes_bar(by_class, 600_000, ends)
     assert "whisker" not in bytes_bar(by_class, 600_000)
+
+
+@pytest.mark.browser
+def test_a_log_is_there_at_once_and_goes_on(browser: Browser, sweep: Sweep, url: str) -> None:
+    lease = sweep.running.lease.attempt_id
+    log(sweep, lease, 1, 3)
+    browser.show(f"{url}/studies/demo/trials/{RUNNING}", width=375)
+    assert browser.texts("#log b") == ["seed 1337, attempt 1"]
+    assert [line.split()[-1] for line in browser.texts("#log span")] == ["<b>1</b>", "<b>2</b>", "<b>3</b>"]
+    log(sweep, lease, 2, 5)
+    browser.until("document.querySelectorAll('#log span').length == 5")
+    assert browser.texts("#log b") == ["seed 1337, attempt 1"]
+    assert browser.complaints() == []
+
+
+@pytest.mark.browser
+def test_a_further_seed_of_a_complete_trial_is_followed(browser: Browser, sweep: Sweep, url: str) -> None:
+    browser.show(f"{url}/studies/demo/trials/2")
+    browser.until("document.getElementById('chart').dataset.points == '30'")
+    assert browser.texts(".timeline .lane-name b") == ["seed 1337"]
+    with sweep.database.write() as session:
+        trial = store.get_trial(session, sweep.study.id, 2)
+        seeds.add_seed(session, sweep.study.id, trial.id, 42, sweep.now, origin="submitted", why="asked for")
+    browser.show(f"{url}/studies/demo/trials/2?x=seconds")
+    browser.until("document.getElementById('chart').dataset.points == '30'")
+    claim = sweep.claim(trial.spec.gang)  # queued first: QUEUED's
+    claim = sweep.claim(trial.spec.gang)
+    assert (claim.trial_number, claim.spec.seed) == (2, 42)
+    sweep.measure(claim, 1, 10)
+    browser.until("document.getElementById('chart').dataset.points == '40'")
+    assert "seed 42" in browser.texts("#chart .legendtext")
+    assert browser.texts(".timeline .lane-name b") == ["seed 1337", "seed 42"]
+    assert browser.until("document.querySelector('#chart .xtitle').textContent") == "seconds of training"
+    assert browser.complaints() == []
+
+
+def log(sweep: Sweep, attempt_id: int, first: int, last: int) -> None:
+    said = [LogLine(number=n, elapsed_seconds=n / 2, line=f"said <b>{n}</b>") for n in range(first, last + 1)]
+    with sweep.database.write() as session:
+        add_lines(session, attempt_id, said)
+
+
+def test_buttons_do_what_the_api_does_and_lead_back(sweep: Sweep, url: str) -> None:
+    page = f"/studies/demo/trials/{RUNNING}"
+    with httpx.Client(base_url=url, headers={"Accept": "text/html"}) as http:
+        for action, fields in (
+            ("tags", {"add": "baseline, keep:this"}), ("tags", {"remove": "baseline"}),
+            ("notes", {"text": "diverges\r\n<i>early</i>"}), ("cancel", {}),
+        ):  # fmt: skip
+            answer = http.post(f"{page}/{action}", data={"csrf": "", **fields})
+            assert (answer.status_code, answer.headers["location"].split("#")[0]) == (303, page)
+        shown = http.get(page).text
+        assert re.findall(r'name="remove" value="([^"]+)"', shown) == ["keep:this"]
+        assert "diverges\n&lt;i&gt;early&lt;/i&gt;" in shown
+        assert '<span class="state cancelled">' in shown
+        assert f"Trial {RUNNING} was cancelled" in re.sub(r"\s+", " ", shown)
+        note = re.findall(r"/notes/(\d+)/delete", shown)[0]
+        assert http.post(f"{page}/notes/{note}/delete", data={"csrf": ""}).status_code == 303
+        assert "diverges" not in http.get(page).text
+        again = http.post(f"{page}/cancel", data={"csrf": ""})
+        assert again.status_code == 409
+        assert "is cancelled and cannot" in again.text
+        for action, fields in (("tags", {"add": "Not A Tag"}), ("notes", {"text": "  "})):
+            assert http.post(f"{page}/{action}", data={"csrf": "", **fields}).status_code == 422
+
+
+def test_the_spec_is_a_file_that_says_exactly_what_was_trained(sweep: Sweep, url: str) -> None:
+    answer = httpx.get(f"{url}/studies/demo/trials/2/spec.yaml")
+    with sweep.database.read() as session:
+        trial = store.get_trial(session, sweep.study.id, 2)
+    assert parse_spec(read_yaml(answer.text)) == trial.spec
+    assert answer.headers["content-disposition"] == 'attachment; filename="demo-2.yaml"'
+    shown = httpx.get(f"{url}/studies/demo/trials/2").text
+    assert f"curl -fsS -o demo-2.yaml {url}/studies/demo/trials/2/spec.yaml\n" in shown
+    assert "python -m worker demo-2.yaml --out demo-2\ncaddie submit demo demo-2.yaml --allow-duplicate<" in shown
+
+
+def test_attempts_lie_on_one_axis_as_long_as_the_longest(now: datetime) -> None:
+    def attempt(number: int, outcome: Outcome | None, **seconds: float) -> Attempt:
+        claimed = now + timedelta(minutes=number)
+        ended = claimed + timedelta(seconds=9) if outcome else None
+        return Attempt(
+            number, 1, number, "host", "gang", "train", outcome, None, None, now, claimed, ended, seconds,
+            step_seconds=None, hardware=None, artifact=None,
+        )  # fmt: skip
+
+    attempts = [attempt(1, Outcome.LOST, queue=60.0, train=5.0, start=15.0), attempt(2, None, queue=5.0, start=1.0)]
+    run = Run(1, 1, 7, RunState.RUNNING, GangConfig(), 0, BudgetConfig(steps=1), None, None)
+    first, second = attempt_lanes([RunOut.of(run, attempts, 2.5)], now + timedelta(minutes=2, seconds=41))
+    assert (first.waited_seconds, first.seconds) == (60.0, 20.0)
+    assert [(span.phase, round(span.share, 3)) for span in first.spans] == [("start", 36.585), ("train", 12.195)]
+    assert [(span.phase, span.seconds) for span in second.spans] == [("start", 1.0), ("train", 40.0)]

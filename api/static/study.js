@@ -47,6 +47,7 @@ function drawBytes({ fits, over, front }) {
   const sizes = [...fits.bytes, ...over.bytes];
   if (!sizes.length) return;
   const best = fits.bpb.reduce((least, bpb, i) => (least === null || bpb < fits.bpb[least] ? i : least), null);
+  const [edge, leader] = [new Set(front.number), fits.number[best]];
   const [least, most] = [Math.min(...sizes), Math.max(cap, ...sizes)];
   const wide = cap / least > 5;
   const x = wide ? { type: "log", range: [Math.log10(least * 0.85), Math.log10(most * 1.12)], ...decades(least, most) } : { range: spread([least, most], 0.06), tickformat: "~s" };
@@ -55,8 +56,8 @@ function drawBytes({ fits, over, front }) {
   plot("chart", [
     { type: "scatter", mode: "lines", x: front.bytes, y: front.bpb, line: { shape: "hv", color: colour("accent"), width: 1.5 }, opacity: 0.6, hoverinfo: "skip" },
     points(over, { color: colour("warn"), symbol: "x" }, "misses a cap"),
-    points(fits, { color: colour("soft"), opacity: 0.75 }, "", (i) => i !== best),
-    points(front, { color: colour("accent") }, "in the Pareto set"),
+    points(fits, { color: colour("soft"), opacity: 0.75 }, "", (i) => !edge.has(fits.number[i]) && i !== best),
+    points(front, { color: colour("accent") }, "in the Pareto set", (i) => front.number[i] !== leader),
     points(fits, { color: colour("accent"), size: 14 }, "is the best", (i) => i === best),
   ], {
     xaxis: { title: { text: "artifact bytes (model and code)" }, ...x },

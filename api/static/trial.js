@@ -6,9 +6,12 @@ import { follow, refresh, say, soon } from "./live.js";
 const { study, trial, rival, rivalIs } = document.getElementById("trial").dataset;
 const chart = document.getElementById("chart");
 const trials = `/v1/studies/${encodeURIComponent(study)}/trials`;
+const MOST_LINES = 2000;
 const own = new Map(); // attempt id -> its measurements
 const other = new Map();
 let drawing = false;
+let ended = false;
+let following = false;
 
 function drawSoon() {
   if (drawing) return;
@@ -41,19 +44,73 @@ async function readRival() {
 }
 
 const update = soon(async () => {
+  const over = ended; // what was asked for before the end may still say that something runs
   await refresh(`/studies/${encodeURIComponent(study)}/trials/${trial}/live`, ["live-head", "live"]);
   draw();
+  const waits = document.querySelector("[data-waits]");
+  if (over && waits && !following) followSeeds(waits.dataset.waits);
 });
+
+/** Lines that come are added below; who reads at the end stays there. */
+const log = document.getElementById("log");
+let attempt = [...log.querySelectorAll("[data-attempt]")].at(-1)?.dataset.attempt;
+
+function write(lines) {
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
+  document.getElementById("log-card").hidden = false;
+  for (const said of lines) {
+    if (String(said.attempt_id) !== attempt) {
+      attempt = String(said.attempt_id);
+      const head = Object.assign(document.createElement("b"), { textContent: nameOf(attempt) });
+      log.append(head);
+    }
+    const line = document.createElement("span");
+    const at = Object.assign(document.createElement("i"), { textContent: said.elapsed_seconds.toFixed(1).padStart(7) });
+    line.append(at, ` ${said.line}\n`);
+    log.append(line);
+  }
+  while (log.childElementCount > MOST_LINES) log.firstElementChild.remove();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+function nameOf(attempt) {
+  const lane = document.querySelector(`.timeline [data-key="${attempt}"]`);
+  return lane?.dataset.name ?? "the next attempt";
+}
+
+function followLog() {
+  const lines = follow(`${trials}/${trial}/logs/stream${log.dataset.after ? `?after=${log.dataset.after}` : ""}`, {
+    message: write,
+    end: () => lines.close(),
+  });
+}
+
+/** Seeds of a trial that has its result go on without its streams: the study's says when there is news. */
+function followSeeds(seen) {
+  following = true;
+  const news = soon(async () => {
+    const answer = await fetch(`${trials}/${trial}/measurements`);
+    if (answer.ok) keep(own, (await answer.json()).items);
+    update();
+  }, 500);
+  follow(`/v1/studies/${encodeURIComponent(study)}/events?after=${seen}`, {
+    message: (event) => { if (String(event.trial) === trial) news(); },
+    activity: (gangs) => { if (gangs.some((one) => String(one.trial) === trial)) news(); },
+  });
+}
 
 chooseAxis(draw);
 onTheme(draw);
+log.scrollTop = log.scrollHeight;
 if (rival) readRival();
+if (document.querySelector("[data-live]")) followLog();
 const source = follow(`${trials}/${trial}/measurements/stream`, {
   message: (measurements) => { keep(own, measurements); drawSoon(); },
   state: update,
   end: () => {
     source.close();
     say("done", "ended");
+    ended = true;
     update();
   },
 });

@@ -1,0 +1,134 @@
+"""Commands about studies: `caddie study VERB STUDY`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from api.arguments import read_mapping
+from api.options import AsJson, StudyName, answer, connect
+from api.terminal import study_preview_lines
+from api.terminal_studies import (
+    activity_table,
+    arms_tables,
+    importance_parts,
+    pareto_table,
+    stopping_lines,
+    studies_table,
+    study_lines,
+)
+
+app = typer.Typer(help="Create, list, read and steer studies.", no_args_is_help=True)
+
+GpuHours = Annotated[float | None, typer.Option("--gpu-hours", help="The study's budget in GPU-hours.")]
+Dollars = Annotated[float | None, typer.Option("--dollars", help="The study's budget in dollars.")]
+MaxTrials = Annotated[int | None, typer.Option("--max-trials", help="How many the search may propose.", min=0)]
+Priority = Annotated[int | None, typer.Option("--priority", help="Studies of a higher one get free gangs first.")]
+
+
+@app.command("create")
+def create_study(
+    file: Annotated[
+        Path, typer.Argument(help="A study file (YAML or JSON): name, recipe or base, space, max_trials, ...")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Create a study from a file; it runs at once."""
+    with connect() as caddie:
+        study = caddie.create_study(read_mapping(file))
+    answer(study, as_json, f"study {study.name} is {study.state}")
+
+
+@app.command("preview")
+def preview_study(
+    file: Annotated[Path, typer.Argument(help="A study file, as `caddie study create` takes it.")],
+    samples: Annotated[int, typer.Option(help="How many points to draw.", min=1, max=1000)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Random points of a study that does not exist yet, and how many would be refused. Needs no server."""
+    from api.bodies import StudyIn  # what a server loads comes with these, and no other command needs it
+    from api.previews import StudyPreviewOut
+    from orchestrator.sample import draw_samples
+
+    definition = StudyIn.model_validate(read_mapping(file)).definition()
+    found = StudyPreviewOut.of(draw_samples(definition, samples))
+    answer(found, as_json, *study_preview_lines(definition.name, found))
+
+
+@app.command("list")
+def list_studies(
+    as_json: AsJson = False,
+) -> None:
+    """All studies."""
+    with connect() as caddie:
+        studies = caddie.studies()
+    answer(studies, as_json, studies_table(studies))
+
+
+@app.command("show")
+def show_study(study: StudyName, as_json: AsJson = False) -> None:
+    """One study: its state, progress, best trial, budget and space."""
+    with connect() as caddie:
+        found = caddie.study(study)
+    answer(found, as_json, *study_lines(found))
+
+
+@app.command("pareto")
+def pareto(study: StudyName, as_json: AsJson = False) -> None:
+    """The trials that no other beats in both BPB and bytes."""
+    with connect() as caddie:
+        found = caddie.pareto(study)
+    answer(found, as_json, pareto_table(found))
+
+
+@app.command("importance")
+def importance(study: StudyName, as_json: AsJson = False) -> None:
+    """Which parameters matter, and how the families of tying maps compare."""
+    with connect() as caddie:
+        found = caddie.importance(study)
+    answer(found, as_json, *importance_parts(found))
+
+
+@app.command("arms")
+def arms(study: StudyName, as_json: AsJson = False) -> None:
+    """What proposed the study's trials, and what came of it."""
+    with connect() as caddie:
+        found = caddie.arms(study)
+    answer(found, as_json, *arms_tables(found))
+
+
+@app.command("activity")
+def activity(study: StudyName, as_json: AsJson = False) -> None:
+    """What the study's gangs are doing now."""
+    with connect() as caddie:
+        found = caddie.activity(study)
+    answer(found, as_json, activity_table(found))
+
+
+@app.command("stopping")
+def stopping(study: StudyName, as_json: AsJson = False) -> None:
+    """How often runs were stopped early, and how often that would have been a mistake."""
+    with connect() as caddie:
+        found = caddie.stopping(study)
+    answer(found, as_json, *stopping_lines(found))
+
+
+MOVES = {
+    "pause": "Start nothing more; what runs finishes.",
+    "resume": "Let a paused study run on.",
+    "stop": "End a study: queued trials are cancelled, what runs finishes.",
+}
+
+
+def _steer(move: str) -> Callable[..., None]:
+    def command(study: StudyName, as_json: AsJson = False) -> None:
+        with connect() as caddie:
+            moved = caddie.move_study(study, move)
+        answer(moved, as_json, f"study {moved.name} is {moved.state}")
+
+    return command
+
+
+for _move, _meaning in MOVES.items():
+    app.command(_move, help=_meaning)(_steer(_move))

@@ -1,0 +1,139 @@
+"""What the command line prints of trials, and of what they say."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from api.lines import LogLineOut
+from api.schemas import EventOut, MeasurementOut, NoteOut, TrialOut, TrialSummary
+from api.tables import Column, Grid
+from api.terminal import bpb_text, time_text, tying_text
+
+
+def trials_table(trials: Sequence[TrialSummary]) -> Grid:
+    """Trials, a line each."""
+    columns = (
+        Column("trial"), Column("state", left=True), Column("BPB"), Column("bytes"), Column("params", 3),
+        Column("tying map", left=True, cut=9), Column("LoRA", 2), Column("ranks", 6), Column("seed", 7),
+        Column("origin", 5, left=True), Column("arm", 8, left=True), Column("ended", 9, left=True),
+        Column("tags", 6, left=True, cut=8),
+        Column("reason", 4, left=True, cut=12),
+    )  # fmt: skip
+    cells = [
+        (
+            str(trial.number), trial.state, bpb_text(trial.val_bpb),
+            f"{trial.artifact_bytes or trial.predicted_artifact_bytes:,}{'' if trial.artifact_bytes else '?'}",
+            f"{trial.parameters:,}", tying_text(trial.tying_map), str(trial.lora_rank), str(trial.ranks),
+            str(trial.seed), trial.origin, trial.suggestion.arm if trial.suggestion else "–",
+            time_text(trial.finished_at), " ".join(trial.tags), trial.reason or trial.phase,
+        )
+        for trial in trials
+    ]  # fmt: skip
+    return Grid(columns, cells)
+
+
+def trial_lines(trial: TrialOut) -> list[str]:
+    """One trial as a person reads it."""
+    shape = f"tying map {tying_text(trial.tying_map)}, LoRA rank {trial.lora_rank}, {trial.parameters:,} parameters"
+    if trial.result is not None:
+        before = f"{trial.result.val_bpb_prequant:.4f} before quantisation"
+        outcome = f"{trial.result.val_bpb:.4f} BPB ({before}), {trial.result.artifact_bytes:,} bytes"
+    else:
+        verdict = trial.verdict.replace("_", " ")
+        outcome = f"{trial.prediction.artifact_bytes:,} artifact bytes predicted: {verdict}"
+    why = f" ({trial.reason})" if trial.reason and trial.state != "complete" else ""
+    return [f"trial {trial.number} of {trial.study}: {trial.state}{why}", f"  {shape}", f"  {outcome}"]
+
+
+def trial_parts(trial: TrialOut) -> list[Grid | str]:
+    """All of one trial: its lines, how it was labelled, and its attempts."""
+    where = (
+        [f"  proposed by {trial.suggestion.arm}" + (f": {trial.suggestion.why}" if trial.suggestion.why else "")]
+        if trial.suggestion
+        else []
+    )
+    tags = [f"  tags {' '.join(trial.tags)}"] if trial.tags else []
+    notes = [line for note in trial.notes for line in note_lines(note)]
+    attempts = [attempts_table(trial)] if any(run.attempts for run in trial.runs) else []
+    return [*trial_lines(trial), *where, *tags, *attempts, *notes]
+
+
+def note_lines(note: NoteOut) -> list[str]:
+    """A note: who wrote it when, under which id, and then its lines."""
+    return [f"note {note.id} by {note.author}, {time_text(note.at)}", *(f"  {line}" for line in note.text.splitlines())]
+
+
+def attempts_table(trial: TrialOut) -> Grid:
+    """Every attempt at every run of the trial, in their order."""
+    columns = (
+        Column("attempt"), Column("seed"), Column("rung", 5), Column("state", left=True), Column("BPB", 1),
+        Column("seconds"), Column("dollars", 3), Column("gang", 4, left=True, cut=10),
+        Column("reason", 2, left=True, cut=12),
+    )  # fmt: skip
+    cells = [
+        (
+            str(attempt.id), str(run.seed), str(run.rung), attempt.outcome or attempt.phase or "running",
+            bpb_text(run.scores.val_bpb) if run.scores and attempt.outcome == "succeeded" else "–",
+            f"{attempt.cost.seconds:,.1f}", f"{attempt.cost.dollars:,.2f}", attempt.gang or "–", attempt.reason or "",
+        )
+        for run in trial.runs
+        for attempt in run.attempts
+    ]  # fmt: skip
+    return Grid(columns, cells)
+
+
+def comparison_table(trials: Sequence[TrialOut]) -> Grid:
+    """Trials side by side: what came of each, then the fields of their specs that are not the same in all."""
+    specs = [_flat(trial.spec.model_dump(mode="json")) for trial in trials]
+    names = list(dict.fromkeys(name for spec in specs for name in spec))
+    differing = [name for name in names if len({repr(spec.get(name)) for spec in specs}) > 1]
+    results: list[tuple[str, ...]] = [
+        ("state", *(trial.state for trial in trials)),
+        ("BPB", *(bpb_text(trial.val_bpb) for trial in trials)),
+        ("before quantisation", *(bpb_text(trial.val_bpb_prequant) for trial in trials)),
+        ("bytes", *("–" if trial.artifact_bytes is None else f"{trial.artifact_bytes:,}" for trial in trials)),
+        ("parameters", *(f"{trial.parameters:,}" for trial in trials)),
+        ("seconds", *("–" if trial.train_seconds is None else f"{trial.train_seconds:,.1f}" for trial in trials)),
+        ("tying map", *(tying_text(trial.tying_map) for trial in trials)),
+    ]
+    columns = (Column("", left=True, cut=16), *(Column(f"trial {trial.number}", cut=9) for trial in trials))
+    return Grid(columns, [*results, *((name, *(_value(spec.get(name)) for spec in specs)) for name in differing)])
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a spec by their dotted paths."""
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else {f"{prefix}{name}": inner}
+    return flat
+
+
+def _value(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def measurements_table(measurements: Sequence[MeasurementOut]) -> Grid:
+    """What was measured, a step a line; a column a metric."""
+    names = list(dict.fromkeys(name for one in measurements for name in one.metrics))
+    columns = (
+        Column("attempt", 2), Column("seed", 3), Column("step"), Column("seconds"),
+        *(Column(name, drop) for drop, name in enumerate(names, 4)),
+    )  # fmt: skip
+    cells = [
+        (
+            str(one.attempt_id), str(one.seed), f"{one.step:,}", f"{one.elapsed_seconds:,.1f}",
+            *(f"{one.metrics[name]:.6g}" if name in one.metrics else "–" for name in names),
+        )
+        for one in measurements
+    ]  # fmt: skip
+    return Grid(columns, cells)
+
+
+def event_line(event: EventOut) -> str:
+    """One state change."""
+    about = event.study if event.trial is None else f"{event.study} {event.trial}"
+    return f"{event.id:>6}  {time_text(event.at)}  {about}  {event.kind}  {event.message}".rstrip()
+
+
+def log_line(said: LogLineOut) -> str:
+    """A line of a log, after how long its attempt had run."""
+    return f"{said.elapsed_seconds:>8,.1f}s  {said.line}"

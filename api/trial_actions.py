@@ -1,0 +1,65 @@
+"""What the buttons of a trial's page do: each is the API's own route, then the page again."""
+
+import re
+from typing import Any, TypeVar
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ValidationError
+from starlette.responses import RedirectResponse
+
+from api.bodies import NoteIn, TagsIn
+from api.context import ContextOf, StudyName, TrialNumber, WriterOf
+from api.forms import FormOf
+from api.trials import NoteId, add_trial_note, cancel_trial, delete_trial_note, tag_trial
+from orchestrator import store
+from orchestrator.labels import list_tags
+from worker.spec import InvalidSpec, problems_of
+
+router = APIRouter(prefix="/studies/{study}/trials/{number}", include_in_schema=False)
+Body = TypeVar("Body", bound=BaseModel)
+
+
+@router.post("/cancel")
+def cancel(study: StudyName, number: TrialNumber, context: ContextOf, writer: WriterOf) -> RedirectResponse:
+    """End the trial."""
+    cancel_trial(study, number, context, writer)
+    return _back(study, number)
+
+
+@router.post("/tags")
+def change_tags(study: StudyName, number: TrialNumber, form: FormOf, writer: WriterOf) -> RedirectResponse:
+    """Add the tags of `add`, with commas or spaces between them, and take away the one of `remove`."""
+    with writer.database.read() as session:
+        trial = store.get_trial(session, store.get_study(session, study).id, number)
+        had = list_tags(session, [trial.id]).get(trial.id, ())
+    added = re.split(r"[\s,]+", form.get("add", "").strip())
+    tags = [tag for tag in (*had, *filter(None, added)) if tag != form.get("remove")]
+    tag_trial(study, number, _read(TagsIn, {"tags": list(dict.fromkeys(tags))}), writer)
+    return _back(study, number)
+
+
+@router.post("/notes")
+def write_note(study: StudyName, number: TrialNumber, form: FormOf, writer: WriterOf) -> RedirectResponse:
+    """Add a note."""
+    text = form.get("text", "").replace("\r\n", "\n").strip()
+    add_trial_note(study, number, _read(NoteIn, {"text": text}), writer)
+    return _back(study, number, "#notes")
+
+
+@router.post("/notes/{note}/delete")
+def remove_note(study: StudyName, number: TrialNumber, note: NoteId, writer: WriterOf) -> RedirectResponse:
+    """Remove a note."""
+    delete_trial_note(study, number, note, writer)
+    return _back(study, number, "#notes")
+
+
+def _read(body: type[Body], said: dict[str, Any]) -> Body:
+    """What a form says, as the API's own body. Raises InvalidSpec."""
+    try:
+        return body.model_validate(said)
+    except ValidationError as error:
+        raise InvalidSpec(problems_of(error)) from None
+
+
+def _back(study: str, number: int, place: str = "") -> RedirectResponse:
+    return RedirectResponse(f"/studies/{study}/trials/{number}{place}", 303)
