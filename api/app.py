@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
+from starlette.routing import Match
 
 from api import (
     cluster,
@@ -48,6 +49,9 @@ PAGES = (
     studies_page, study_page, trial_page, trial_actions, new_trial_page, compare_page, cluster_page, docs_page, sign_in,
 )  # fmt: skip
 DOOR_STATUSES, BODY_STATUSES = (401, 403, 429, 503), (400, 408, 413)
+
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def create_app(
@@ -105,10 +109,18 @@ def _install_errors(app: FastAPI) -> None:
         details = problem_of(error)
         if pages.wants_page(request):
             return pages.error_page(request, details)
-        return respond(details, getattr(error, "headers", None))
+        headers = _allowed(request) if details.status == 405 else getattr(error, "headers", None)
+        return respond(details, headers)
 
     for expected in (*EXPECTED, Exception):
         app.add_exception_handler(expected, answer)
+
+
+def _allowed(request: Request) -> dict[str, str]:
+    """Every method that the path takes: Starlette names those of the first route that has it."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    routes = request.app.routes
+    return {"Allow": ", ".join(m for m in METHODS if any(r.matches(scopes[m])[0] is Match.FULL for r in routes))}
 
 
 def _declare_problems(app: FastAPI) -> None:
@@ -116,6 +128,8 @@ def _declare_problems(app: FastAPI) -> None:
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:  # completed already
+            return app.openapi_schema
         document = describe()
         components = document["components"]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -127,7 +141,8 @@ def _declare_problems(app: FastAPI) -> None:
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 answers = operation["responses"]
-                for status in answers.keys() & {str(one) for one in range(400, 600)}:
+                # Those with content: FastAPI keeps its document, which was completed already if it is asked again.
+                for status in [one for one in answers if int(one) >= 400 and "content" in answers[one]]:
                     answers[status]["content"] = {MEDIA_TYPE: next(iter(answers[status]["content"].values()))}
                 by_the_door: tuple[int, ...] = BODY_STATUSES if "requestBody" in operation else ()
                 if path.startswith("/v1/") or path == "/metrics":

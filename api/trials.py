@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from api.bodies import BatchIn, NoteIn, Tag, TagsIn, TrialIn
+from api.bodies import BatchIn, NoteIn, SeedsIn, Tag, TagsIn, TrialIn
 from api.context import (
     LARGEST_ID,
     After,
@@ -34,13 +34,14 @@ from api.schemas import (
     MeasurementOut,
     NoteOut,
     Page,
+    RunOut,
     SubmittedOut,
     TagsOut,
     TrialOut,
     TrialSummary,
 )
 from api.submission import Asked, submit_batch
-from orchestrator import store
+from orchestrator import reopening, store
 from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.detail import get_detail
@@ -49,12 +50,14 @@ from orchestrator.labels import add_note, delete_note, list_notes, list_tags, se
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import TrialState
 from orchestrator.listing import Order, Place, Sort, Wanted, list_page, read_place
+from orchestrator.seeds import ask_seeds, cancel_seed
 from orchestrator.study import Artifact, Attempt, Origin, Trial, Verdict
 from worker.shape import FieldError
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/studies/{study}/trials", tags=["trials"], responses=responses(404, 422))
 
+RunId = Annotated[int, Path(ge=1, le=LARGEST_ID)]
 NoteId = Annotated[int, Path(ge=1, le=LARGEST_ID)]
 Sorting = Literal[
     "number", "-number", "val_bpb", "-val_bpb", "artifact_bytes", "-artifact_bytes",
@@ -165,6 +168,38 @@ def cancel_trial(study: StudyName, number: TrialNumber, context: ContextOf, writ
         described = describe(session, study, trial, context)
     log.info("trial %d of study %s was cancelled", number, study, extra={"trial_id": trial.id})
     return described
+
+
+@router.post("/{number}/retry", responses=responses(409))
+def retry_trial(study: StudyName, number: TrialNumber, context: ContextOf, writer: WriterOf) -> TrialOut:
+    """Queue a failed or cancelled trial once more, with attempts as if it had had none."""
+    with writer.write("trial.retry", f"studies/{study}/trials/{number}") as session:
+        trial = reopening.retry_trial(session, store.get_study(session, study).id, number, writer.now)
+        described = describe(session, study, trial, context)
+    log.info("trial %d of study %s is tried again", number, study, extra={"trial_id": trial.id})
+    return described
+
+
+@router.post("/{number}/seeds", status_code=201, responses=responses(400, 409, 415))
+def add_seeds(
+    study: StudyName, number: TrialNumber, body: SeedsIn, context: ContextOf, writer: WriterOf
+) -> Page[RunOut]:
+    """Run a complete trial at further seeds, which its leaderboard row then is the mean of."""
+    with writer.write("trial.seeds", f"studies/{study}/trials/{number}") as session:
+        found = store.get_study(session, study)
+        runs = ask_seeds(session, found, number, writer.now, named=body.seeds, count=body.count)
+    log.info("trial %d of study %s runs at %d more seeds", number, study, len(runs))
+    return Page(items=[RunOut.of(run, (), context.gpu_hour_dollars) for run in runs])
+
+
+@router.post("/{number}/runs/{run}/cancel", responses=responses(409))
+def cancel_run(study: StudyName, number: TrialNumber, run: RunId, context: ContextOf, writer: WriterOf) -> RunOut:
+    """End one queued or running seed of a complete trial; its gang is stopped."""
+    with writer.write("run.cancel", f"studies/{study}/trials/{number}/runs/{run}") as session:
+        cancelled = cancel_seed(session, store.get_study(session, study).id, number, run, writer.now)
+        attempts = store.list_attempts(session, cancelled.trial_id)
+    log.info("run %d of trial %d of study %s was cancelled", run, number, study)
+    return RunOut.of(cancelled, attempts, context.gpu_hour_dollars)
 
 
 @router.put("/{number}/tags", responses=responses(400, 415))

@@ -8,14 +8,14 @@ from sqlalchemy.orm import Session
 
 from orchestrator import store
 from orchestrator.lifecycle import OPEN_TRIALS
-from orchestrator.rungs import list_promoted
+from orchestrator.reopening import list_reopened
 from orchestrator.study import Trial
 
 CHUNK = 500  # numbers in one query; databases bound how many parameters a statement takes
 
 
 class History:
-    """A cache of one study. What a finished trial says changes only where it is promoted; no trial's spec ever does.
+    """A cache of one study. What a finished trial says changes only where it goes on; no trial's spec ever does.
 
     A trial that has not changed is the same object as before.
     """
@@ -23,18 +23,18 @@ class History:
     def __init__(self, study_id: int) -> None:
         self._study_id = study_id
         self._trials: dict[int, Trial] = {}  # by number, in order
-        self._promoted_until = 0  # the last event that was followed
+        self._reopened_until = 0  # the last event that was followed
 
     def read(self, session: Session) -> tuple[Trial, ...]:
         """Every trial by number, in its state as of this session's snapshot."""
-        promoted, self._promoted_until = list_promoted(session, self._study_id, self._promoted_until)
+        reopened, self._reopened_until = list_reopened(session, self._study_id, self._reopened_until)
         known = self._trials
-        stale = [number for number, trial in known.items() if number in promoted or trial.state in OPEN_TRIALS]
+        stale = [number for number, trial in known.items() if number in reopened or trial.state in OPEN_TRIALS]
         states = store.list_states(session, self._study_id, after=max(known, default=-1))
         for numbers in _chunks(stale):
             states |= store.list_states(session, self._study_id, numbers=numbers)
         same = {
-            number for number, trial in known.items() if number not in promoted and trial.state == states.get(number)
+            number for number, trial in known.items() if number not in reopened and trial.state == states.get(number)
         }
         changed = [number for number in sorted(states) if number not in same]
         specs = {number: trial.spec for number, trial in known.items() if number in states}

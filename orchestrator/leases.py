@@ -124,7 +124,7 @@ def _first_in_line(gang: GangConfig, warm: bool, without: tuple[int, ...], study
         .where(StudyRow.state == StudyState.RUNNING, queued.cold.is_(False) if warm else true())
         .where(StudyRow.id.not_in(without) if without else true())
         .where(StudyRow.id == study_id if study_id is not None else true())
-        .order_by(queued.priority.desc(), queued.id).limit(1)
+        .order_by(StudyRow.priority.desc(), queued.priority.desc(), queued.id).limit(1)
         # What another transaction holds is being claimed or cancelled: the next in line is ours.
         .with_for_update(skip_locked=True, key_share=True, of=(TrialRow, queued)).scalar_subquery()
     )  # fmt: skip
@@ -364,8 +364,9 @@ def _next_states(session: Session, run_id: int, ended: AttemptResult) -> tuple[R
         return RunState.SUCCEEDED, TrialState.COMPLETE
     if ended.outcome is Outcome.STOPPED:
         return RunState.STOPPED, TrialState.PRUNED
-    made = select(AttemptRow.outcome, AttemptRow.cause).where(AttemptRow.run_id == run_id)
-    ends = session.execute(made.where(AttemptRow.outcome.is_not(None))).all()
+    made = select(AttemptRow.outcome, AttemptRow.cause).join(RunRow, RunRow.id == AttemptRow.run_id)
+    counted = (AttemptRow.outcome.is_not(None), AttemptRow.number > RunRow.forgiven)
+    ends = session.execute(made.where(RunRow.id == run_id, *counted)).all()
     spent = (
         sum(end.outcome not in UNCHARGED for end in ends) >= MAX_ATTEMPTS,
         sum(end.outcome == Outcome.LOST for end in ends) >= MAX_LOST,

@@ -75,14 +75,15 @@ TRIAL_MOVES: dict[TrialState, frozenset[TrialState]] = {
     ),
     TrialState.COMPLETE: frozenset(),
     TrialState.PRUNED: frozenset({TrialState.QUEUED}),  # promoted from a cheaper rung
-    TrialState.FAILED: frozenset(),
-    TrialState.CANCELLED: frozenset(),
+    TrialState.FAILED: frozenset({TrialState.QUEUED}),  # retried, as one that was cancelled
+    TrialState.CANCELLED: frozenset({TrialState.QUEUED}),
     TrialState.INFEASIBLE: frozenset(),
 }
 
 OPEN_RUNS = frozenset({RunState.QUEUED, RunState.RUNNING})
 OPEN_TRIALS = frozenset({TrialState.QUEUED, TrialState.RUNNING})
 UNCHARGED = frozenset({Outcome.PREEMPTED, Outcome.LOST, Outcome.VOID})
+RETRIED_FROM = (TrialState.FAILED, TrialState.CANCELLED)
 PERMANENT = frozenset({Cause.DIVERGED, Cause.BAD_INPUT})
 
 

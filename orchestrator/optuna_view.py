@@ -19,7 +19,7 @@ from orchestrator.database import Database
 from orchestrator.errors import NotFound
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
 from orchestrator.points import Domain
-from orchestrator.rungs import list_promoted
+from orchestrator.reopening import list_reopened
 from orchestrator.space import Parameter, as_category
 from orchestrator.study import NewStudy, Study, Trial
 
@@ -148,14 +148,14 @@ class ReadOnlyStorage(BaseStorage):
 class StudyView(ReadOnlyStorage):
     """Every study of a database as an Optuna storage. Ids are those of our tables; safe to share between threads.
 
-    Finished trials change only where they are promoted, so each is kept until then; a poll reads the states and the
+    Finished trials change only where they go on, so each is kept until then; a poll reads the states and the
     open trials.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._finished: dict[int, dict[int, FrozenTrial]] = {}  # by study id, then number
-        self._promoted_until: dict[int, int] = {}  # study id -> the last event that was followed
+        self._reopened_until: dict[int, int] = {}  # study id -> the last event that was followed
         self._studies: dict[int, int] = {}  # trial id -> study id
         self._distributions: dict[int, dict[str, BaseDistribution]] = {}  # by study id
         self._lock = threading.Lock()
@@ -236,10 +236,10 @@ class StudyView(ReadOnlyStorage):
         """The trials of one snapshot; None where another thread has meanwhile followed promotions that it lacks."""
         with self._lock:
             finished = self._finished.setdefault(study.id, {})
-            known, followed = set(finished), self._promoted_until.get(study.id, 0)
+            known, followed = set(finished), self._reopened_until.get(study.id, 0)
         with self._database.read() as session:
-            promoted, last = list_promoted(session, study.id, followed)
-            known -= promoted
+            reopened, last = list_reopened(session, study.id, followed)
+            known -= reopened
             wanted = [number for number in store.list_states(session, study.id) if number not in known]
             trials: list[Trial] = []
             curves: dict[int, dict[int, float]] = {}
@@ -256,10 +256,10 @@ class StudyView(ReadOnlyStorage):
             for trial in trials
         }
         with self._lock:
-            if last < self._promoted_until.get(study.id, 0):
+            if last < self._reopened_until.get(study.id, 0):
                 return None
-            self._promoted_until[study.id] = last
-            for number in promoted:
+            self._reopened_until[study.id] = last
+            for number in reopened:
                 finished.pop(number, None)
             finished.update({n: frozen for n, (state, frozen) in fresh.items() if state not in OPEN_TRIALS})
             self._studies.update({frozen._trial_id: study.id for _, frozen in fresh.values()})

@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import exists, func, select, update
+from sqlalchemy import exists, or_, select, true, update
 from sqlalchemy.orm import Session
 
 from orchestrator import store
 from orchestrator.lifecycle import OPEN_RUNS, Outcome, RunState, StudyState, TrialState
+from orchestrator.reopening import PROMOTED, list_reopened
 from orchestrator.shortening import Rung
 from orchestrator.statistics import Correlation, spearman
 from orchestrator.study import PromotionConfig, Study
 from orchestrator.tables import TRIALS, AttemptRow, EventRow, RunRow, StudyRow, TrialRow
 from worker.spec import GangConfig, parse_spec
 
-PROMOTED = "trial.promoted"
-"""The kind of the event of a promotion."""
 FIRST_LOOK = 10
 """Pairs of scores that there are when the correlation is first judged. It is again each time they have doubled, so that
 looking often does not find it low by chance; what one look has found stands."""
@@ -55,7 +54,8 @@ class Finished:
 
 
 class Ladder:
-    """The rungs of one study, and who has come to which. All of it is cache: settled runs never change."""
+    """The rungs of one study, and who has come to which. All of it is cache: settled runs change only when they
+    are retried."""
 
     def __init__(self, study: Study, promotion: PromotionConfig) -> None:
         self._study_id, self._seed, self._promotion = study.id, study.definition.seed, promotion
@@ -65,6 +65,7 @@ class Ladder:
         self._reached: dict[int, set[int]] = {number: set() for number in (*self.numbers, 0)}
         self._finished: dict[int, dict[int, Finished]] = {number: {} for number in (*self.numbers, 0)}
         self._next = 0
+        self._reopened_until = 0  # the last event that was followed
         self.told: set[int] = set()
         """The rungs that no longer decide, as far as an event says so."""
 
@@ -88,6 +89,8 @@ class Ladder:
 
     def read(self, session: Session) -> None:
         """Take in what has happened by this session."""
+        reopened, self._reopened_until = list_reopened(session, self._study_id, self._reopened_until)
+        news = or_(RunRow.id >= self._next, TrialRow.number.in_(reopened)) if self._next else true()
         rows = session.execute(
             select(
                 RunRow.id, RunRow.rung, RunRow.state, RunRow.scores, TrialRow.number,
@@ -95,7 +98,7 @@ class Ladder:
             )
             .join(TrialRow, TrialRow.id == RunRow.trial_id)
             .outerjoin(AttemptRow, (AttemptRow.run_id == RunRow.id) & (AttemptRow.outcome == Outcome.SUCCEEDED))
-            .where(TrialRow.study_id == self._study_id, RunRow.id >= self._next).order_by(RunRow.id)
+            .where(TrialRow.study_id == self._study_id, news).order_by(RunRow.id)
         ).all()  # fmt: skip
         for row in rows:
             gang, finished = GangConfig.model_validate(row.gang), None
@@ -104,7 +107,7 @@ class Ladder:
                 finished = Finished(row.number, over, val_bpb, row.finished_at, gang)
             self.take(row.number, row.rung, finished)
         still_open = (row.id for row in rows if row.state in OPEN_RUNS)
-        self._next = min(still_open, default=rows[-1].id + 1 if rows else self._next)
+        self._next = min(still_open, default=max(rows[-1].id + 1 if rows else 0, self._next))
 
     def take(self, number: int, rung: int, finished: Finished | None) -> None:
         """Take in that a trial has come to a rung, and with which score where it has finished there."""
@@ -187,15 +190,6 @@ def tell_of_low(session: Session, study_id: int, number: int, low: Correlation, 
     told = select(EventRow.id).where(EventRow.study_id == study_id, EventRow.message == message)
     if session.scalar(told) is None:
         store.add_event(session, study_id, None, "study.rung", message, now)
-
-
-def list_promoted(session: Session, study_id: int, after: int) -> tuple[set[int], int]:
-    """The trials promoted by events above `after`, by number, and the study's last event. Nothing else changes a trial
-    that was finished."""
-    last = session.scalar(select(func.max(EventRow.id)).where(EventRow.study_id == study_id)) or 0
-    news = (EventRow.study_id == study_id, EventRow.id > after, EventRow.id <= last, EventRow.kind == PROMOTED)
-    promoted = session.scalars(select(EventRow.trial_number).where(*news)) if last > after else ()
-    return {number for number in promoted if number is not None}, last
 
 
 def drawn(*parts: Any) -> float:

@@ -1,18 +1,20 @@
 """The seeds of complete trials in SQL: what they scored, and more of them asked for."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Literal
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from orchestrator.errors import IllegalMove
-from orchestrator.lifecycle import OPEN_RUNS, RunState, StudyState, TrialState
+from orchestrator.errors import Conflict, IllegalMove, NotFound
+from orchestrator.lifecycle import OPEN_RUNS, Outcome, RunState, StudyState, TrialState
 from orchestrator.rows import run_of
 from orchestrator.standing import Standing
 from orchestrator.store import add_event, count_open_runs, hold_study, insert_missing, reopen
-from orchestrator.study import Run
-from orchestrator.tables import RUNS, TRIALS, RunRow, TrialRow
+from orchestrator.study import ReplicationConfig, Run, Study
+from orchestrator.tables import RUNS, TRIALS, AttemptRow, RunRow, TrialRow
 
 PRIORITY = {"submitted": 10, "earned": 5}
 """A seed that a person asks for waits with other submissions; one that was earned comes before proposals."""
@@ -98,6 +100,67 @@ def add_seed(
     added = session.scalar(select(RunRow).where(RunRow.trial_id == trial_id, RunRow.seed == seed, RunRow.rung == 0))
     assert added is not None
     return run_of(added)
+
+
+def ask_seeds(
+    session: Session, study: Study, number: int, now: datetime, *, named: Sequence[int] = (), count: int = 0
+) -> tuple[Run, ...]:
+    """Queue a complete trial's runs at the seeds that are `named`, and at `count` more of the study's list: all of
+    them, or none.
+
+    Raises NotFound; IllegalMove for a trial that is not complete, or in a stopped study; Conflict where a seed has a
+    run, or the list has too few left.
+    """
+    hold_study(session, study.id)
+    trial = session.scalar(select(TrialRow).where(TrialRow.study_id == study.id, TrialRow.number == number))
+    if trial is None:
+        raise NotFound("trial", number)
+    if trial.state != TrialState.COMPLETE:
+        raise IllegalMove(f"trial {number}", trial.state, "take further seeds", (TrialState.COMPLETE,))
+    taken = set(session.scalars(select(RunRow.seed).where(RunRow.trial_id == trial.id, RunRow.rung == 0)))
+    for place, seed in enumerate(named):
+        if seed in taken:
+            raise Conflict(f"seeds.{place}", seed, f"has a run of trial {number} already")
+        taken.add(seed)
+    listed = (study.definition.replication or ReplicationConfig()).seeds
+    left = [seed for seed in listed if seed not in taken]
+    if count > len(left):
+        raise Conflict("count", count, f"asks for more than the {len(left)} left of the study's {len(listed)} seeds")
+    runs = []
+    for seed in (*named, *left[:count]):
+        run = add_seed(session, study.id, trial.id, seed, now, origin="submitted", why="it was asked for")
+        assert run is not None, "the study is held, and the seed is free"
+        runs.append(run)
+    return tuple(runs)
+
+
+def cancel_seed(session: Session, study_id: int, number: int, run_id: int, now: datetime) -> Run:
+    """End an open run of a complete trial, and its open attempt; whoever holds a lease on it has lost it.
+
+    Raises NotFound, and IllegalMove for a run that is finished, or whose trial still depends on it.
+    """
+    hold_study(session, study_id)
+    found = session.execute(
+        select(RunRow, TrialRow.state).join(TrialRow, TrialRow.id == RunRow.trial_id)
+        .where(TrialRow.study_id == study_id, TrialRow.number == number, RunRow.id == run_id)
+    ).one_or_none()  # fmt: skip
+    if found is None:
+        raise NotFound(f"run of trial {number}", run_id)
+    if found[1] != TrialState.COMPLETE:
+        raise IllegalMove(f"trial {number}", found[1], "lose a run: cancel the trial", (TrialState.COMPLETE,))
+    cancelled = session.scalar(
+        update(RUNS).where(RUNS.c.id == run_id, RUNS.c.state.in_(OPEN_RUNS))
+        .values(state=RunState.CANCELLED).returning(RUNS.c.seed)
+    )  # fmt: skip
+    if cancelled is None:
+        raise IllegalMove(f"run {run_id}", found[0].state, "be cancelled", ("queued", "running"))
+    session.execute(
+        update(AttemptRow).where(AttemptRow.run_id == run_id, AttemptRow.outcome.is_(None)).values(
+            outcome=Outcome.STOPPED, reason="cancelled", finished_at=now, lease_token=None, lease_expires_at=None
+        )
+    )  # fmt: skip
+    add_event(session, study_id, number, "run.cancelled", f"Trial {number} at seed {cancelled} was cancelled", now)
+    return replace(run_of(found[0]), state=RunState.CANCELLED)
 
 
 def find_seed(session: Session, study_id: int, key: str) -> Run | None:

@@ -6,14 +6,14 @@ and train on: `regret` says what stopping them would have cost.
 
 import logging
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from math import ceil, sqrt
 from statistics import NormalDist, median
 
-from sqlalchemy import and_, select, update
+from sqlalchemy import and_, or_, select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, aliased
 
@@ -109,7 +109,8 @@ class _Curves:
         self.judged: dict[int, float] = {}
         """By open attempt, the share of the budget at which it was judged last."""
 
-    def read(self, session: Session) -> tuple[_Run, ...]:
+    def read(self, session: Session, asked: Collection[int]) -> tuple[_Run, ...]:
+        """Every trial's first run at each rung. Those asked for, by id, are read again: they may have been retried."""
         bpb, fraction = aliased(MeasurementRow), aliased(MeasurementRow)
         of_attempt = and_(bpb.attempt_id == AttemptRow.id, bpb.name == "val_bpb")
         same = (fraction.attempt_id == bpb.attempt_id, fraction.number == bpb.number, fraction.name == "fraction")
@@ -120,7 +121,7 @@ class _Curves:
             )
             .join(TrialRow, TrialRow.id == RunRow.trial_id).outerjoin(AttemptRow, AttemptRow.run_id == RunRow.id)
             .outerjoin(bpb, of_attempt).outerjoin(fraction, and_(*same))
-            .where(TrialRow.study_id == self._study_id, RunRow.id >= self._next)
+            .where(TrialRow.study_id == self._study_id, or_(RunRow.id >= self._next, RunRow.id.in_(asked)))
             .order_by(RunRow.id, AttemptRow.id, bpb.number)
         ).all()  # fmt: skip
         fresh: dict[int, _Run] = {}
@@ -135,7 +136,7 @@ class _Curves:
                 run.attempt_id, run.curve = row.attempt_id, []
             run.curve.append((row.fraction, row.val_bpb))
         still_open = (run.id for run in fresh.values() if run.state in OPEN_RUNS)
-        self._next = min(still_open, default=rows[-1].id + 1 if rows else self._next)
+        self._next = min(still_open, default=max(rows[-1].id + 1 if rows else 0, self._next))
         return tuple(self._first.values())
 
 
@@ -175,7 +176,7 @@ class Stopping:
         self, study: Study, config: StoppingConfig, curves: _Curves, claims: Mapping[int, Claim], now: datetime
     ) -> dict[int, str]:
         with self._database.read() as session:
-            runs = curves.read(session)
+            runs = curves.read(session, claims)
         stopped: dict[int, str] = {}
         for run in runs:
             claim = claims.get(run.id)

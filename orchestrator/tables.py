@@ -184,6 +184,8 @@ class RunRow(Base):
     """Of the submission that asked for this seed, where its trial was there already."""
     scores: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """A Scores, of the attempt that succeeded or was stopped with a result."""
+    forgiven: Mapped[int] = mapped_column(server_default=text("0"))
+    """Attempts up to this number no longer count against it: it was retried after them."""
     spared_at: Mapped[float | None] = mapped_column(Float)
     """The fraction of the budget at which it would have been stopped, had it not been spared."""
 

@@ -17,7 +17,7 @@ from orchestrator.lifecycle import OPEN_TRIALS, Cause, Outcome, StudyState, Tria
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.loop import Loop, run
 from orchestrator.queue import BACKFILL
-from orchestrator.rungs import PROMOTED
+from orchestrator.reopening import PROMOTED
 from orchestrator.spending import Accounts
 from orchestrator.study import NewStudy, NewTrial, Study, Trial
 from orchestrator.tables import MeasurementRow

@@ -18,6 +18,7 @@ ROLES = "role IN ('viewer', 'submitter', 'admin')"
 def upgrade() -> None:
     op.add_column("studies", sa.Column("priority", sa.Integer(), nullable=False, server_default=sa.text("0")))
     op.add_column("studies", sa.Column("archived_at", _when(), nullable=True))
+    op.add_column("runs", sa.Column("forgiven", sa.Integer(), nullable=False, server_default=sa.text("0")))
     op.add_column("attempts", sa.Column("told_sha256", sa.String(64), nullable=True))
     op.create_index("ix_attempts_finished_at", "attempts", ["finished_at"])
     op.create_table(
@@ -84,6 +85,7 @@ def downgrade() -> None:
     op.drop_column("attempts", "told_sha256")
     for column in ("archived_at", "priority"):
         op.drop_column("studies", column)
+    op.drop_column("runs", "forgiven")
 
 
 def _when() -> sa.DateTime:
