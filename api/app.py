@@ -20,6 +20,7 @@ from api import (
     health,
     imports,
     logs,
+    metrics,
     new_trial_page,
     pages,
     preview,
@@ -77,11 +78,13 @@ def create_app(
     door = door or Door()
     app.state.admission = Admission(database, door)
     app.add_middleware(Doors, admission=app.state.admission, door=door, routes=app.router.routes)
+    app.state.metrics = metrics.Metrics(database, gpu_hour_dollars)
+    app.add_middleware(metrics.Measured, metrics=app.state.metrics)
     app.state.templates = pages.load_templates()
     version_1 = APIRouter(prefix="/v1")
     for module in VERSION_1:
         version_1.include_router(module.router)
-    for router in (version_1, health.router, *(module.router for module in PAGES)):
+    for router in (version_1, health.router, metrics.router, *(module.router for module in PAGES)):
         app.include_router(router)
     pages.mount_assets(app)
     if dashboard:
@@ -138,7 +141,8 @@ def _declare_problems(app: FastAPI) -> None:
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 answers = operation["responses"]
-                for status in answers.keys() & {str(one) for one in range(400, 600)}:
+                # Those with content: FastAPI keeps its document, which was completed already if it is asked again.
+                for status in [one for one in answers if int(one) >= 400 and "content" in answers[one]]:
                     answers[status]["content"] = {MEDIA_TYPE: next(iter(answers[status]["content"].values()))}
                 by_the_door: tuple[int, ...] = BODY_STATUSES if "requestBody" in operation else ()
                 if path.startswith("/v1/") or path == "/metrics":

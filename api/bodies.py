@@ -1,7 +1,7 @@
 """What clients send: the shape of each body, and the domain value that it means. Unknown keys are refused."""
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
@@ -82,6 +82,63 @@ class StudyIn(Input):
         except InvalidSpec as error:
             found = tuple(problem.within("base") for problem in error.problems)
         raise InvalidSpec(tuple(_placed(problem, "base", {"overrides": list(self.overrides)}) for problem in found))
+
+
+class SpendingChange(Input):
+    """What is to change of a study's budget; what is left out stays, and null lifts a limit."""
+
+    gpu_hours: float | None = Field(default=None, gt=0, le=1e6)
+    dollars: float | None = Field(default=None, gt=0, le=1e6)
+    gpu_hour_dollars: float = Field(default=2.5, ge=0, le=1e6)
+    wall_hours: float | None = Field(default=None, gt=0, le=1e6)
+    target_bpb: float | None = Field(default=None, gt=0, le=100)
+
+    def over(self, spending: SpendingConfig) -> SpendingConfig:
+        """The budget with these changes. Raises InvalidSpec, naming each field as the body has it."""
+        try:
+            return SpendingConfig.model_validate({**spending.model_dump(), **self.model_dump(exclude_unset=True)})
+        except ValidationError as error:
+            raise InvalidSpec(tuple(problem.within("spending") for problem in problems_of(error))) from None
+
+
+class StudyChange(Input):
+    """What is to change of a study; what is left out stays."""
+
+    state: Literal["running", "paused", "stopped"] | None = None
+    max_trials: int | None = Field(default=None, ge=0, le=1_000_000, description="At least what was proposed already.")
+    spending: SpendingChange | None = None
+    priority: int | None = Field(default=None, ge=-1000, le=1000, description="Higher before lower; 0 to begin with.")
+
+
+class CloneIn(Input):
+    """A new study made from another one: what is left out is as it is there."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="Dotted paths of the base spec, with new values."
+    )
+    space: dict[str, Parameter] = Field(default_factory=dict)
+    sampler: SamplerName = "caddie"
+    objectives: tuple[Objective, ...] = ("val_bpb",)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    max_trials: int = Field(default=100, ge=0, le=1_000_000)
+    cap_bytes: int = Field(default=CAP_BYTES, ge=1, le=2**53)
+    tolerance_bytes: int = Field(default=0, ge=0, le=2**53)
+    cap_train_seconds: float = Field(default=CAP_SECONDS, gt=0)
+    cap_evaluate_seconds: float = Field(default=CAP_SECONDS, gt=0)
+    stopping: StoppingConfig | None = None
+    promotion: PromotionConfig | None = None
+    replication: ReplicationConfig | None = None
+    spending: SpendingConfig = SpendingConfig()
+    gangs: tuple[GangConfig, ...] = Field(default=(), max_length=16)
+
+    def definition(self, source: NewStudy) -> NewStudy:
+        """The new study. Raises InvalidSpec, naming each field as the body has it."""
+        said = {name: getattr(self, name) for name in self.model_fields_set}
+        try:
+            return StudyIn.model_validate({**dict(source), **said}).definition()
+        except ValidationError as error:
+            raise InvalidSpec(problems_of(error)) from None
 
 
 def _rest_problems(data: Any) -> Iterator[Problem]:

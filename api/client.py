@@ -38,7 +38,7 @@ from api.schemas import (
     TrialSummary,
 )
 from api.standings import LeaderboardOut, VerdictOut
-from orchestrator.lifecycle import TrialState
+from orchestrator.lifecycle import StudyState, TrialState
 from orchestrator.settings import Settings
 from orchestrator.study import Origin, Verdict
 from worker.spec import GangConfig
@@ -109,15 +109,25 @@ class Caddie(Connection):
         """Create a study; the body is a StudyIn. Not repeated: a second one would find the name taken."""
         return self._read("POST", "/v1/studies", StudyOut, body=body)
 
-    def studies(self) -> list[StudyOut]:
-        return list(self._pages("/v1/studies", Page[StudyOut]))
+    def studies(self, *, state: Sequence[StudyState] = (), archived: bool = False) -> list[StudyOut]:
+        """Every study in these states, by default in any: those in use, or those that were archived."""
+        query = {"state": state, "archived": str(archived).lower()}
+        return list(self._pages("/v1/studies", Page[StudyOut], query))
 
     def study(self, study: str) -> StudyOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}", StudyOut)
 
     def move_study(self, study: str, move: str) -> StudyOut:
-        """Pause, resume or stop."""
+        """Pause, resume, stop, archive or unarchive."""
         return self._read("POST", f"/v1/studies/{_quoted(study)}/{_quoted(move)}", StudyOut)
+
+    def change_study(self, study: str, body: Mapping[str, Any]) -> StudyOut:
+        """Another state, budget or priority; the body is a StudyChange. Safe to repeat: it says what shall be."""
+        return self._read("PATCH", f"/v1/studies/{_quoted(study)}", StudyOut, body=body, attempts=ATTEMPTS)
+
+    def clone_study(self, study: str, body: Mapping[str, Any]) -> StudyOut:
+        """Create a study like this one; the body is a CloneIn, with a name at least."""
+        return self._read("POST", f"/v1/studies/{_quoted(study)}/clone", StudyOut, body=body)
 
     def leaderboard(self, study: str, limit: int = 100) -> LeaderboardOut:
         return self._read("GET", f"/v1/studies/{_quoted(study)}/leaderboard?limit={limit}", LeaderboardOut)
@@ -331,9 +341,6 @@ class Caddie(Connection):
 
 def _trials(study: str) -> str:
     return f"/v1/studies/{_quoted(study)}/trials"
-
-
-_LINES = TypeAdapter(list[LogLineOut])
 
 
 def _lease(asked: AskOut) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Tokens, and what was done with them, as the API takes and gives them."""
 
 from datetime import datetime, timedelta
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from orchestrator.access import Role
-from orchestrator.tokens import NAME, Token
+from orchestrator.access import NAME, Role
+
+if TYPE_CHECKING:  # SQLAlchemy comes with it, and clients read answers without it
+    from orchestrator.tokens import Token
 
 
 class TokenIn(BaseModel):
@@ -42,7 +44,7 @@ class TokenOut(BaseModel):
     last_used_at: datetime | None
 
     @classmethod
-    def of(cls, token: Token) -> "TokenOut":
+    def of(cls, token: "Token") -> "TokenOut":
         return cls(**{name: getattr(token, name) for name in TokenOut.model_fields})
 
 

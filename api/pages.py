@@ -31,13 +31,14 @@ HEADERS = {
 def page(request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
     """A template rendered, under the policy that our pages load nothing but our own files.
 
-    Every template knows the `path` it is shown at, who reads it (`principal`), whether they may change anything, and
-    the token that its forms send back.
+    Every template knows the `path` it is shown at, who reads it (`principal`, None before a sign-in), whether they may
+    change anything, and the token that its forms send back.
     """
     templates: Environment = request.app.state.templates
-    principal: Principal = getattr(request.state, "principal", LOCAL)
+    principal: Principal | None = getattr(request.state, "principal", LOCAL)
     shared = {
-        "path": request.url.path, "principal": principal, "may_write": principal.role.includes(Role.SUBMITTER),
+        "path": request.url.path, "principal": principal,
+        "may_write": principal is not None and principal.role.includes(Role.SUBMITTER),
         "csrf": getattr(request.state, "csrf", ""),
     }  # fmt: skip
     return HTMLResponse(templates.get_template(template).render(shared, **facts), status, headers=HEADERS)

@@ -66,6 +66,9 @@ class StudyOut(BaseModel):
     """The mean of its seeds."""
     spending: SpendingOut | None
     """None where nothing limits its GPU-hours."""
+    priority: int
+    """Runs of studies with a higher one start first."""
+    archived_at: datetime | None
     created_at: datetime
     changed_at: datetime
 
@@ -80,6 +83,7 @@ class StudyOut(BaseModel):
             submitted=sum(counts.values()) - study.proposed, refused=study.refused, counts=dict(counts),
             best_trial=best.number if best else None, best_bpb=best.sample.mean if best and best.sample else None,
             spending=account and SpendingOut.of(account, new.spending.gpu_hour_dollars),
+            priority=study.priority, archived_at=study.archived_at,
             created_at=study.created_at, changed_at=study.changed_at,
         )  # fmt: skip
 

@@ -7,18 +7,20 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 from sqlalchemy.orm import Session
 
-from api.bodies import StudyIn
+from api.bodies import CloneIn, StudyChange, StudyIn
 from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName, Writer, WriterOf
 from api.problems import responses
 from api.reports import ArmOut, ArmsOut, ImportanceOut, LedgerOut, ParetoOut, ParetoPoint, StoppingOut
 from api.schemas import ActivityOut, Page, StudyOut
 from api.standings import LeaderboardOut, rows_of
-from orchestrator import seeds, store
+from orchestrator import amendments, seeds, store
 from orchestrator.activity import list_activity
+from orchestrator.amendments import amend_study
 from orchestrator.arms import arms
 from orchestrator.importance import importance
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
+from orchestrator.listing import list_studies_page
 from orchestrator.pareto import front, scored
 from orchestrator.spending import Accounts
 from orchestrator.standing import ranked, spread_of
@@ -46,12 +48,13 @@ def list_studies(
     context: ContextOf,
     now: Now,
     state: Annotated[tuple[StudyState, ...], Query()] = (),
+    archived: Annotated[bool, Query(description="Those that were archived, instead of those in use.")] = False,
     limit: Limit = 100,
     after: After = -1,
 ) -> Page[StudyOut]:
     """Studies, oldest first."""
     with context.database.read() as session:
-        studies = [study for study in store.list_studies(session, state) if study.id > after]
+        studies = list_studies_page(session, state, archived, after, limit + 1)
         items = [describe(session, study, now, context.accounts) for study in studies[:limit]]
     return Page(items=items, next=items[-1].id if len(studies) > limit else None)
 
@@ -61,6 +64,48 @@ def get_study(study: StudyName, context: ContextOf, now: Now) -> StudyOut:
     """One study."""
     with context.database.read() as session:
         return describe(session, store.get_study(session, study), now, context.accounts)
+
+
+@router.patch("/studies/{study}", responses=responses(400, 404, 409, 415))
+def change_study(study: StudyName, body: StudyChange, writer: WriterOf) -> StudyOut:
+    """Pause, resume or stop a study, or give it another budget or priority. All of the changes are made, or none."""
+    with writer.write("study.change", f"studies/{study}") as session:
+        found = store.get_study(session, study)
+        found = amend_study(
+            session, study, writer.now, max_trials=body.max_trials, priority=body.priority,
+            spending=None if body.spending is None else body.spending.over(found.definition.spending),
+        )  # fmt: skip
+        if body.state is not None and body.state != found.state:
+            found = store.move_study(session, found.id, StudyState(body.state), writer.now)
+        described = describe(session, found, writer.now, Accounts())
+    log.info("study %s was changed", study, extra={"study_id": found.id})
+    return described
+
+
+@router.post("/studies/{study}/clone", status_code=201, responses=responses(400, 404, 409, 415))
+def clone_study(study: StudyName, body: CloneIn, writer: WriterOf, response: Response) -> StudyOut:
+    """Create a study like this one, with changes. It runs at once, and has none of the trials."""
+    with writer.database.read() as session:
+        source = store.get_study(session, study)
+    definition = body.definition(source.definition)
+    with writer.write("study.clone", f"studies/{definition.name}") as session:
+        created = store.create_study(session, definition, writer.now)
+        described = describe(session, created, writer.now, Accounts())
+    log.info("study %s was created like %s", created.name, study, extra={"study_id": created.id})
+    response.headers["Location"] = f"/v1/studies/{created.name}"
+    return described
+
+
+@router.post("/studies/{study}/archive", responses=responses(404, 409))
+def archive_study(study: StudyName, writer: WriterOf) -> StudyOut:
+    """Leave a stopped or complete study out of lists. All of it is kept."""
+    return _archive(writer, study, True)
+
+
+@router.post("/studies/{study}/unarchive", responses=responses(404))
+def unarchive_study(study: StudyName, writer: WriterOf) -> StudyOut:
+    """Put a study back into lists."""
+    return _archive(writer, study, False)
 
 
 @router.post("/studies/{study}/pause", responses=responses(404, 409))
@@ -156,6 +201,12 @@ def leaderboard(session: Session, study: Study, limit: int) -> LeaderboardOut:
         study=study.name, cap_bytes=study.definition.cap_bytes, seed_sd=spread.sd if spread else None,
         rows=rows_of(trials, best, spread),
     )  # fmt: skip
+
+
+def _archive(writer: Writer, name: str, archived: bool) -> StudyOut:
+    with writer.write("study.archive" if archived else "study.unarchive", f"studies/{name}") as session:
+        study = amendments.archive_study(session, name, archived, writer.now)
+        return describe(session, study, writer.now, Accounts())
 
 
 def _move(writer: Writer, name: str, to: StudyState, action: str) -> StudyOut:

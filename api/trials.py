@@ -3,7 +3,7 @@
 import base64
 import logging
 from functools import partial
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.responses import FileResponse
@@ -25,6 +25,7 @@ from api.context import (
 )
 from api.intake import Submission, Taken, take
 from api.problems import responses
+from api.ranges import StoredFile
 from api.reports import LedgerOut
 from api.schemas import (
     BatchedOut,
@@ -266,7 +267,13 @@ def list_measurements(study: StudyName, number: TrialNumber, database: DatabaseO
     return Page(items=[MeasurementOut.of(progress) for progress in measured])
 
 
-@router.get("/{number}/artifact", response_class=FileResponse, responses=responses(410))
+ARTIFACT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    **responses(410, 416), 206: {"description": "The range that was asked for"}
+}  # fmt: skip
+
+
+@router.get("/{number}/artifact", response_class=FileResponse, responses=ARTIFACT_ANSWERS)
+@router.head("/{number}/artifact", name="head_artifact", response_class=FileResponse, responses=ARTIFACT_ANSWERS)
 def get_artifact(study: StudyName, number: TrialNumber, context: ContextOf) -> FileResponse:
     """The stored model's bytes, whole or by range, with their digest (RFC 9530)."""
     with context.database.read() as session:
@@ -278,10 +285,8 @@ def get_artifact(study: StudyName, number: TrialNumber, context: ContextOf) -> F
     if not path.is_file():
         raise DamagedArtifact(f"artifact {artifact.uri} is missing")
     digest = base64.b64encode(bytes.fromhex(artifact.sha256)).decode()
-    return FileResponse(
-        path, media_type="application/octet-stream", filename=f"{study}-{number}.caddie",
-        headers={"Repr-Digest": f"sha-256=:{digest}:", "ETag": f'"{artifact.sha256}"'},
-    )  # fmt: skip
+    headers = {"Repr-Digest": f"sha-256=:{digest}:", "ETag": f'"{artifact.sha256}"'}
+    return StoredFile(path, artifact.bytes, f"{study}-{number}.caddie", headers)
 
 
 def artifact_of(trial: Trial, attempts: tuple[Attempt, ...]) -> Artifact | None:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
+"""What a principal may be called."""
+
 
 class Role(StrEnum):
     """Each may do what those before it may."""

@@ -121,7 +121,7 @@ def _first_in_line(gang: GangConfig, warm: bool, without: tuple[int, ...], study
         .where(StudyRow.state == StudyState.RUNNING, queued.cold.is_(False) if warm else true())
         .where(StudyRow.id.not_in(without) if without else true())
         .where(StudyRow.id == study_id if study_id is not None else true())
-        .order_by(queued.priority.desc(), queued.id).limit(1)
+        .order_by(StudyRow.priority.desc(), queued.priority.desc(), queued.id).limit(1)
         # What another transaction holds is being claimed or cancelled: the next in line is ours.
         .with_for_update(skip_locked=True, key_share=True, of=(TrialRow, queued)).scalar_subquery()
     )  # fmt: skip

@@ -11,10 +11,10 @@ from sqlalchemy import ColumnElement, and_, exists, literal, or_, select, true, 
 from sqlalchemy.orm import Session
 
 from orchestrator.arms import SUBMITTED, UNNAMED
-from orchestrator.lifecycle import TrialState
-from orchestrator.rows import trial_of
-from orchestrator.study import Origin, Trial, Verdict
-from orchestrator.tables import TRIALS, TagRow, TrialRow
+from orchestrator.lifecycle import StudyState, TrialState
+from orchestrator.rows import study_of, trial_of
+from orchestrator.study import Origin, Study, Trial, Verdict
+from orchestrator.tables import TRIALS, StudyRow, TagRow, TrialRow
 
 Order = Literal["number", "val_bpb", "artifact_bytes", "created_at", "finished_at"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -94,6 +94,16 @@ def list_page(
     _, value, number_of_last = found[:limit][-1] if found else (0, None, 0)
     ended = Place(value, number_of_last) if len(found) > limit else None
     return tuple(trial_of(rows[trial_id]) for trial_id in ids), ended
+
+
+def list_studies_page(
+    session: Session, states: Collection[StudyState], archived: bool, after: int, limit: int
+) -> tuple[Study, ...]:
+    """Studies with ids above `after`, oldest first: in these states (all, where none is named), archived or in use."""
+    query = select(StudyRow).where(StudyRow.id > after, StudyRow.archived_at.is_not(None) == archived)
+    if states:
+        query = query.where(StudyRow.state.in_(states))
+    return tuple(study_of(row) for row in session.scalars(query.order_by(StudyRow.id).limit(limit)))
 
 
 def _parts(sort: Sort, after: Place | None) -> Iterator[ColumnElement[bool]]:

@@ -160,16 +160,17 @@ class Purses:
     """Those of every study: what one may spend, and when it has found enough. All of it is cache."""
 
     def __init__(self) -> None:
-        self._purses: dict[int, Purse | None] = {}
+        self._purses: dict[int, tuple[Any, Purse | None]] = {}  # with the terms that each was made for
         self._complete: dict[int, int] = {}
 
     def require(self, session: Session, study_id: int, kind: Kind, now: datetime) -> None:
-        """Raise OverBudget unless the study may start a run of this kind. Asks nothing where it has no such budget."""
-        if study_id not in self._purses:
-            self._purses[study_id] = purse_of(study_of(session.get_one(StudyRow, study_id)))
-        purse = self._purses[study_id]
-        if purse is not None:
-            purse.require(session, kind, now)
+        """Raise OverBudget unless the study may start a run of this kind, by the budget that it has now."""
+        terms = session.scalar(select(StudyRow.definition["spending"]).where(StudyRow.id == study_id))
+        held = self._purses.get(study_id)
+        if held is None or held[0] != terms:
+            held = self._purses[study_id] = terms, purse_of(study_of(session.get_one(StudyRow, study_id)))
+        if held[1] is not None:
+            held[1].require(session, kind, now)
 
     def enough(self, session: Session, studies: Sequence[Study], now: datetime) -> dict[int, str]:
         """The studies among these that should stop, by id, and why: their time is over, or their target is reached."""
@@ -202,16 +203,16 @@ class Accounts:
     """Those of every study, for readers on several threads. All of it is cache, of what was committed."""
 
     def __init__(self) -> None:
-        self._purses: dict[int, Purse | None] = {}
+        self._purses: dict[int, tuple[SpendingConfig, Purse | None]] = {}  # with the terms that each was made for
         self._lock = threading.Lock()
 
     def read(self, session: Session, study: Study, now: datetime) -> Account | None:
         """What the study has spent; None where nothing limits its hours."""
         with self._lock:
-            if study.id not in self._purses:
-                self._purses[study.id] = purse_of(study)
-            purse = self._purses[study.id]
-            return None if purse is None else purse.read(session, now)
+            terms, held = study.definition.spending, self._purses.get(study.id)
+            if held is None or held[0] != terms:
+                held = self._purses[study.id] = terms, purse_of(study)
+            return None if held[1] is None else held[1].read(session, now)
 
 
 def purse_of(study: Study) -> Purse | None:

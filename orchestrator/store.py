@@ -105,7 +105,7 @@ def move_study(session: Session, study_id: int, to: StudyState, now: datetime, r
     before = tuple(state for state, targets in STUDY_MOVES.items() if to in targets)
     moved = session.execute(
         update(StudyRow).where(StudyRow.id == study_id, StudyRow.state.in_(before))
-        .values(state=to, reason=reason, changed_at=now)
+        .values(state=to, reason=reason, changed_at=now, archived_at=None)
     )  # fmt: skip
     row = session.get(StudyRow, study_id)
     if row is None:
@@ -191,7 +191,7 @@ def reopen(session: Session, study_id: int, now: datetime) -> None:
     """Let a complete study run on."""
     name = session.scalar(
         update(StudyRow).where(StudyRow.id == study_id, StudyRow.state == StudyState.COMPLETE)
-        .values(state=StudyState.RUNNING, reason=None, changed_at=now).returning(StudyRow.name)
+        .values(state=StudyState.RUNNING, reason=None, changed_at=now, archived_at=None).returning(StudyRow.name)
     )  # fmt: skip
     if name is not None:
         add_event(session, study_id, None, "study.running", f"Study {name} is running again", now)

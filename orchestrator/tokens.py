@@ -12,12 +12,11 @@ from sqlalchemy import insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from orchestrator.access import Principal, Role
+from orchestrator.access import NAME, Principal, Role
 from orchestrator.errors import Conflict, NotFound
 from orchestrator.tables import TokenRow
 from worker.shape import FieldError
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
 RESERVED = ("environment", "local")  # what the audit calls CADDIE_ADMIN_TOKEN, and an open door
 USE_NOTED = timedelta(minutes=1)
 _WRITTEN = re.compile(r"caddie_(\d{1,9})_([A-Za-z0-9_-]{43})")

@@ -62,7 +62,7 @@ def test_every_route_lets_in_whom_it_should_and_nobody_else(client: TestClient, 
     for route in iter_route_contexts(list(client.app.router.routes)):  # type: ignore[attr-defined]
         assert route.path is not None
         own = (getattr(route, "openapi_extra", None) or {}).get("x-role")
-        address = route.path.format_map({name: "1" for name in getattr(route, "param_convertors", {})})
+        address = route.path.format_map(dict.fromkeys(getattr(route, "param_convertors", {}), "1"))
         address = address.replace(":path}", "}").replace("{rest}", "x").replace("{path}", "x")
         for method in sorted(route.methods or {"GET", "POST", "DELETE"}):
             for visitor in VISITORS:
