@@ -10,6 +10,7 @@ from orchestrator.feasibility import Predictor
 from orchestrator.lifecycle import TrialState
 from orchestrator.study import Prediction, Trial
 from orchestrator.tables import EVENTS, TRIALS
+from worker.inventory import TensorClass
 from worker.spec import TrialSpec
 
 RECENT_TRIALS = 500  # complete ones, that a prediction starts from
@@ -48,6 +49,12 @@ class Calibration:
         with self._lock:
             assert self._predictor is not None, "a calibration follows its study first"
             return self._predictor.predict(spec, spec_hash)
+
+    def shares(self, spec: TrialSpec) -> dict[TensorClass, float]:
+        """Each tensor class's share of the spec's artifact without code, by the same trials."""
+        with self._lock:
+            assert self._predictor is not None, "a calibration follows its study first"
+            return self._predictor.shares(spec)
 
 
 class Calibrations:
