@@ -15,15 +15,15 @@ import typer
 from pydantic import ValidationError
 from typer.exceptions import TyperException
 
-from api import cli_live, cli_processes, cli_results, cli_studies, cli_submission, cli_trials
+from api import cli_live, cli_processes, cli_results, cli_studies, cli_submission, cli_tokens, cli_trials
 from api.client import ApiError, ClientError, Unreachable
 from api.completion import study_names
 from api.options import remark
-from api.token_commands import token_app
 from worker.shape import FieldError
 from worker.spec import InvalidSpec, problems_of
 
-MACHINE, SUBMIT, FOLLOW, RESULTS, ALL = "This machine", "Trials to run", "What happens", "What came of it", "Everything"
+ALL, SUBMIT, FOLLOW, RESULTS = "Studies and trials", "Trials to run", "What happens", "What came of it"
+ACCESS, MACHINE = "Who may", "This machine"
 COMMANDS: Mapping[str, tuple[str, Callable[..., None]]] = {
     "up": (MACHINE, cli_processes.up),
     "demo": (MACHINE, cli_processes.demo),
@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[..., None]]] = {
     "migrate": (MACHINE, cli_processes.migrate),
     "api": (MACHINE, cli_processes.api),
     "orchestrator": (MACHINE, cli_processes.orchestrator),
+    "work": (MACHINE, cli_processes.work),
     "recipes": (SUBMIT, cli_submission.recipes),
     "preview": (SUBMIT, cli_submission.preview),
     "submit": (SUBMIT, cli_submission.submit),
@@ -43,6 +44,8 @@ COMMANDS: Mapping[str, tuple[str, Callable[..., None]]] = {
     "compare": (RESULTS, cli_results.compare),
     "verdict": (RESULTS, cli_results.verdict),
     "ledger": (RESULTS, cli_results.ledger),
+    "me": (ACCESS, cli_tokens.me),
+    "audit": (ACCESS, cli_tokens.audit),
 }
 
 app = typer.Typer(
@@ -56,13 +59,13 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 app.command("data", rich_help_panel=MACHINE, context_settings=PASSED_ON)(cli_processes.data)
 app.add_typer(cli_studies.app, name="study", rich_help_panel=ALL)
 app.add_typer(cli_trials.app, name="trial", rich_help_panel=ALL)
-app.add_typer(token_app, name="token", rich_help_panel=ALL)
+app.add_typer(cli_tokens.app, name="token", rich_help_panel=ALL)
 
 
 def main() -> None:
     """The console script."""
     try:
-        code: Any = app(standalone_mode=False)  # what a command exits with; nothing where it just ends
+        code: Any = app(prog_name="caddie", standalone_mode=False)  # what it exits with; nothing where it just ends
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -75,10 +75,43 @@ def show_trial(study: StudyName, number: TrialNumber, as_json: AsJson = False) -
 
 
 @app.command("cancel")
-def cancel(study: StudyName, number: TrialNumber, as_json: AsJson = False) -> None:
-    """Cancel a queued or running trial."""
+def cancel(
+    study: StudyName,
+    number: TrialNumber,
+    run: Annotated[
+        int | None, typer.Option(help="Only the run of this id, a further seed of a complete trial.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cancel a queued or running trial, or one of its further seeds."""
     with connect() as caddie:
-        _answer(caddie.cancel(study, number), as_json)
+        if run is not None:
+            caddie.cancel_run(study, number, run)
+        _answer(caddie.trial(study, number) if run is not None else caddie.cancel(study, number), as_json)
+
+
+@app.command("retry")
+def retry(study: StudyName, number: TrialNumber, as_json: AsJson = False) -> None:
+    """Queue a failed or cancelled trial again."""
+    with connect() as caddie:
+        _answer(caddie.retry(study, number), as_json)
+
+
+@app.command("seeds")
+def add_seeds(
+    study: StudyName,
+    number: TrialNumber,
+    seeds: Annotated[list[int] | None, typer.Argument(help="The seeds; or give --count.", min=0)] = None,
+    count: Annotated[int, typer.Option(help="So many, the next of the study's list.", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a complete trial at further seeds."""
+    if bool(seeds) == bool(count):
+        raise typer.BadParameter("give either seeds or --count")
+    with connect() as caddie:
+        runs = caddie.add_seeds(study, number, seeds or (), count=count)
+        trial = caddie.trial(study, number)
+    answer(runs, as_json, *trial_parts(trial))
 
 
 @app.command("tag")

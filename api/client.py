@@ -343,9 +343,6 @@ def _trials(study: str) -> str:
     return f"/v1/studies/{_quoted(study)}/trials"
 
 
-_LINES = TypeAdapter(list[LogLineOut])
-
-
 def _lease(asked: AskOut) -> dict[str, str]:
     return {"Caddie-Lease": asked.lease_token}
 

@@ -32,7 +32,6 @@ BUSY = (429, 503)
 COMMENT = ":"
 LIVE = (COMMENT, "live")
 """The kind and the data of what says that all that was there has been sent."""
-CHUNK_BYTES = 1 << 20
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
@@ -202,7 +201,7 @@ class Connection:
                 answer.read()
                 raise _refusal(answer)
             with part.open("ab" if answer.status_code == 206 else "wb") as out:
-                for chunk in answer.iter_bytes(CHUNK_BYTES):
+                for chunk in answer.iter_raw():  # as it arrives: what is kept in memory is lost with the connection
                     out.write(chunk)
             return announced(answer)
 

@@ -5,8 +5,7 @@ from typing import Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from orchestrator.access import Role
-from orchestrator.tokens import NAME, Token
+from orchestrator.access import NAME, Role, Token
 
 
 class TokenIn(BaseModel):
@@ -42,7 +41,7 @@ class TokenOut(BaseModel):
     last_used_at: datetime | None
 
     @classmethod
-    def of(cls, token: Token) -> "TokenOut":
+    def of(cls, token: "Token") -> "TokenOut":
         return cls(**{name: getattr(token, name) for name in TokenOut.model_fields})
 
 

@@ -4,9 +4,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from orchestrator.lifecycle import Cause, Outcome
-from worker.report import MAX_LINE, MAX_LINES, Directive, LogLine, Measurement, TrialResult
+from worker.report import MAX_LINE, MAX_LINES, Directive, LogLine, Measurement, TrialResult, printable
 from worker.spec import GangConfig, TrialSpec
 
 if TYPE_CHECKING:  # a client needs no database
@@ -23,6 +24,7 @@ Seconds = Annotated[
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Number = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Elapsed = Annotated[float, Field(ge=0, le=1e9)]
+NO_OTHERS: JsonDict = {"additionalProperties": False}  # a pattern for names forbids, in JSON schema, no other names
 Phase = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$", description="What it does: data, train, evaluate …")]
 
 
@@ -65,7 +67,9 @@ class MeasurementIn(_Body):
     number: Number
     step: Count
     elapsed_seconds: Elapsed
-    metrics: dict[Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,64}$")], float] = Field(max_length=64)
+    metrics: dict[Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,64}$")], float] = Field(
+        max_length=64, json_schema_extra=NO_OTHERS
+    )
 
     def said(self) -> Measurement:
         return Measurement(**self.model_dump())
@@ -79,7 +83,7 @@ class LogLineIn(_Body):
     line: str = Field(max_length=MAX_LINE)
 
     def said(self) -> LogLine:
-        return LogLine(**self.model_dump())
+        return LogLine(number=self.number, elapsed_seconds=self.elapsed_seconds, line=printable(self.line))
 
 
 class HeartbeatIn(_Body):
@@ -115,7 +119,7 @@ class TellIn(_Body):
     result: TrialResult | None = None
     cause: Cause | None = None
     traceback: str = Field(default="", max_length=20_000)
-    seconds: dict[Phase, Elapsed] | None = Field(default=None, max_length=32)
+    seconds: Annotated[dict[Phase, Elapsed], Field(max_length=32, json_schema_extra=NO_OTHERS)] | None = None
     """By phase, by the executor's clock; else they are reckoned from its reports."""
 
 

@@ -53,7 +53,7 @@ def trial_parts(trial: TrialOut) -> list[Grid | str]:
     )
     tags = [f"  tags {' '.join(trial.tags)}"] if trial.tags else []
     notes = [line for note in trial.notes for line in note_lines(note)]
-    attempts = [attempts_table(trial)] if any(run.attempts for run in trial.runs) else []
+    attempts = [attempts_table(trial)] if trial.runs else []
     return [*trial_lines(trial), *where, *tags, *attempts, *notes]
 
 
@@ -63,22 +63,26 @@ def note_lines(note: NoteOut) -> list[str]:
 
 
 def attempts_table(trial: TrialOut) -> Grid:
-    """Every attempt at every run of the trial, in their order."""
+    """Every run of the trial with each attempt at it, in their order."""
     columns = (
-        Column("attempt"), Column("seed"), Column("rung", 5), Column("state", left=True), Column("BPB", 1),
-        Column("seconds"), Column("dollars", 3), Column("gang", 4, left=True, cut=10),
+        Column("run", 6), Column("seed"), Column("rung", 5), Column("attempt"), Column("state", left=True),
+        Column("BPB", 1), Column("seconds"), Column("dollars", 3), Column("gang", 4, left=True, cut=10),
         Column("reason", 2, left=True, cut=12),
     )  # fmt: skip
-    cells = [
-        (
-            str(attempt.id), str(run.seed), str(run.rung), attempt.outcome or attempt.phase or "running",
-            bpb_text(run.scores.val_bpb) if run.scores and attempt.outcome == "succeeded" else "–",
-            f"{attempt.cost.seconds:,.1f}", f"{attempt.cost.dollars:,.2f}", attempt.gang or "–", attempt.reason or "",
-        )
-        for run in trial.runs
-        for attempt in run.attempts
-    ]  # fmt: skip
-    return Grid(columns, cells)
+    rows = []
+    for run in trial.runs:
+        named = (str(run.id), str(run.seed), str(run.rung))
+        if not run.attempts:
+            rows.append((*named, "–", run.state.value, "–", "–", "–", "–", ""))
+        for attempt in run.attempts:
+            scored = run.scores if attempt.outcome == "succeeded" else None
+            rows.append((
+                *named, str(attempt.id), attempt.outcome or attempt.phase or "running",
+                bpb_text(scored.val_bpb if scored else None), f"{attempt.cost.seconds:,.1f}",
+                f"{attempt.cost.dollars:,.2f}",
+                attempt.gang or "–", attempt.reason or "",
+            ))  # fmt: skip
+    return Grid(columns, rows)
 
 
 def comparison_table(trials: Sequence[TrialOut]) -> Grid:

@@ -30,9 +30,10 @@ def add_audit(session: Session, actor: str, action: str, subject: str, now: date
 
 
 def add_audits(session: Session, said: Sequence[tuple[str, str, str]], now: datetime) -> None:
-    """Say so of several writes, each by its actor, action and subject."""
+    """Say so of several writes, or none, each by its actor, action and subject."""
     rows = [{"at": now, "actor": actor, "action": action, "subject": subject} for actor, action, subject in said]
-    session.execute(_ADD, rows)
+    if rows:
+        session.connection().execute(_ADD, rows)
 
 
 def list_audits(session: Session, *, before: int | None = None, limit: int = 100) -> tuple[Audit, ...]:

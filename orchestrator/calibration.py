@@ -38,7 +38,7 @@ class Calibration:
                 self._after = session.scalar(last) or 0
                 self._predictor = Predictor.of(_latest(session, self._study_id))
                 return
-            news = session.execute(_NEWS, {"study_id": self._study_id, "after": self._after}).all()
+            news = session.connection().execute(_NEWS, {"study_id": self._study_id, "after": self._after}).all()
             done = [number for _, number, kind in news if kind == COMPLETED]
             for trial in store.list_trials(session, self._study_id, numbers=done) if done else ():
                 self._predictor.learn(trial)

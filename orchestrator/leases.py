@@ -58,12 +58,12 @@ def claim(
     without: tuple[int, ...] = (),
     study_id: int | None = None,
 ) -> Claim | None:
-    """Take the queued run of this shape that is first in line, of this study if one is named, and open its next
-    attempt under a new lease.
+    """Take the queued run of this shape that is first in line, and open its next attempt under a new lease.
 
     `name` is that of the gang which is to have it: whoever resumes looks for it there. `warm`: it is to wait behind
-    another attempt, which is not for runs that start cold. `without` are studies that have no turn. Raises OverBudget
-    where `purses` say that the run's study cannot pay for it: the transaction is then void.
+    another attempt, which is not for runs that start cold. `without` are studies that have no turn, and `study_id` is
+    the only one that has. Raises OverBudget where `purses` say that the run's study cannot pay for it: the transaction
+    is then void.
     """
     taken = session.execute(
         update(RUNS).where(RUNS.c.id == _first_in_line(gang, warm, without, study_id), RUNS.c.state == RunState.QUEUED)
@@ -84,10 +84,7 @@ def claim(
         ).returning(ATTEMPTS.c.id)
     )  # fmt: skip
     assert attempt_id is not None
-    session.execute(
-        update(TRIALS).where(TRIALS.c.id == taken.trial_id, TRIALS.c.state == TrialState.QUEUED)
-        .values(state=TrialState.RUNNING, started_at=func.coalesce(TRIALS.c.started_at, literal(now, UtcDateTime())))
-    )  # fmt: skip
+    _start_trial(session, trial.id, now)
     spec = _spec_of(trial, taken.seed, Rung(taken.rung, BudgetConfig.model_validate(taken.budget), gang))
     again = trial.state == TrialState.COMPLETE  # a further seed of it
     message = f"Trial {trial.number}{f' at seed {taken.seed}' if again else ''} started, attempt {made + 1}"
@@ -96,6 +93,12 @@ def claim(
         message += f", with micro-batches of {spec.data.micro_batch_sequences} sequences"
     add_event(session, trial.study_id, trial.number, "run.running" if again else "trial.running", message, now)
     return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now, taken.rung)
+
+
+def _start_trial(session: Session, trial_id: int, now: datetime) -> None:
+    started_at = func.coalesce(TRIALS.c.started_at, literal(now, UtcDateTime()))
+    queued = update(TRIALS).where(TRIALS.c.id == trial_id, TRIALS.c.state == TrialState.QUEUED)
+    session.execute(queued.values(state=TrialState.RUNNING, started_at=started_at))
 
 
 def _made(session: Session, run_id: int, study_id: int) -> tuple[int, int, Any]:

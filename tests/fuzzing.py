@@ -2,8 +2,12 @@
 itself. In a share of them the path names what exists, and the body is one that people would write, with a few values
 that nobody foresaw; the rest is drawn from the document alone."""
 
+import logging
+import os
+import random
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import schemathesis
@@ -11,18 +15,26 @@ from fastapi import FastAPI
 from hypothesis import strategies as st
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
+from schemathesis.generation.case import Case
+from schemathesis.generation.modes import GenerationMode
 from schemathesis.hooks import HookContext
+from starlette.types import Receive, Scope, Send
 
+from orchestrator.study import Lease
 from worker.recipes import load_recipe
 
-STUDY = "0"
-"""The name of the study that is there: the shortest that the document allows, which systematic cases therefore use."""
+log = logging.getLogger(__name__)
+
+STUDY, DOOMED = "0", "1"
+"""The study that is there, by the name that systematic cases use; and one to pause, stop and archive."""
 TRIALS = 14
+TOKEN = "caddie_for_tests"
 STREAM_SECONDS = 0.3  # how long a stream without news is listened to
 STREAMS = "(events|stream)$"
 MOST_LISTED = 20
 SPECIFIED = "^/v1/(preview|studies|studies/preview|studies/{study}/(clone|imports|trials|trials/batch))$"
-RELATED = "^/v1/(events|studies/{study}/(events|trials)|.*/(stream|verdict))$"
+MOVES = "^/v1/studies/{study}(/(pause|resume|stop|archive|unarchive))?$"
+RELATED = "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)|.*/(stream|tell|verdict))$"
 
 ODD = (0, -1, 2**31, 2**63, 10**30, 1e308, 1e-320, -0.0, "", "\0", "\ud800", "x" * 70, "../x", None, True, [], {}, [[]])
 """Values that something below might refuse: larger than a column, unwritable as text, of another type."""
@@ -77,32 +89,42 @@ def written(operation: str, body: dict[str, Any], result: dict[str, Any]) -> st.
     return st.fixed_dictionaries({"overrides": OVERRIDES}, optional={"params": params, **optional})
 
 
-def configuration(examples: int, steps: int, *, seed: int) -> SchemathesisConfig:
-    """Systematic cases of every operation, then `examples` drawn ones each, then runs of `steps` along links."""
+def configuration(
+    examples: int, *, systematic: bool, linked: bool, held: Lease, ended: Lease
+) -> SchemathesisConfig:
+    """Systematic cases of every operation, `examples` drawn ones of each, and as many walks along links between them.
+
+    Executors report under the lease `held`, and tell how the attempt under the lease `ended` did.
+    """
     return SchemathesisConfig.from_dict(
         {
-            "seed": seed,
+            "seed": 1 if "CI" in os.environ else random.randrange(2**32),
             "continue-on-failure": True,
             "request-timeout": 30,
             "max-stream-events": 2,
+            "headers": {"Authorization": f"Bearer {TOKEN}"},
             "dictionaries": {"studies": {"values": [STUDY]}, "trials": {"values": [*range(TRIALS)]}},
             "parameters": {
                 "path.study": {"dictionary": "studies", "probability": 0.9},
                 "path.number": {"dictionary": "trials", "probability": 0.9},
             },
-            "generation": {"max-examples": examples, "deterministic": True, "no-shrink": True},
+            "generation": {"max-examples": examples, "deterministic": "CI" in os.environ, "no-shrink": True},
             "phases": {
                 "examples": {"enabled": False},
-                "stateful": {"enabled": steps > 0, "max-steps": max(steps, 2)},
+                "coverage": {"enabled": systematic},
+                "stateful": {"enabled": linked},
             },
             "operations": [
+                {"include-path-regex": MOVES, "include-method": ["POST", "PATCH"], "parameters": {"path.study": DOOMED}},
+                {"include-path-regex": "^/v1/attempts/", "parameters": _under(held)},
+                {"include-path-regex": "^/v1/attempts/.*/tell$", "parameters": _under(ended)},
                 {"include-path-regex": STREAMS, "request-timeout": STREAM_SECONDS},
                 # What makes a spec, a space or a cursor valid is said in words: the schema allows more.
                 {"include-path-regex": SPECIFIED, "checks": {"positive_data_acceptance": {"enabled": False}}},
                 {"include-path-regex": RELATED, "checks": {"positive_data_acceptance": {"enabled": False}}},
-                # `preview` is a name that a study can have, and as such it can be read.
+                # `preview` is a name that a study can have; `batch` is no trial's number, which is said first.
                 {
-                    "include-path": "/v1/studies/preview",
+                    "include-path-regex": "/(preview|batch)$",
                     "checks": {"allow_header_conformance": {"enabled": False}, "unsupported_method": {"enabled": False}},
                 },
             ],
@@ -110,30 +132,56 @@ def configuration(examples: int, steps: int, *, seed: int) -> SchemathesisConfig
     )  # fmt: skip
 
 
+def _under(lease: Lease) -> dict[str, Any]:
+    return {"path.attempt_id": lease.attempt_id, "header.Caddie-Lease": lease.token}
+
+
+@dataclass
+class Answered:
+    """The application as a server runs it: what nobody expected was answered, and is logged, not raised."""
+
+    app: FastAPI
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception:
+            log.exception("unexpected: %s %s", scope.get("method"), scope.get("path"))
+
+
 def fuzz(app: FastAPI, config: SchemathesisConfig, result: dict[str, Any]) -> tuple[list[str], dict[str, set[int]]]:
-    """Send everything. Returns what was wrong, each with the request that shows it, and each operation's statuses."""
-    schema = schemathesis.openapi.from_asgi("/v1/openapi.json", app, config=config)
+    """Send everything. Returns what was wrong, each with a request that shows it, and the statuses of each operation.
+
+    `result` is one that was trained, as JSON.
+    """
+    schema = schemathesis.openapi.from_dict(app.openapi(), config=config)
+    schema.app = Answered(app)
+    schema.validate()
 
     @schema.hook
-    def flatmap_body(context: HookContext, body: Any) -> st.SearchStrategy[Any]:
-        assert context.operation is not None
-        if not isinstance(body, dict) or not re.match(SPECIFIED, context.operation.path):
-            return st.just(body)
-        return st.one_of(st.just(body), written(context.operation.path, body, result))
+    def flatmap_case(context: HookContext, case: Case) -> st.SearchStrategy[Case]:
+        drawn_wrong = case.meta is not None and case.meta.generation.mode is GenerationMode.NEGATIVE
+        if drawn_wrong or not isinstance(case.body, dict) or not re.match(SPECIFIED, case.path):
+            return st.just(case)
 
-    schema.validate()
+        def say(body: dict[str, Any]) -> Case:
+            case.body = body
+            return case
+
+        return st.one_of(st.just(case), written(case.path, case.body, result).map(say))
+
     wrong: dict[tuple[str, str, str], str] = {}
     statuses: dict[str, set[int]] = {}
     for event in from_schema(schema).execute():
         if isinstance(event, events.ScenarioFinished):
-            for node_id, interaction in event.recorder.interactions.items():
-                label = event.recorder.cases[node_id].value.operation.label
-                statuses.setdefault(label, set()).add(interaction.response.status_code if interaction.response else 0)
-                for check in event.recorder.checks.get(node_id, ()):
-                    if (info := check.failure_info) is not None:
-                        answer = interaction.response and interaction.response.content[:500]
-                        said = f"{label}: {info.failure.title}: {info.failure.message}\n{info.code_sample}\n{answer!r}"
-                        wrong.setdefault((label, check.name, info.failure.title), said)
+            for case_id, interaction in event.recorder.interactions.items():
+                label, answer = event.recorder.cases[case_id].value.operation.label, interaction.response
+                statuses.setdefault(label, set()).add(answer.status_code if answer else 0)
+                for check in event.recorder.checks.get(case_id, ()):
+                    if check.failure_info is not None:
+                        failure, request = check.failure_info.failure, check.failure_info.code_sample
+                        said = f"{label}: {failure.title}: {failure.message}\n{request}\n{answer and answer.content!r}"
+                        wrong.setdefault((label, check.name, failure.title), said[:3000])
         elif isinstance(event, events.NonFatalError):
             wrong.setdefault((event.label, "error", str(event.value)), f"{event.label}: {event.value!r}")
         elif isinstance(event, events.FatalError):

@@ -21,6 +21,7 @@ from typer.main import get_command
 from api.bodies import StudyIn
 from api.cli import app, main
 from api.client import Caddie
+from api.completion import spec_paths
 from api.program import environment_of
 from api.schemas import ActivityOut
 from api.watch import watch_study
@@ -29,8 +30,9 @@ from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome, StudyState
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import AttemptResult, Claim, NewStudy
+from worker.recipes import load_recipe
 from worker.report import TrialResult
-from worker.spec import GangConfig
+from worker.spec import GangConfig, parse_spec
 
 ROOT = Path(__file__).parents[1]
 STUDY = {"name": "sweep", "recipe": "laptop", "space": {"sharing.lora.rank": {"choice": [0, 2]}}}
@@ -270,13 +272,14 @@ def test_a_child_process_reads_the_settings_that_its_parent_has(tmp_path: Path) 
         "CADDIE_DATA": "/d", "CADDIE_HOST": "0.0.0.0", "CADDIE_PORT": "9000", "CADDIE_URL": "http://caddie:1",
         "CADDIE_LAUNCHER": "local", "CADDIE_RAY_ADDRESS": "head:6379", "CADDIE_RANKS": "7",
         "CADDIE_LEASE_SECONDS": "2.5", "CADDIE_GRACE_SECONDS": "1", "CADDIE_GPU_HOUR_DOLLARS": "3",
-        "CADDIE_OWNER": "me",
+        "CADDIE_OWNER": "me", "CADDIE_REQUESTS_PER_SECOND": "9",
     }  # fmt: skip
-    assert set(chosen) == set(KNOWN) - {"CADDIE_TOKEN"}
+    secrets = {"CADDIE_TOKEN": "s" * 32, "CADDIE_ADMIN_TOKEN": "t" * 32}
+    assert set(chosen) == set(KNOWN) - set(secrets)
     for given in (chosen, {"CADDIE_HOME": str(tmp_path)}):
         settings = Settings.read(given)
         assert Settings.read(environment_of(settings)) == settings
-    assert "CADDIE_TOKEN" not in environment_of(Settings.read({"CADDIE_TOKEN": "secret"}))
+    assert not set(secrets) & set(environment_of(Settings.read(secrets)))
 
 
 # Against a server
@@ -314,6 +317,23 @@ def test_a_study_is_created_listed_and_steered(caddie: Run, sweep: None) -> None
     assert (study["name"], study["state"]) == ("sweep", "stopped")
     assert "cannot" in caddie("study", "resume", "sweep").refusal(2)
     assert "sweep" in caddie("study", "create", "study.yaml").refusal(2)
+
+
+def test_a_study_is_changed_cloned_and_put_away(caddie: Run, sweep: None) -> None:
+    words = ("--max-trials", "7", "--dollars", "25", "--priority", "3")
+    changed = json.loads(caddie("study", "update", "sweep", *words, "--json").out)
+    assert (changed["max_trials"], changed["priority"], changed["spending"]["limit_gpu_hours"]) == (7, 3, 10.0)
+    assert "of 10" in caddie("study", "show", "sweep").out
+    assert json.loads(caddie("study", "update", "sweep", "--dollars", "none", "--json").out)["spending"] is None
+    assert "--dollars: must be a number, or none" in caddie("study", "update", "sweep", "--dollars", "many").refusal(2)
+    assert "give --max-trials" in caddie("study", "update", "sweep").refusal(2)
+    assert caddie("study", "clone", "sweep", "again", "--set", "seed=7").out == "study again is running\n"
+    assert json.loads(caddie("study", "show", "again", "--json").out)["definition"]["base"]["seed"] == 7
+    caddie("study", "stop", "sweep")
+    assert caddie("study", "archive", "sweep").out == "study sweep is stopped, and archived\n"
+    assert [line.split()[0] for line in caddie("study", "list").out.splitlines()] == ["name", "again"]
+    assert [line.split()[0] for line in caddie("study", "list", "--archived").out.splitlines()] == ["name", "sweep"]
+    assert caddie("study", "unarchive", "sweep").out == "study sweep is stopped\n"
 
 
 @pytest.mark.parametrize(
@@ -422,6 +442,144 @@ def test_the_ledger_shows_what_a_study_has_cost(caddie: Run, sweep: None, sqlite
         assert [name, "7,200.0", "7,200.0", "5.00"] in shown
     assert "Ledger of trial 0 of sweep" in caddie("ledger", "sweep", "0").out
     assert "none" in caddie("ledger", "none").refusal(2)
+
+
+def test_a_trial_is_found_by_what_it_is_labelled_with(caddie: Run, sweep: None) -> None:
+    for rank in range(3):
+        caddie("submit", "sweep", "--set", f"sharing.lora.rank={rank}")
+    assert caddie("trial", "tag", "sweep", "1", "keep", "wide").out == "keep\nwide\n"
+    assert caddie("trial", "tag", "sweep", "1", "--remove", "wide").out == "keep\n"
+    assert caddie("trial", "tag", "sweep", "1", "two words").code == 2
+    listed = json.loads(caddie("trial", "list", "sweep", "--tag", "keep", "--json").out)
+    assert [trial["number"] for trial in listed] == [1]
+    numbers = [
+        line.split()[0] for line in caddie("trial", "list", "sweep", "--sort", "-number", "-n", "2").out.splitlines()
+    ]
+    assert numbers == ["trial", "2", "1"]
+    assert caddie("trial", "list", "sweep", "-n", "2").err == "caddie: only the first 2; --limit 0 gives all\n"
+    assert len(caddie("trial", "list", "sweep", "-n", "0").out.splitlines()) == 4
+    noted = caddie("trial", "note", "sweep", "1", "looks good\n\x1b[31mso far")
+    assert noted.out.startswith("note 1 by local, ") and noted.out.endswith("\n  looks good\n  \\x1b[31mso far\n")
+    assert "looks good" in caddie("trial", "sweep", "1").out
+    assert caddie("trial", "note", "sweep", "1", "--delete", "1", "--json").out == "[]\n"
+
+
+def test_many_trials_are_submitted_together_or_not_at_all(caddie: Run, sweep: None, tmp_path: Path) -> None:
+    (tmp_path / "many.yaml").write_text("- params: {sharing.lora.rank: 0}\n- {recipe: ebls, size: tiny}\n")
+    made = json.loads(caddie("submit", "sweep", "--batch", "many.yaml", "--json").out)
+    assert [(trial["number"], trial["lora_rank"]) for trial in made] == [(0, 0), (1, 8)]
+    (tmp_path / "many.jsonl").write_text('{"overrides": {"seed": 1}}\n{"overrides": {"model.heads": 5}}\n')
+    assert "trials.1.overrides.model.heads" in caddie("submit", "sweep", "--batch", "many.jsonl").refusal(2)
+    (tmp_path / "one.yaml").write_text("params: {}\n")
+    assert "must hold a list of trials" in caddie("submit", "sweep", "--batch", "one.yaml").refusal(2)
+    assert "give no spec" in caddie("submit", "sweep", "laptop", "--batch", "many.yaml").refusal(2)
+    assert len(json.loads(caddie("trial", "list", "sweep", "--json").out)) == 2
+
+
+def test_a_failed_or_cancelled_trial_is_queued_again_and_a_complete_one_gets_seeds(
+    caddie: Run, sweep: None, claim: Callable[[], Claim], finish: Callable[..., None]
+) -> None:
+    caddie("submit", "sweep")
+    caddie("cancel", "sweep", "0")
+    assert caddie("trial", "retry", "sweep", "0").out.startswith("trial 0 of sweep: queued\n")
+    finish(claim())
+    runs = json.loads(caddie("trial", "seeds", "sweep", "0", "5", "6", "--json").out)
+    assert [run["seed"] for run in runs] == [5, 6]
+    shown = [line.split() for line in caddie("trial", "sweep", "0").out.splitlines()]
+    assert [row[1] for row in shown if "queued" in row] == ["5", "6"]
+    assert caddie("cancel", "sweep", "0", "--run", str(runs[1]["id"])).code == 0
+    assert "either seeds or --count" in caddie("trial", "seeds", "sweep", "0").refusal(2)
+
+
+def test_events_are_read_from_an_id_on_a_line_each(caddie: Run, sweep: None) -> None:
+    caddie("submit", "sweep")
+    first, second = caddie("events", "sweep").out.splitlines()
+    assert "study.created" in first and "trial.queued" in second
+    (event,) = map(json.loads, caddie("events", "--after", "1", "--json").out.splitlines())
+    assert (event["id"], event["study"], event["trial"], event["kind"]) == (2, "sweep", 0, "trial.queued")
+    assert caddie("trial", "events", "sweep", "0").out == f"{second}\n"
+    assert caddie("trial", "logs", "sweep", "0").out == caddie("trial", "logs", "sweep", "0", "--json").out == ""
+
+
+def test_trials_are_compared_by_what_differs(caddie: Run, sweep: None) -> None:
+    for rank in (1, 2):
+        caddie("submit", "sweep", "--set", f"sharing.lora.rank={rank}")
+    rows = [line.split() for line in caddie("compare", "sweep", "0", "1").out.splitlines()]
+    assert ["sharing.lora.rank", "1", "2"] in rows
+    assert not [row for row in rows if row[0] == "model.width"]
+    assert "two to five" in caddie("compare", "sweep", "0").refusal(2)
+
+
+JSON_TOO = (
+    "study list", "study show sweep", "study pareto sweep", "study importance sweep", "study arms sweep",
+    "study activity sweep", "study stopping sweep", "study pause sweep", "trial list sweep", "trial show sweep 0",
+    "trial tag sweep 0", "trial note sweep 0", "trial measurements sweep 0", "leaderboard sweep", "ledger sweep",
+    "ledger sweep 0", "compare sweep 0 1", "cluster", "recipes", "me", "cancel sweep 0", "token list", "audit",
+)  # fmt: skip
+
+
+def test_whatever_prints_data_prints_one_json_document_too(caddie: Run, sweep: None) -> None:
+    for rank in (1, 2):
+        caddie("submit", "sweep", "--set", f"sharing.lora.rank={rank}")
+    for words in JSON_TOO:
+        said = caddie(*words.split(), "--json")
+        assert (said.code, said.err) == (0, ""), words
+        json.loads(said.out)
+
+
+def test_a_wrong_word_is_one_line_that_says_what_would_be_right(caddie: Run, sweep: None) -> None:
+    assert caddie("study", "show", "swep").refusal(2) == "caddie: no study 'swep'; did you mean sweep?"
+    assert "Did you mean 'list'?" in caddie("trial", "lst", "sweep").refusal(2)
+    assert "Missing argument 'number' (" in caddie("trial", "show", "sweep").refusal(2)
+    assert "'number'" in caddie("trial", "show", "sweep", "one").refusal(2)
+    assert "No such option: --jsn" in caddie("study", "list", "--jsn").refusal(2)
+    assert "query.sort" in caddie("trial", "list", "sweep", "--sort", "size").refusal(2)
+
+
+def test_the_shell_offers_names_numbers_recipes_and_paths(
+    caddie: Run, sweep: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offered(line: str) -> list[str]:
+        words = {"_CADDIE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        with monkeypatch.context() as patched:
+            for name, value in words.items():
+                patched.setenv(name, value)
+            said = caddie()
+        assert (said.code, said.err) == (0, "")
+        return said.out.split()
+
+    for rank in (1, 2):
+        caddie("submit", "sweep", "--set", f"sharing.lora.rank={rank}")
+    caddie("cancel", "sweep", "1")
+    assert offered("caddie study sho") == ["show"]
+    assert offered("caddie study show s") == ["sweep"]
+    assert offered("caddie trial show sweep ") == ["0", "1"]
+    assert offered("caddie cancel sweep ") == ["0"]
+    assert offered("caddie preview eb") == ["ebls"]
+    assert offered("caddie submit sweep --set sharing.lora.r") == ["sharing.lora.rank="]
+    monkeypatch.setenv("CADDIE_URL", f"http://127.0.0.1:{free_port()}")
+    assert offered("caddie study show ") == []
+
+
+def test_every_path_that_the_shell_offers_is_one_of_a_spec() -> None:
+    paths = spec_paths()
+    assert {"seed", "model.width", "sharing.lora.rank", "sharing.tying.pattern", "gang.ranks"} <= set(paths)
+    for path in paths:
+        value: Any = parse_spec(load_recipe("laptop"))
+        for part in path.split("."):
+            assert part in type(value).model_fields, path
+            value = getattr(value, part)
+            if value is None:
+                break
+
+
+def test_a_reader_that_has_enough_is_no_error_to_speak_of(caddie: Run, url: str, sweep: None) -> None:
+    script = f"{sys.executable} -m api.cli trial list sweep --json | true; echo ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (said.stdout, said.stderr) in (("1\n", ""), ("0\n", ""))
 
 
 class Story(Caddie):

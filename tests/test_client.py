@@ -1,67 +1,28 @@
 """The Python client: typed answers, named refusals, and repeats that do nothing twice."""
 
+import base64
+import hashlib
+import random
+import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from relay import Relay, canned
 
-from api.client import ApiError, Caddie, Unreachable
+from api.client import ApiError, BadAnswer, Caddie, Unreachable
+from orchestrator import leases
+from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
+from orchestrator.lifecycle import Outcome
+from orchestrator.study import AttemptResult
+from worker.report import TrialResult
+from worker.spec import GangConfig
 
 STUDY = {"name": "sweep", "recipe": "laptop", "space": {"sharing.lora.rank": {"choice": [0, 2]}}}
-
-
-class LossyRelay:
-    """Passes requests on to a server; cuts its first connections once the server has answered, before that arrives."""
-
-    def __init__(self, url: str, losses: int) -> None:
-        self.target = (urlsplit(url).hostname, urlsplit(url).port)
-        self.losses = losses
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def close(self) -> None:
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        self.thread.join(timeout=30)
-        assert not self.thread.is_alive()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                near, _ = self.listener.accept()
-            except OSError:
-                return
-            with near, socket.create_connection(self.target) as far:
-                while request := message(near):
-                    far.sendall(request)
-                    answer = message(far)
-                    if self.losses:
-                        self.losses -= 1
-                        break
-                    near.sendall(answer)
-
-
-def message(source: socket.socket) -> bytes:
-    """One HTTP message, headers and body; nothing where the connection has ended."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        more = source.recv(65_536)
-        if not more:
-            return b""
-        data += more
-    head, _, body = data.partition(b"\r\n\r\n")
-    lengths = [line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
-    while len(body) < (int(lengths[0]) if lengths else 0):
-        body += source.recv(65_536)
-    return head + b"\r\n\r\n" + body
 
 
 @pytest.fixture
@@ -133,20 +94,111 @@ def test_a_refusal_names_the_field(caddie: Caddie) -> None:
 
 def test_a_submission_whose_answer_was_lost_is_repeated_and_counts_once(caddie: Caddie, url: str) -> None:
     caddie.create_study(STUDY)
-    relay = LossyRelay(url, losses=2)
-    with Caddie(relay.url) as lossy:
+    with Relay(url, cuts=(0, 20)) as relay, Caddie(relay.url) as lossy:
         trial = lossy.submit("sweep", {"overrides": {"sharing.lora.rank": 1}})
-    relay.close()
-    assert relay.losses == 0
+    assert len(relay.asked) == 3
     assert [one.number for one in caddie.trials("sweep")] == [trial.number] == [0]
 
 
 def test_a_request_that_is_not_safe_to_repeat_is_sent_once(caddie: Caddie, url: str) -> None:
-    relay = LossyRelay(url, losses=1)
-    with Caddie(relay.url) as lossy, pytest.raises(Unreachable):
+    with Relay(url, cuts=(20,)) as relay, Caddie(relay.url) as lossy, pytest.raises(Unreachable):
         lossy.create_study(STUDY)
-    relay.close()
+    assert len(relay.asked) == 1
     assert [study.name for study in caddie.studies()] == ["sweep"]
+
+
+def test_a_busy_server_is_asked_again_when_it_says_where_that_is_safe(caddie: Caddie, url: str) -> None:
+    busy, limited = (canned(status, Retry_After="0") for status in ("503 Busy", "429 Too Many"))
+    with Relay(url, canned=(limited,)) as relay, Caddie(relay.url) as patient:
+        assert patient.create_study(STUDY).name == "sweep"  # nothing was begun
+    with Relay(url, canned=(busy, limited, busy)) as relay, Caddie(relay.url) as patient:
+        assert patient.submit("sweep", {"params": {}}).number == 0
+    with Relay(url, canned=(busy,)) as relay, Caddie(relay.url) as patient, pytest.raises(ApiError, match="503"):
+        patient.cancel("sweep", 0)
+    later = canned("429 Too Many", Retry_After="3600")
+    with Relay(url, canned=(later,)) as relay, Caddie(relay.url) as patient, pytest.raises(ApiError, match="429"):
+        patient.studies()
+    assert caddie.trial("sweep", 0).state == "queued"
+
+
+def test_what_is_no_answer_of_ours_is_said_in_one_line(url: str) -> None:
+    page = canned("502 Bad Gateway", b"<html>\n<h1>Bad\nGateway</h1>")
+    with Relay(url, canned=(page,)) as relay, Caddie(relay.url) as caddie, pytest.raises(ApiError) as proxied:
+        caddie.studies()
+    assert str(proxied.value) == f"HTTP 502 from {relay.url}/v1/studies: <html> <h1>Bad Gateway</h1>"
+    other = canned("200 OK", b'{"name": "sweep"}')
+    with Relay(url, canned=(other,)) as relay, Caddie(relay.url) as caddie, pytest.raises(BadAnswer) as newer:
+        caddie.study("sweep")
+    assert str(newer.value) == "GET /v1/studies/sweep answered what this version cannot read: id: Field required"
+
+
+def test_the_token_of_the_environment_is_sent_unless_one_is_given(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CADDIE_TOKEN", "from-env")
+    with Relay(url) as relay:
+        monkeypatch.setenv("CADDIE_URL", relay.url)
+        for token in (None, "own", ""):
+            with Caddie(token=token) as caddie:
+                caddie.ready()
+    first, second, third = relay.asked
+    assert "authorization: bearer from-env" in first
+    assert "authorization: bearer own" in second
+    assert "authorization" not in third
+
+
+def test_a_stream_that_breaks_is_taken_up_after_the_last_event(caddie: Caddie, url: str) -> None:
+    caddie.create_study(STUDY)
+    for rank in range(5):
+        caddie.submit("sweep", {"overrides": {"sharing.lora.rank": rank}})
+    with Relay(url, cuts=(900, 700)) as relay, Caddie(relay.url) as lossy:
+        ids = [event.id for event in lossy.events("sweep", follow=False)]
+    assert ids == [event.id for event in caddie.events(follow=False)]
+    assert len(ids) == 6
+    first, second, *_ = relay.asked
+    assert "last-event-id" not in first
+    assert "last-event-id: " in second
+    assert [event.id for event in caddie.events("sweep", after=ids[3], follow=False)] == ids[4:]
+
+
+@pytest.fixture
+def model(caddie: Caddie, database: Database, tmp_path: Path, trial_result: Callable[..., TrialResult]) -> bytes:
+    """What trial 0 of the study has stored."""
+    caddie.create_study(STUDY)
+    caddie.submit("sweep", {"params": {}})
+    model, now = random.Random(0).randbytes(300_000), datetime.now(UTC)
+    with database.write() as session:
+        claimed = leases.claim(session, GangConfig(), "host", now, timedelta(minutes=5))
+        assert claimed is not None
+        result = trial_result(artifact_sha256=hashlib.sha256(model).hexdigest())
+        stored = ArtifactStore(tmp_path / "artifacts").put(model)
+        leases.finish(session, claimed.lease, AttemptResult(Outcome.SUCCEEDED, result=result, artifact=stored), now)
+    return model
+
+
+def test_a_download_that_breaks_off_is_gone_on_with(caddie: Caddie, url: str, model: bytes, tmp_path: Path) -> None:
+    assert caddie.artifact("sweep", 0) == model
+    with Relay(url, cuts=(100_000, 100_000)) as relay, Caddie(relay.url) as lossy:
+        assert lossy.save_artifact("sweep", 0, tmp_path / "model").read_bytes() == model
+    ranges = [line for head in relay.asked for line in head.splitlines() if line.startswith("range:")]
+    assert len(relay.asked) == 3 and len(ranges) == 2
+    assert all(line.startswith("range: bytes=") for line in ranges)
+    (tmp_path / ".other.part").write_bytes(model[:1000])  # as an interrupted process leaves it
+    with Relay(url) as relay, Caddie(relay.url) as later:
+        assert later.save_artifact("sweep", 0, tmp_path / "other").read_bytes() == model
+    assert "range: bytes=1000-" in relay.asked[0]
+    (tmp_path / ".third.part").write_bytes(b"the start of something else")
+    assert caddie.save_artifact("sweep", 0, tmp_path / "third").read_bytes() == model
+    assert sorted(file.name for file in tmp_path.iterdir() if "part" in file.name) == []
+
+
+def test_a_damaged_download_leaves_no_file(url: str, model: bytes, tmp_path: Path) -> None:
+    digest = "sha-256=:" + base64.b64encode(hashlib.sha256(b"other").digest()).decode() + ":"
+    damaged = canned("200 OK", b"not that", Repr_Digest=digest)
+    with Relay(url, canned=(damaged, damaged)) as relay, Caddie(relay.url) as caddie:
+        with pytest.raises(BadAnswer):
+            caddie.artifact("sweep", 0)
+        with pytest.raises(BadAnswer):
+            caddie.save_artifact("sweep", 0, tmp_path / "model")
+    assert not [file for file in tmp_path.iterdir() if "model" in file.name]
 
 
 def test_a_server_that_is_not_there_is_unreachable() -> None:
@@ -154,3 +206,16 @@ def test_a_server_that_is_not_there_is_unreachable() -> None:
         port = listener.getsockname()[1]
     with Caddie(f"http://127.0.0.1:{port}") as nobody, pytest.raises(Unreachable, match=f"127.0.0.1:{port}"):
         nobody.ready()
+
+
+def test_the_readmes_python_runs(
+    caddie: Caddie, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    caddie.create_study({**STUDY, "name": "my-study"})
+    monkeypatch.setenv("CADDIE_URL", url)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(block, {})
+    printed = capsys.readouterr().out
+    assert not blocks or ("trial.queued" in printed and "not-found no artifact of trial 0" in printed)

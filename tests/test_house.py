@@ -67,10 +67,10 @@ with TestClient(app, base_url="http://localhost", client=("127.0.0.1", 1)) as cl
     assert not loaded & {"torch", "ray", "optuna", "optuna_dashboard"}
 
 
-def test_the_command_line_loads_without_torch_ray_and_optuna() -> None:
+def test_the_command_line_and_the_client_load_nothing_of_a_server() -> None:
     loaded = loaded_after("import api.cli")
     assert "typer" in loaded
-    assert not loaded & {"torch", "ray", "optuna"}
+    assert not loaded & {"torch", "ray", "optuna", "alembic", "fastapi", "numpy", "sqlalchemy", "starlette"}
 
 
 def test_the_workers_contract_loads_without_torch() -> None:
