@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import h11
 import uvicorn
@@ -64,11 +64,11 @@ class Server(uvicorn.Server):
         context: Context = app.state.context
         door: Door = app.state.door
         self._closing = context.closing
+        patient: Any = partial(Impatient, patience_seconds=door.patience_seconds)
         super().__init__(
             uvicorn.Config(
                 app, host=host, port=port, log_level=log_level, access_log=False, timeout_graceful_shutdown=10,
-                server_header=False, ws="none", http=cast(Any, partial(Impatient, patience_seconds=door.patience_seconds)), limit_concurrency=MOST_CONNECTIONS,
-                log_config=None,
+                server_header=False, ws="none", http=patient, limit_concurrency=MOST_CONNECTIONS, log_config=None,
             )
         )  # fmt: skip
 
