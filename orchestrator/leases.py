@@ -73,9 +73,9 @@ def claim(
     if taken is None:
         return None
     trial = session.get_one(TrialRow, taken.trial_id)
+    made, times, terms = _made(session, taken.id, trial.study_id)
     if purses is not None:
-        purses.require(session, trial.study_id, Kind.of(taken.rung, gang.ranks, taken.budget), now)
-    made, times = _made(session, taken.id)
+        purses.require(session, trial.study_id, terms, Kind.of(taken.rung, gang.ranks, taken.budget), now)
     token = secrets.token_hex(16)
     attempt_id = session.scalar(
         insert(ATTEMPTS).values(
@@ -101,12 +101,14 @@ def _start_trial(session: Session, trial_id: int, now: datetime) -> None:
     session.execute(queued.values(state=TrialState.RUNNING, started_at=started_at))
 
 
-def _made(session: Session, run_id: int) -> tuple[int, int]:
-    """How many attempts at a run there were, and how many of them ran out of memory."""
+def _made(session: Session, run_id: int, study_id: int) -> tuple[int, int, Any]:
+    """How many attempts at a run there were, how many of them ran out of memory, and what its study may spend."""
     out_of_memory = func.count().filter(AttemptRow.cause == Cause.OUT_OF_MEMORY)
-    made = select(func.coalesce(func.max(AttemptRow.number), 0), out_of_memory).where(AttemptRow.run_id == run_id)
-    number, times = session.execute(made).one()
-    return number, times
+    terms = select(StudyRow.definition["spending"]).where(StudyRow.id == study_id).scalar_subquery()
+    attempts = func.coalesce(func.max(AttemptRow.number), 0)
+    made = select(attempts, out_of_memory, terms).where(AttemptRow.run_id == run_id)
+    number, times, spending = session.execute(made).one()
+    return number, times, spending
 
 
 def _spec_of(trial: TrialRow, seed: int, rung: Rung) -> TrialSpec:
