@@ -89,9 +89,7 @@ def written(operation: str, body: dict[str, Any], result: dict[str, Any]) -> st.
     return st.fixed_dictionaries({"overrides": OVERRIDES}, optional={"params": params, **optional})
 
 
-def configuration(
-    examples: int, *, systematic: bool, linked: bool, held: Lease, ended: Lease
-) -> SchemathesisConfig:
+def configuration(examples: int, *, systematic: bool, linked: bool, held: Lease, ended: Lease) -> SchemathesisConfig:
     """Systematic cases of every operation, `examples` drawn ones of each, and as many walks along links between them.
 
     Executors report under the lease `held`, and tell how the attempt under the lease `ended` did.
