@@ -105,6 +105,12 @@ def test_a_study_that_is_stopped_can_only_be_archived(url: str) -> None:
     assert "/studies/demo" in httpx.get(f"{url}/?archived=true").text
 
 
+def test_a_page_says_what_refusing_has_saved(url: str) -> None:
+    text = httpx.get(f"{url}/studies/demo").text
+    assert re.search(r'<th scope="row">refusing</th><td class="n">1</td>', text)
+    assert "pruning" not in text
+
+
 def test_a_viewer_is_offered_no_buttons_and_a_submitters_form_carries_its_token(sweep: Sweep, url: str) -> None:
     with sweep.database.write() as session:
         secrets = [
