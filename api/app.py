@@ -67,15 +67,18 @@ def create_app(
     `artifacts` is the folder that artifacts are downloaded from; without it there are none to download.
     Without a `door` it is that of a server that this machine alone reaches.
     """
+    optuna = Dashboard(database) if dashboard else None
     # FastAPI's own documentation pages load scripts from other hosts.
     app = FastAPI(
         title="Caddie", version="1", summary="Sweeps of layer sharing under a byte and a time budget",
         openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None, generate_unique_id_function=_operation_id,
+        lifespan=optuna.lifespan if optuna is not None else None,
     )  # fmt: skip
     store = ArtifactStore(artifacts) if artifacts is not None else None
     app.state.context = Context(database, store, gpu_hour_dollars)
     app.state.executors = Executors(database)
     door = door or Door()
+    app.state.door = door
     app.state.admission = Admission(database, door)
     app.add_middleware(Doors, admission=app.state.admission, door=door, routes=app.router.routes)
     app.state.metrics = metrics.Metrics(database, gpu_hour_dollars)
@@ -87,8 +90,8 @@ def create_app(
     for router in (version_1, health.router, metrics.router, *(module.router for module in PAGES)):
         app.include_router(router)
     pages.mount_assets(app)
-    if dashboard:
-        Dashboard(database).mount(app)
+    if optuna is not None:
+        optuna.mount(app)
     _install_errors(app)
     _declare_problems(app)
     _keep_to_3_1(app)

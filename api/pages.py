@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from api.pictures import tying_strip
 from api.refusals import ProblemDetails
-from orchestrator.access import LOCAL, Principal, Role
+from orchestrator.access import Principal, Role
 from worker.tying import TyingMap
 
 HERE = Path(__file__).parent
@@ -35,11 +35,10 @@ def page(request: Request, template: str, status: int = 200, **facts: Any) -> HT
     change anything, and the token that its forms send back.
     """
     templates: Environment = request.app.state.templates
-    principal: Principal | None = getattr(request.state, "principal", LOCAL)
+    principal: Principal | None = getattr(request.state, "principal", None)
     shared = {
-        "path": request.url.path, "principal": principal,
+        "path": request.url.path, "principal": principal, "csrf": getattr(request.state, "csrf", ""),
         "may_write": principal is not None and principal.role.includes(Role.SUBMITTER),
-        "csrf": getattr(request.state, "csrf", ""),
     }  # fmt: skip
     return HTMLResponse(templates.get_template(template).render(shared, **facts), status, headers=HEADERS)
 
