@@ -79,7 +79,10 @@ _NAMES: dict[str, tuple[int, list[str]]] = {}
 for _name, _own in _COLUMNS.items():
     _NAMES[_name] = (sum(len(names) for _, names in _NAMES.values()), list(_own))
 _WRITTEN = {
-    (name, own) for name, columns in _COLUMNS.items() for own, column in columns.items() if isinstance(column.type, JSON)
+    (name, own)
+    for name, columns in _COLUMNS.items()
+    for own, column in columns.items()
+    if isinstance(column.type, JSON)
 }
 """What is read as the text that was written: it tells whether a trial has changed, and is seldom built anew."""
 
