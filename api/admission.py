@@ -15,10 +15,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from api.limits import Rate
-from orchestrator.access import Principal, Role
+from orchestrator.access import Principal, Role, Token
 from orchestrator.database import Database
 from orchestrator.sign_ins import find_sign_in
-from orchestrator.tokens import USE_NOTED, Token, digest, find_token, has_tokens, note_use, token_of_digest
+from orchestrator.tokens import USE_NOTED, digest, find_token, has_tokens, note_use, token_of_digest
 
 REMEMBERED_SECONDS = 1.0
 MOST_REMEMBERED = 1000
@@ -36,6 +36,8 @@ class Door:
     admin_sha256: str | None = None
     """Of CADDIE_ADMIN_TOKEN, which is an admin's token without a row."""
     requests_per_second: int = 3000
+    patience_seconds: float = 20.0
+    """For the head of a request, for its body, and for each piece of a body that is a file."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+NOBODY: tuple[float, Visitor | None] = (0.0, None)
 
 
 class Admission:
@@ -88,16 +93,11 @@ class Admission:
                     self._open_until = asked + REMEMBERED_SECONDS
         return not self._shut
 
-    def remembered(self, credential: Credential) -> Visitor | None:
-        """Who was found to be behind this within the last second, without asking."""
-        at, visitor = self._known.get(_key(credential), (0.0, None))
-        return visitor if time.monotonic() < at else None
-
     async def admit(self, credential: Credential, address: str) -> Visitor | None:
         """Who is behind this, or None. Raises Refusal where too many wrong ones came from this address: guessing is
         hopeless, but it must not keep the database busy either."""
-        found = self.remembered(credential)
-        if found is None:
+        until, found = self._known.get(_key(credential), NOBODY)
+        if time.monotonic() >= until:
             self._wrong.check(address)
             found = await self.visitor(credential)
             if found is None:
@@ -106,10 +106,10 @@ class Admission:
 
     async def visitor(self, credential: Credential) -> Visitor | None:
         """Who is behind this, or None. Many who ask at once are one question to the database."""
-        found = self.remembered(credential)
-        if found is not None:
-            return found
         key = _key(credential)
+        until, found = self._known.get(key, NOBODY)
+        if time.monotonic() < until:
+            return found
         task = self._asking.get(key)
         if task is None:
             task = self._asking[key] = asyncio.create_task(self._ask(key, credential))
@@ -123,10 +123,9 @@ class Admission:
     async def _ask(self, key: str, credential: Credential) -> Visitor | None:
         asked, now = time.monotonic(), datetime.now(UTC)
         found, token = await run_in_threadpool(self._find, credential, now)
-        if found is not None:
-            if len(self._known) >= MOST_REMEMBERED:
-                self._known.clear()
-            self._known[key] = (asked + REMEMBERED_SECONDS, found)
+        if len(self._known) >= MOST_REMEMBERED:
+            self._known.clear()
+        self._known[key] = (asked + REMEMBERED_SECONDS, found)
         if token is not None and found is not None and _is_old(token.last_used_at, now):
             # Not awaited: a read must not wait for SQLite's one writer.
             task = asyncio.create_task(run_in_threadpool(self._note, token.id, now))

@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[..., None]]] = {
     "migrate": (MACHINE, cli_processes.migrate),
     "api": (MACHINE, cli_processes.api),
     "orchestrator": (MACHINE, cli_processes.orchestrator),
+    "work": (MACHINE, cli_processes.work),
     "recipes": (SUBMIT, cli_submission.recipes),
     "preview": (SUBMIT, cli_submission.preview),
     "submit": (SUBMIT, cli_submission.submit),

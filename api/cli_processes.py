@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from api.options import AsJson
-from api.program import environment_of, program
+from api.options import AsJson, StudyName, connect
+from api.program import SECRETS, environment_of, program
 from orchestrator.settings import KNOWN, Settings
+from worker.spec import GangConfig
 
 # What a server loads takes a second, which no command should pay but the one that needs it: hence the inner imports.
 
@@ -83,6 +84,37 @@ def demo() -> None:
     from api.demo import run_demo
 
     sys.exit(run_demo(Console()))
+
+
+def work(
+    study: StudyName,
+    ranks: Annotated[
+        int | None, typer.Option(help="Of the gang to ask for (default: the study's first shape).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or gpu: what those ranks are.")] = "cpu",
+    name: Annotated[str | None, typer.Option(help="This executor's name (default: the host's).")] = None,
+) -> None:
+    """Train a study's runs on this machine for the API that CADDIE_URL names, without Ray, until there are no more."""
+    import logging
+    import platform
+
+    from api.work import work as drain
+    from orchestrator.local_launcher import LocalLauncher
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    settings = Settings.read(os.environ)
+    gang = None if ranks is None else GangConfig.model_validate({"ranks": ranks, "device": device})
+    with connect() as caddie:
+        for secret in SECRETS:
+            os.environ.pop(secret, None)
+        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        launcher = LocalLauncher(settings.home / "executor", settings.data, max(settings.ranks, ranks or 1), gpus=gpus)
+        try:
+            count = drain(caddie, study, launcher, name or platform.node(), gang)
+        finally:
+            launcher.close()
+    print(f"{count} attempts; there is nothing more to do for {study} now")
 
 
 def data(context: typer.Context) -> None:

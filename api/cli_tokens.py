@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from api.cli_processes import database_errors
 from api.credentials import AuditOut, MadeTokenOut, TokenIn, TokenOut
 from api.options import AsJson, answer, connect
 from api.tables import Column, Grid
 from api.terminal import time_text
 from orchestrator.access import Role
 from orchestrator.settings import Settings
+from worker.shape import FieldError
 
 app = typer.Typer(help="Say who may use a server: tokens, their roles and their ends.", no_args_is_help=True)
 
@@ -76,15 +78,19 @@ def _create_here(body: TokenIn) -> MadeTokenOut:
     """The same without a server: whoever can write the database needs nobody's leave."""
     from orchestrator.audit import add_audit
     from orchestrator.database import Database
+    from orchestrator.errors import Conflict
     from orchestrator.tokens import create_token
 
     now, database = datetime.now(UTC), Database(Settings.read(os.environ).database_url)
     try:
-        if database.is_sqlite:
-            database.migrate()
-        with database.write() as session:
-            token, text = create_token(session, body.name, body.role, now, body.end(now))
-            add_audit(session, "local", "token.create", f"tokens/{token.id}", now)
+        with database_errors():
+            if database.is_sqlite:
+                database.migrate()
+            with database.write() as session:
+                token, text = create_token(session, body.name, body.role, now, body.end(now))
+                add_audit(session, "local", "token.create", f"tokens/{token.id}", now)
+    except Conflict as taken:
+        raise FieldError(taken.field, taken.value, taken.message) from None
     finally:
         database.close()
     return MadeTokenOut(**TokenOut.of(token).model_dump(), token=text)

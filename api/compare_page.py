@@ -22,7 +22,7 @@ from orchestrator.activity import latest_events
 from orchestrator.errors import NotFound
 from orchestrator.lifecycle import OPEN_TRIALS
 from orchestrator.standing import Standing, ranked, spread_of
-from orchestrator.statistics import Interval
+from orchestrator.statistics import Spread
 from orchestrator.study import Study
 from worker.shape import FieldError
 
@@ -40,7 +40,7 @@ def show_comparison(request: Request, study: StudyName, context: ContextOf, tria
     numbers = _numbers(trials)
     with context.database.read() as session:
         found = store.get_study(session, study)
-        standings = seeds.list_standings(session, found.id)
+        standings = seeds.list_standings(session, found.id, LEADERS)
         leaders = [one.number for one in ranked(standings)[:LEADERS]]
         if not numbers:
             return page(request, "compare.html", study=found, numbers=(), leaders=leaders)
@@ -92,14 +92,12 @@ def _facts(
     described = [describe(session, study.name, trial, context) for trial in trials]
     sides = [_side(study, one) for one in described]
     lines = side_by_side([one.spec for one in described])
-    of_number = {one.number: one for one in standings}
-    spread = spread_of(standings)
-    intervals = {number: one.interval(spread)[0] for number, one in of_number.items() if number in numbers}
+    spread = spread_of(standings)  # trials of one seed have no part in it
     return {
         "sides": sides, "seen": seen, "cap_bytes": study.definition.cap_bytes,
         "differing": [line for line in lines if line.differs],
         "same": [line for line in lines if not line.differs],
-        "results": _results(described, [of_number.get(number) for number in numbers], intervals),
+        "results": _results(described, [_standing(one) for one in described], spread),
         "classes": _classes(sides),
     }  # fmt: skip
 
@@ -120,18 +118,25 @@ def _side(study: Study, trial: TrialOut) -> Side:
     return Side(trial, trial.state in OPEN_TRIALS, Markup(picture), bar, by_class)
 
 
-def _results(
-    trials: Sequence[TrialOut], standings: Sequence[Standing | None], intervals: dict[int, Interval | None]
-) -> list[Result]:
+def _standing(trial: TrialOut) -> Standing:
+    """Where the trial stands by its own runs: whatever its state, as far as they have scores."""
+    scored = [(run.seed, run.scores) for run in trial.runs if run.rung == 0 and run.state == "succeeded" and run.scores]
+    return Standing(
+        0, trial.number, trial.seed, trial.val_bpb or 0.0, {seed: s.val_bpb for seed, s in scored if s.feasible},
+        over=sum(not s.feasible for _, s in scored), taken=frozenset(), waits=False,
+    )  # fmt: skip
+
+
+def _results(trials: Sequence[TrialOut], standings: Sequence[Standing], spread: Spread | None) -> list[Result]:
     """What came of each, a line a number. Less is better, but of what is merely large."""
-    means = [one.sample.mean if one and one.sample else None for one in standings]
+    means = [one.sample.mean if one.sample else None for one in standings]
     costs = [[attempt.cost for run in trial.runs for attempt in run.attempts] for trial in trials]
-    spans = [intervals.get(trial.number) for trial in trials]
+    spans = [one.interval(spread)[0] for one in standings]
     words = tuple(f"{span.low:.4f} to {span.high:.4f}" if span else "–" for span in spans)
     return [
         _line("BPB, mean of seeds within the caps", means, _bpb, better=True),
         Result("95 % interval", words, (None,) * len(words)),
-        _line("Seeds", [float(len(one.bpb)) if one else None for one in standings], _whole),
+        _line("Seeds", [len(one.bpb) for one in standings], _whole),
         _line("BPB of its first seed", [trial.val_bpb for trial in trials], _bpb, better=True),
         _line("BPB before quantisation", [trial.val_bpb_prequant for trial in trials], _bpb, better=True),
         _line("Artifact", [trial.artifact_bytes for trial in trials], readable_bytes, better=True),

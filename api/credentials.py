@@ -1,14 +1,11 @@
 """Tokens, and what was done with them, as the API takes and gives them."""
 
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from orchestrator.access import NAME, Role
-
-if TYPE_CHECKING:  # SQLAlchemy comes with it, and clients read answers without it
-    from orchestrator.tokens import Token
+from orchestrator.access import NAME, Role, Token
 
 
 class TokenIn(BaseModel):

@@ -41,6 +41,7 @@ class Doors:
         self._app = app
         self._admission = admission
         self._rate = Rate(door.requests_per_second)
+        self._patience_seconds = door.patience_seconds
         self._streams = 0
         listed = [
             (
@@ -99,7 +100,7 @@ class Doors:
             self._require_role(principal, path, scope["method"])
         if writes and by_browser:
             _require_own_page(headers)
-        body, receive = await read_body(path, headers, receive)
+        body, receive = await read_body(path, headers, receive, self._patience_seconds)
         if writes and credential is not None and by_browser:
             _require_csrf(state["csrf"], headers, body)
         return credential, receive

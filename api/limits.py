@@ -11,10 +11,8 @@ from starlette.types import Message, Receive
 from api.problems import Refusal
 
 BODY_BYTES = 2 << 20
-BODY_SECONDS = 20.0
 LARGE_BODIES: tuple[tuple[re.Pattern[str], int], ...] = ((re.compile(r"/v1/attempts/[^/]+/artifact"), 256 << 20),)
 """Paths whose bodies are files: passed on as they come instead of being read first, and never parsed."""
-PIECE_SECONDS = 20.0  # between two pieces of a file
 MAX_DEPTH = 32  # a spec has five levels
 MAX_STREAMS = 500
 STREAM = re.compile(r"/v1/(?:studies/[^/]+/)?events|/v1/.*/stream")
@@ -56,20 +54,22 @@ class Rate:
         return Refusal("too-many-requests", detail, {"Retry-After": str(seconds)})
 
 
-async def read_body(path: str, headers: Mapping[bytes, bytes], receive: Receive) -> tuple[bytes, Receive]:
+async def read_body(
+    path: str, headers: Mapping[bytes, bytes], receive: Receive, seconds: float
+) -> tuple[bytes, Receive]:
     """The body, and a `receive` that gives it once more. Of a large body nothing is read: the bytes are empty, and
-    `receive` raises Refusal where too much comes, or too slowly. Raises Refusal."""
+    `receive` raises Refusal where too much comes, or nothing for so many seconds. Raises Refusal."""
     if b"content-length" not in headers and b"transfer-encoding" not in headers:
         return b"", receive
     most = next((size for pattern, size in LARGE_BODIES if pattern.fullmatch(path)), None)
     _require_length(headers, BODY_BYTES if most is None else most)
     if most is not None:
-        return b"", _Pieces(receive, most)
+        return b"", _Pieces(receive, most, seconds)
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             body, ended = await _read_whole(receive)
     except TimeoutError:
-        raise _too_slow(f"the body, within {BODY_SECONDS:g} seconds,") from None
+        raise _too_slow("the body", seconds) from None
     require_shallow(body)
     again: list[Message] = [ended if ended is not None else {"type": "http.request", "body": body, "more_body": False}]
 
@@ -98,9 +98,10 @@ def require_shallow(body: bytes) -> None:
 class _Pieces:
     """A `receive` that counts."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
+    def __init__(self, receive: Receive, most: int, seconds: float) -> None:
         self._receive = receive
         self._most = most
+        self._seconds = seconds
         self._size = 0
         self._ended = False
 
@@ -108,10 +109,10 @@ class _Pieces:
         if self._ended:
             return await self._receive()
         try:
-            async with asyncio.timeout(PIECE_SECONDS):
+            async with asyncio.timeout(self._seconds):
                 message = await self._receive()
         except TimeoutError:
-            raise _too_slow(f"the next piece, within {PIECE_SECONDS:g} seconds,") from None
+            raise _too_slow("the next piece", self._seconds) from None
         self._size += len(message.get("body", b""))
         self._ended = not message.get("more_body", False)
         if self._size > self._most:
@@ -144,5 +145,5 @@ def _too_large(most: int) -> Refusal:
     return Refusal("too-large", f"a body here has at most {most:,} bytes", {"Connection": "close"})
 
 
-def _too_slow(what: str) -> Refusal:
-    return Refusal("too-slow", f"{what} did not come in time", {"Connection": "close"})
+def _too_slow(what: str, seconds: float) -> Refusal:
+    return Refusal("too-slow", f"{what} did not come within {seconds:g} seconds", {"Connection": "close"})

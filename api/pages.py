@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from api.pictures import tying_strip
 from api.refusals import ProblemDetails
-from orchestrator.access import LOCAL, Principal, Role
+from orchestrator.access import Principal, Role
 from worker.tying import TyingMap
 
 HERE = Path(__file__).parent
@@ -31,14 +31,14 @@ HEADERS = {
 def page(request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
     """A template rendered, under the policy that our pages load nothing but our own files.
 
-    Every template knows the `path` it is shown at, who reads it (`principal`), whether they may change anything, and
-    the token that its forms send back.
+    Every template knows the `path` it is shown at, who reads it (`principal`, None before a sign-in), whether they may
+    change anything, and the token that its forms send back.
     """
     templates: Environment = request.app.state.templates
-    principal: Principal = getattr(request.state, "principal", LOCAL)
+    principal: Principal | None = getattr(request.state, "principal", None)
     shared = {
-        "path": request.url.path, "principal": principal, "may_write": principal.role.includes(Role.SUBMITTER),
-        "csrf": getattr(request.state, "csrf", ""),
+        "path": request.url.path, "principal": principal, "csrf": getattr(request.state, "csrf", ""),
+        "may_write": principal is not None and principal.role.includes(Role.SUBMITTER),
     }  # fmt: skip
     return HTMLResponse(templates.get_template(template).render(shared, **facts), status, headers=HEADERS)
 

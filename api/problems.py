@@ -33,6 +33,7 @@ TITLES: dict[str, tuple[int, str]] = {
     "illegal-move": (409, "The state does not allow it"),
     "damaged-artifact": (410, "The stored file is gone or damaged"),
     "too-large": (413, "The body is too large"),
+    "range-not-satisfiable": (416, "The file has no such range"),
     "unsupported-media-type": (415, "The body must be JSON"),
     "invalid-input": (422, "The input is not valid"),
     "too-many-requests": (429, "Too many requests"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from functools import partial
 from typing import Any
 
 import h11
@@ -9,9 +10,9 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from api.admission import Door
 from api.context import Context
 
-HEAD_SECONDS = 10.0
 MOST_CONNECTIONS = 1000
 
 
@@ -19,8 +20,9 @@ class Impatient(H11Protocol):
     """uvicorn's own protocol, which waits without end for the head of a request, and for the body of one that was
     answered without it. The body of one that is being answered is the door's to time (`limits`)."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, patience_seconds: float, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._patience_seconds = patience_seconds
         self._patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -47,7 +49,7 @@ class Impatient(H11Protocol):
         if not owes or self.timeout_keep_alive_task is not None:
             self._relax()
         elif self._patience is None:
-            self._patience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            self._patience = self.loop.call_later(self._patience_seconds, self.transport.close)
 
     def _relax(self) -> None:
         if self._patience is not None:
@@ -60,12 +62,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, *, host: str = "127.0.0.1", port: int = 0, log_level: str = "warning") -> None:
         context: Context = app.state.context
+        door: Door = app.state.door
         self._closing = context.closing
+        patient: Any = partial(Impatient, patience_seconds=door.patience_seconds)
         super().__init__(
             uvicorn.Config(
                 app, host=host, port=port, log_level=log_level, access_log=False, timeout_graceful_shutdown=10,
-                server_header=False, ws="none", http=Impatient, limit_concurrency=MOST_CONNECTIONS,
-                log_config=None,
+                server_header=False, ws="none", http=patient, limit_concurrency=MOST_CONNECTIONS, log_config=None,
             )
         )  # fmt: skip
 

@@ -22,6 +22,7 @@ from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
 from orchestrator.listing import list_studies_page
 from orchestrator.pareto import front, scored
+from orchestrator.savings import savings
 from orchestrator.spending import Accounts
 from orchestrator.standing import ranked, spread_of
 from orchestrator.stopping import regret
@@ -177,10 +178,13 @@ def get_stopping(study: StudyName, database: DatabaseOf) -> StoppingOut:
 
 @router.get("/studies/{study}/ledger", responses=responses(404))
 def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
-    """What the study's attempts have cost so far, by phase, and by the gangs and trials that cost most."""
+    """What the study's attempts have cost so far, by phase, and by the gangs and trials that cost most; and what was
+    saved."""
     with context.database.read() as session:
-        found = ledger(session, store.get_study(session, study).id, context.gpu_hour_dollars, now)
-    return LedgerOut.of(study, None, found, context.gpu_hour_dollars)
+        study_id = store.get_study(session, study).id
+        found = ledger(session, study_id, context.gpu_hour_dollars, now)
+        saved = savings(session, study_id, context.gpu_hour_dollars)
+    return LedgerOut.of(study, None, found, context.gpu_hour_dollars, saved)
 
 
 def describe(session: Session, study: Study, now: datetime, accounts: Accounts) -> StudyOut:

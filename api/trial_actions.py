@@ -7,10 +7,20 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ValidationError
 from starlette.responses import RedirectResponse
 
-from api.bodies import NoteIn, TagsIn
+from api.bodies import NoteIn, SeedsIn, TagsIn
 from api.context import ContextOf, StudyName, TrialNumber, WriterOf
 from api.forms import FormOf
-from api.trials import NoteId, add_trial_note, cancel_trial, delete_trial_note, tag_trial
+from api.trials import (
+    NoteId,
+    RunId,
+    add_seeds,
+    add_trial_note,
+    cancel_run,
+    cancel_trial,
+    delete_trial_note,
+    retry_trial,
+    tag_trial,
+)
 from orchestrator import store
 from orchestrator.labels import list_tags
 from worker.spec import InvalidSpec, problems_of
@@ -26,14 +36,40 @@ def cancel(study: StudyName, number: TrialNumber, context: ContextOf, writer: Wr
     return _back(study, number)
 
 
+@router.post("/retry")
+def retry(study: StudyName, number: TrialNumber, context: ContextOf, writer: WriterOf) -> RedirectResponse:
+    """Queue the trial once more."""
+    retry_trial(study, number, context, writer)
+    return _back(study, number)
+
+
+@router.post("/seeds")
+def ask_for_seeds(
+    study: StudyName, number: TrialNumber, form: FormOf, context: ContextOf, writer: WriterOf
+) -> RedirectResponse:
+    """Run the trial at the seeds of `seeds`, with commas or spaces between them, or at `count` of the study's own."""
+    seeds = _words(form.get("seeds", ""))
+    said: dict[str, Any] = {"seeds": seeds} if seeds else {"count": form.get("count", "")}
+    add_seeds(study, number, _read(SeedsIn, said), context, writer)
+    return _back(study, number)
+
+
+@router.post("/runs/{run}/cancel")
+def cancel_seed(
+    study: StudyName, number: TrialNumber, run: RunId, context: ContextOf, writer: WriterOf
+) -> RedirectResponse:
+    """End one seed of a complete trial."""
+    cancel_run(study, number, run, context, writer)
+    return _back(study, number)
+
+
 @router.post("/tags")
 def change_tags(study: StudyName, number: TrialNumber, form: FormOf, writer: WriterOf) -> RedirectResponse:
     """Add the tags of `add`, with commas or spaces between them, and take away the one of `remove`."""
     with writer.database.read() as session:
         trial = store.get_trial(session, store.get_study(session, study).id, number)
         had = list_tags(session, [trial.id]).get(trial.id, ())
-    added = re.split(r"[\s,]+", form.get("add", "").strip())
-    tags = [tag for tag in (*had, *filter(None, added)) if tag != form.get("remove")]
+    tags = [tag for tag in (*had, *_words(form.get("add", ""))) if tag != form.get("remove")]
     tag_trial(study, number, _read(TagsIn, {"tags": list(dict.fromkeys(tags))}), writer)
     return _back(study, number)
 
@@ -51,6 +87,10 @@ def remove_note(study: StudyName, number: TrialNumber, note: NoteId, writer: Wri
     """Remove a note."""
     delete_trial_note(study, number, note, writer)
     return _back(study, number, "#notes")
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.split(r"[\s,]+", text) if word]
 
 
 def _read(body: type[Body], said: dict[str, Any]) -> Body:

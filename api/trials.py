@@ -2,8 +2,8 @@
 
 import base64
 import logging
-from functools import partial
-from typing import Annotated, Literal, cast
+from functools import lru_cache, partial
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.responses import FileResponse
@@ -25,6 +25,7 @@ from api.context import (
 )
 from api.intake import Submission, Taken, take
 from api.problems import responses
+from api.ranges import StoredFile
 from api.reports import LedgerOut
 from api.schemas import (
     BatchedOut,
@@ -43,7 +44,7 @@ from api.submission import Asked, submit_batch
 from orchestrator import reopening, store
 from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
-from orchestrator.detail import get_detail
+from orchestrator.detail import KEPT, Detail, get_detail
 from orchestrator.errors import NotFound
 from orchestrator.labels import add_note, delete_note, list_notes, list_tags, set_tags
 from orchestrator.ledger import ledger
@@ -151,12 +152,12 @@ def list_trials(
     return Page(items=items, next=None if ended is None else _cursor(ended, order))
 
 
-@router.get("/{number}")
-def get_trial(study: StudyName, number: TrialNumber, context: ContextOf) -> TrialOut:
+@router.get("/{number}", response_model=TrialOut)
+def get_trial(study: StudyName, number: TrialNumber, context: ContextOf) -> Response:
     """One trial with its runs and attempts."""
     with context.database.read() as session:
         detail = get_detail(session, study, number)
-    return TrialOut.detailed(study, detail, context.gpu_hour_dollars)
+    return Response(_written(study, detail, context.gpu_hour_dollars), media_type="application/json")
 
 
 @router.post("/{number}/cancel", responses=responses(409))
@@ -266,7 +267,13 @@ def list_measurements(study: StudyName, number: TrialNumber, database: DatabaseO
     return Page(items=[MeasurementOut.of(progress) for progress in measured])
 
 
-@router.get("/{number}/artifact", response_class=FileResponse, responses=responses(410))
+ARTIFACT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    **responses(410, 416), 206: {"description": "The range that was asked for"}
+}  # fmt: skip
+
+
+@router.get("/{number}/artifact", response_class=FileResponse, responses=ARTIFACT_ANSWERS)
+@router.head("/{number}/artifact", name="head_artifact", response_class=FileResponse, responses=ARTIFACT_ANSWERS)
 def get_artifact(study: StudyName, number: TrialNumber, context: ContextOf) -> FileResponse:
     """The stored model's bytes, whole or by range, with their digest (RFC 9530)."""
     with context.database.read() as session:
@@ -278,10 +285,8 @@ def get_artifact(study: StudyName, number: TrialNumber, context: ContextOf) -> F
     if not path.is_file():
         raise DamagedArtifact(f"artifact {artifact.uri} is missing")
     digest = base64.b64encode(bytes.fromhex(artifact.sha256)).decode()
-    return FileResponse(
-        path, media_type="application/octet-stream", filename=f"{study}-{number}.caddie",
-        headers={"Repr-Digest": f"sha-256=:{digest}:", "ETag": f'"{artifact.sha256}"'},
-    )  # fmt: skip
+    headers = {"Repr-Digest": f"sha-256=:{digest}:", "ETag": f'"{artifact.sha256}"'}
+    return StoredFile(path, artifact.bytes, f"{study}-{number}.caddie", headers)
 
 
 def artifact_of(trial: Trial, attempts: tuple[Attempt, ...]) -> Artifact | None:
@@ -294,6 +299,11 @@ def artifact_of(trial: Trial, attempts: tuple[Attempt, ...]) -> Artifact | None:
 def describe(session: Session, study: str, trial: Trial, context: Context) -> TrialOut:
     """The trial with its runs and attempts, and what these cost."""
     return TrialOut.detailed(study, get_detail(session, study, trial.number), context.gpu_hour_dollars)
+
+
+@lru_cache(maxsize=KEPT)  # by the very detail: one that has changed is another
+def _written(study: str, detail: Detail, gpu_hour_dollars: float) -> bytes:
+    return TrialOut.detailed(study, detail, gpu_hour_dollars).model_dump_json().encode()
 
 
 def _cursor(place: Place, sort: Sort) -> str:

@@ -5,14 +5,13 @@ import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from orchestrator.access import NAME, Principal, Role
+from orchestrator.access import NAME, Role, Token
 from orchestrator.errors import Conflict, NotFound
 from orchestrator.tables import TokenRow
 from worker.shape import FieldError
@@ -20,28 +19,6 @@ from worker.shape import FieldError
 RESERVED = ("environment", "local")  # what the audit calls CADDIE_ADMIN_TOKEN, and an open door
 USE_NOTED = timedelta(minutes=1)
 _WRITTEN = re.compile(r"caddie_(\d{1,9})_([A-Za-z0-9_-]{43})")
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token without its secret."""
-
-    id: int
-    name: str
-    role: Role
-    sha256: str
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-    last_used_at: datetime | None
-    """To within a minute, so that reading stays reading."""
-
-    def is_usable(self, now: datetime) -> bool:
-        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
-
-    @property
-    def principal(self) -> Principal:
-        return Principal(self.name, self.role, self.id)
 
 
 def create_token(

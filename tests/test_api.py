@@ -518,6 +518,26 @@ def test_an_artifact_is_downloaded_whole_or_in_part_with_its_digest(
     assert whole.headers["repr-digest"] == f"sha-256=:{digest}:"
     part = httpx.get(f"{http.base_url}{path}", headers={"Range": "bytes=6-7"})
     assert (part.status_code, part.content) == (206, b"of")
+    assert (part.headers["content-range"], part.headers["etag"]) == ("bytes 6-7/16", whole.headers["etag"])
+    head = http.head(path)
+    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "16")
+    assert head.headers["repr-digest"] == whole.headers["repr-digest"]
+
+    def ranged(range_: str, **headers: str) -> tuple[int, bytes]:
+        answer = http.get(path, headers={"Range": range_, **headers})
+        return answer.status_code, answer.content
+
+    assert ranged("bytes=9-") == ranged("bytes=-7") == (206, b"trial 0")
+    assert ranged("bytes=9-99", **{"If-Range": whole.headers["etag"]}) == (206, b"trial 0")
+    for changed in ('"another"', "W/" + whole.headers["etag"]):
+        assert ranged("bytes=9-", **{"If-Range": changed}) == (200, model)
+        assert ranged("bytes=99-", **{"If-Range": changed}) == (200, model)
+    for ignored in ("bytes=7-6", "pages=1-2", "bytes=0-1,3-4", "bytes=x", "bytes=" + "9" * 40 + "-"):
+        assert ranged(ignored) == (200, model)
+    for beyond in ("bytes=16-", "bytes=99-100", "bytes=-0"):
+        refused = http.get(path, headers={"Range": beyond})
+        problem(refused, 416, "range-not-satisfiable")
+        assert refused.headers["content-range"] == "bytes */16"
 
     artifacts.path(
         Artifact(f"sha256/{(name := hashlib.sha256(model).hexdigest())[:2]}/{name}", len(model), name)

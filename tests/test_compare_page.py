@@ -69,12 +69,12 @@ def test_the_best_is_marked_among_those_that_have_a_result(url: str) -> None:
     assert ">–" in rows["BPB, mean of seeds within the caps"].split("</td>")[2]
 
 
-@pytest.mark.parametrize("trials", ["1", "1,1", "1,2,3,4,5,6", "1,x", "1,-2", "1,2.5", "1,١", "<b>,2"])
-def test_numbers_that_are_no_two_to_five_trials_are_refused_with_what_would_be_right(url: str, trials: str) -> None:
-    answer = httpx.get(f"{url}/studies/demo/compare", params={"trials": trials}, headers={"Accept": "text/html"})
-    assert answer.status_code == 422
-    assert "2 to 5 different trials" in answer.text
-    assert "<b>" not in answer.text
+def test_numbers_that_are_no_two_to_five_trials_are_refused_with_what_would_be_right(url: str) -> None:
+    for trials in ("1", "1,1", "1,2,3,4,5,6", "1,x", "1,-2", "1,2.5", "1,١", "<b>,2"):
+        answer = httpx.get(f"{url}/studies/demo/compare", params={"trials": trials}, headers={"Accept": "text/html"})
+        assert answer.status_code == 422
+        assert "2 to 5 different trials" in answer.text
+        assert "<b>" not in answer.text
 
 
 def test_a_trial_that_is_not_there_cannot_be_compared(url: str) -> None:

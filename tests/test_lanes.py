@@ -154,7 +154,7 @@ def test_a_window_with_too_many_attempts_is_cut_short_and_what_is_too_short_to_s
 
 def test_the_api_shows_the_cluster(database: Database, begin: Callable[..., Claim]) -> None:
     begin("warm", 0)
-    with TestClient(create_app(database)) as client:
+    with TestClient(create_app(database), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as client:
         answer = client.get("/v1/cluster?hours=24")
         assert (answer.status_code, answer.json()["queue"]) == (200, [])
         assert client.get("/v1/cluster?hours=0").status_code == 422

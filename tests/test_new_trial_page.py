@@ -1,6 +1,7 @@
 """The page that makes a trial: with a script in a real browser, and without one."""
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,10 +12,12 @@ from browser import Browser
 from hypothesis import given
 from hypothesis import strategies as st
 from selenium.webdriver.common.keys import Keys
-from sweep import INFEASIBLE, Sweep
+from sweep import INFEASIBLE, QUEUED, Sweep
 
 from api.fields import all_fields, overrides_of, placed, texts_of
 from orchestrator import store
+from orchestrator.access import Role
+from orchestrator.tokens import create_token
 from worker.recipes import load_recipe, recipe_names
 from worker.spec import InvalidSpec, Problem, TrialSpec, override, parse_spec
 
@@ -154,3 +157,22 @@ def test_whatever_is_typed_makes_a_spec_or_a_problem_at_a_field(texts: dict[str,
     except InvalidSpec as error:
         problems = error.problems
     assert sum(len(each) for each in placed(problems).values()) == len(problems)
+
+
+def test_every_form_carries_the_token_without_which_a_signed_in_reader_writes_nothing(sweep: Sweep, url: str) -> None:
+    with sweep.database.write() as session:
+        secret = create_token(session, "ann", Role.SUBMITTER, datetime.now(UTC))[1]
+    with httpx.Client(base_url=url, headers={"Accept": "text/html"}, follow_redirects=True) as http:
+        assert http.post("/sign-in", data={"token": secret}).status_code == 200
+        for path in ("/studies/demo/new", "/studies/demo/trials/2", f"/studies/demo/trials/{QUEUED}"):
+            shown = http.get(path).text
+            fields = re.findall(r'name="csrf" value="(\w+)"', shown)
+            assert len(fields) == shown.count('method="post"') > 0
+        meta = {"X-CSRF-Token": re.findall(r'<meta name="csrf" content="(\w+)"', shown)[0]}
+        asked = {"model.width": "112"}
+        for action in ("new/preview", "new", "trials/2/notes"):
+            assert http.post(f"/studies/demo/{action}", data=asked).status_code == 403
+        assert http.post("/studies/demo/new/preview", data=asked, headers=meta).status_code == 200
+        made = http.post("/studies/demo/new", data={**asked, "csrf": fields[0]})
+        assert made.url.path == f"/studies/demo/trials/{NEXT}"
+        assert "Authorization: Bearer $CADDIE_TOKEN" in made.text

@@ -5,7 +5,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from sweep import Sweep, result_of
 
 from api.overview import BEST, MOST
 from orchestrator import store
+from orchestrator.access import Role
 from orchestrator.audit import list_audits
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome
 from orchestrator.study import AttemptResult, NewStudy, NewTrial
+from orchestrator.tokens import create_token
 from worker.report import TrialResult
 
 
@@ -95,6 +97,26 @@ def test_a_study_that_is_stopped_offers_nothing_more(url: str) -> None:
     assert again.status_code == 409
     assert again.headers["content-type"].startswith("text/html")
     assert httpx.post(f"{url}/studies/demo/state/archive").status_code == 422
+
+
+def test_a_viewer_is_offered_no_buttons_and_a_submitters_form_carries_its_token(sweep: Sweep, url: str) -> None:
+    with sweep.database.write() as session:
+        secrets = [
+            create_token(session, role.value, role, datetime.now(UTC))[1] for role in (Role.VIEWER, Role.SUBMITTER)
+        ]
+    for secret, offered in zip(secrets, (False, True), strict=True):
+        with httpx.Client(base_url=url, headers={"Accept": "text/html"}, follow_redirects=True) as http:
+            http.post("/sign-in", data={"token": secret})
+            text = http.get("/studies/demo").text
+            assert "Leaderboard" in text
+            assert ("/state/pause" in text) == ("/studies/demo/new" in text) == offered
+            sent = {"csrf": re.findall(r'name="csrf" (?:value|content)="([^"]+)"', text)[0]}
+            assert http.post("/studies/demo/state/pause").status_code == 403
+            answer = http.post("/studies/demo/state/pause", data=sent)
+            assert answer.status_code == (200 if offered else 403)
+    with sweep.database.read() as session:
+        assert store.get_study(session, "demo").state == "paused"
+        assert list_audits(session, limit=1)[0].actor == "submitter"
 
 
 def test_the_page_of_many_trials_is_small_and_waits_for_nothing(

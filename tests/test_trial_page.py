@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from browser import Browser
-from sweep import QUEUED, RUNNING, Sweep
+from sweep import FAILED, QUEUED, RUNNING, Sweep
 
 from api.bars import bytes_bar, curve_picture, predicted_bytes
 from api.pictures import Loop, block_colour, loops, tying_picture
@@ -128,6 +128,10 @@ def test_a_log_is_there_at_once_and_goes_on(browser: Browser, sweep: Sweep, url:
     browser.show(f"{url}/studies/demo/trials/{RUNNING}", width=375)
     assert browser.texts("#log b") == ["seed 1337, attempt 1"]
     assert [line.split()[-1] for line in browser.texts("#log span")] == ["<b>1</b>", "<b>2</b>", "<b>3</b>"]
+    browser.driver.execute_script("document.querySelector('[data-key=cancel]').open = true")
+    assert browser.until("document.documentElement.scrollWidth") == 375
+    left = "document.querySelector('[data-key=cancel] form').getBoundingClientRect().left"
+    assert browser.driver.execute_script(f"return {left}") >= 0
     log(sweep, lease, 2, 5)
     browser.until("document.querySelectorAll('#log span').length == 5")
     assert browser.texts("#log b") == ["seed 1337, attempt 1"]
@@ -211,3 +215,20 @@ def test_attempts_lie_on_one_axis_as_long_as_the_longest(now: datetime) -> None:
     assert (first.waited_seconds, first.seconds) == (60.0, 20.0)
     assert [(span.phase, round(span.share, 3)) for span in first.spans] == [("start", 36.585), ("train", 12.195)]
     assert [(span.phase, span.seconds) for span in second.spans] == [("start", 1.0), ("train", 40.0)]
+
+
+def test_a_trial_is_retried_and_gets_seeds_from_its_page(sweep: Sweep, url: str) -> None:
+    with httpx.Client(base_url=f"{url}/studies/demo/trials", headers={"Accept": "text/html"}) as http:
+        assert "Retry trial" in http.get(f"/{FAILED}").text
+        assert http.post(f"/{FAILED}/retry", data={"csrf": ""}).status_code == 303
+        assert '<span class="state queued">' in http.get(f"/{FAILED}").text
+        assert http.post("/2/seeds", data={"csrf": "", "count": "2", "seeds": ""}).status_code == 303
+        assert http.post("/2/seeds", data={"csrf": "", "count": "1", "seeds": "2025, 8"}).status_code == 303
+        shown = http.get("/2").text
+        assert re.findall(r"Seed (\d+) is queued", shown) == ["42", "314", "2025", "8"]
+        run = re.findall(r"/runs/(\d+)/cancel", shown)[0]
+        assert http.post(f"/2/runs/{run}/cancel", data={"csrf": ""}).status_code == 303
+        assert re.findall(r"Seed (\d+) is queued", http.get("/2").text) == ["314", "2025", "8"]
+        for said in ({"count": "many"}, {"seeds": "x"}, {}):
+            assert http.post("/2/seeds", data={"csrf": "", **said}).status_code == 422
+        assert http.post(f"/{QUEUED}/seeds", data={"count": "1"}).status_code == 409

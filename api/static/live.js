@@ -2,19 +2,58 @@
 
 const badge = document.getElementById("link");
 
-/** Follow server-sent events. `handlers` maps an event's name to a function of its data. Returns the source. */
+const REST_SECONDS = 20; // after which a page that nobody looks at lets go of its stream
+const PATIENCE_SECONDS = [1, 2, 5, 10, 30, 60]; // between tries, where the server answers with an error
+
+/**
+ * Follow server-sent events as long as the page is there: `handlers` maps an event's name to a function of its data.
+ * It goes on where it broke off, whatever happened to the server meanwhile. Returns what closes it.
+ */
 export function follow(url, handlers) {
-  const source = new EventSource(url);
-  for (const [name, handle] of Object.entries(handlers)) {
-    source.addEventListener(name, (event) => handle(JSON.parse(event.data), event));
+  let [source, last, tries, resting, closed] = [null, null, 0, null, false];
+
+  function open() {
+    clearTimeout(resting);
+    if (closed || (source && source.readyState !== EventSource.CLOSED)) return;
+    const address = new URL(url, location.href);
+    if (last && address.searchParams.has("after")) address.searchParams.set("after", last);
+    source = new EventSource(address);
+    for (const [name, handle] of Object.entries(handlers)) {
+      source.addEventListener(name, (event) => { last = event.lastEventId || last; handle(JSON.parse(event.data), event); });
+    }
+    source.addEventListener("open", () => { tries = 0; say("live", "live"); });
+    source.addEventListener("error", () => {
+      say("lost", "reconnecting");
+      // The browser itself tries again unless it was given an error for an answer: that is left to us.
+      if (source.readyState === EventSource.CLOSED) later(again, PATIENCE_SECONDS[Math.min(tries++, PATIENCE_SECONDS.length - 1)]);
+    });
   }
-  source.addEventListener("open", () => say("live", "live"));
-  source.addEventListener("error", () => say("lost", source.readyState === EventSource.CLOSED ? "disconnected" : "reconnecting"));
-  // A page that is left must not keep one of the browser's few connections to this server.
-  window.addEventListener("pagehide", () => source.close());
-  // One that is come back to is shown as it was, its stream closed.
-  window.addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); });
-  return source;
+
+  function later(work, seconds) {
+    clearTimeout(resting);
+    resting = setTimeout(work, 1000 * seconds);
+  }
+
+  async function again() {
+    const answer = await fetch(location.href).catch(() => null);
+    if (answer && (answer.status === 401 || answer.redirected)) location.reload(); // to sign in
+    else open();
+  }
+
+  function rest() {
+    clearTimeout(resting);
+    source.close();
+  }
+
+  // Browsers give a server few connections, and a page that is left or hidden must not keep one of them.
+  window.addEventListener("pagehide", rest);
+  window.addEventListener("pageshow", (event) => { if (event.persisted) open(); });
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) later(rest, REST_SECONDS);
+    else open();
+  });
+  open();
+  return { close() { closed = true; rest(); } };
 }
 
 export function say(kind, words) {
