@@ -1,5 +1,6 @@
 """`caddie` as a user types it: what it prints, its exit code, and one line on stderr where something is wrong."""
 
+import io
 import json
 import os
 import re
@@ -628,6 +629,22 @@ def test_a_study_without_a_space_is_watched_until_its_trials_have_ended(
     with closing(Story(url, lambda: None, lambda: finish(claim()))) as story:
         assert watch_study(Console(quiet=True), story, "mine").counts == {"complete": 1}
         assert not story.steps
+
+
+def test_without_a_terminal_a_watch_is_a_line_a_trial_and_one_at_the_end(
+    caddie: Run, url: str, tmp_path: Path, claim: Callable[[], Claim], finish: Callable[..., None]
+) -> None:
+    (tmp_path / "study.yaml").write_text("name: mine\nrecipe: laptop")
+    caddie("study", "create", "study.yaml")
+    for rank in (1, 2):
+        caddie("submit", "mine", "--set", f"sharing.lora.rank={rank}")
+    out = io.StringIO()
+    with closing(Story(url, lambda: finish(claim(), val_bpb=2.25), lambda: caddie("cancel", "mine", "1"))) as story:
+        watch_study(Console(file=out), story, "mine")
+    first, second, last = out.getvalue().splitlines()
+    assert first == "trial   0  complete   012012 LoRA 1 ranks 1    2.2500 BPB, 120,000 bytes"
+    assert second.startswith("trial   1  cancelled  012012 LoRA 2 ranks 1")
+    assert last == "study mine is running: 2 trials, the best trial 0 with 2.2500 BPB"
 
 
 # README.md
