@@ -144,8 +144,7 @@ def _declare_problems(app: FastAPI) -> None:
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 answers = operation["responses"]
-                # Those with content: FastAPI keeps its document, which was completed already if it is asked again.
-                for status in [one for one in answers if int(one) >= 400 and "content" in answers[one]]:
+                for status in answers.keys() & {str(one) for one in range(400, 600)}:
                     answers[status]["content"] = {MEDIA_TYPE: next(iter(answers[status]["content"].values()))}
                 by_the_door: tuple[int, ...] = BODY_STATUSES if "requestBody" in operation else ()
                 if path.startswith("/v1/") or path == "/metrics":

@@ -25,7 +25,8 @@ from orchestrator.study import Study, Trial
 from worker.shape import FieldError
 
 BATCH = 500
-ACTIVITY = TypeAdapter(list[ActivityOut])
+# Written once for all who read the same: streams would each write what they are given as values.
+ACTIVITY, MEASURED = TypeAdapter(list[ActivityOut]), TypeAdapter(list[MeasurementOut])
 
 router = APIRouter(tags=["events"], responses=responses(422))
 Cursor = Annotated[int, Query(ge=0, le=LARGEST_ID, description="Leave out events up to this id.")]
@@ -46,13 +47,13 @@ def read_events(session: Session, seen: Seen, study: Study | None) -> News:
     names = {study.id: study.name} if study is not None else {}
     if any(event.study_id not in names for event in events):
         names = {each.id: each.name for each in store.list_studies(session)}
-    news = [ServerSentEvent(data=EventOut.of(e, names[e.study_id]), id=str(e.id)) for e in events]
+    news = [ServerSentEvent(raw_data=EventOut.of(e, names[e.study_id]).model_dump_json(), id=str(e.id)) for e in events]
     activity = seen.activity
     if study is not None:
         shown = [ActivityOut.of(one) for one in list_activity(session, study.id)]
         activity = ACTIVITY.dump_json(shown).decode()
         if activity != seen.activity:
-            news.append(ServerSentEvent(data=shown, event="activity"))
+            news.append(ServerSentEvent(raw_data=activity, event="activity"))
     return News(news, Seen(events[-1].id if events else seen.after, activity), more=len(events) == BATCH)
 
 
@@ -72,7 +73,8 @@ def read_curve(session: Session, heard: Heard, trial: Trial) -> News:
     measured = store.list_measurements(session, trial.id, dict(heard.after))
     after = dict(heard.after) | {each.attempt_id: each.measurement.number for each in measured}
     cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(after.items()))
-    news = [ServerSentEvent(data=[MeasurementOut.of(each) for each in measured], id=cursor)] if measured else []
+    written = MEASURED.dump_json([MeasurementOut.of(each) for each in measured]).decode()
+    news = [ServerSentEvent(raw_data=written, id=cursor)] if measured else []
     if doing != heard.doing:
         news.append(ServerSentEvent(data={"state": state}, event="state"))
     if state not in OPEN_TRIALS:

@@ -16,6 +16,8 @@ from api.together import Together
 from orchestrator.database import Database
 
 POLL_SECONDS = 0.5
+AT_ONCE, PAUSE_SECONDS = 8, 0.01
+"""So many streams go on together after a look; other requests come between them and the next."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Streams:
     """Since the last look, by topic and cursor."""
     _reads: Together[tuple[Read, Hashable], News] = field(default_factory=Together)
     _rest: asyncio.Task[None] | None = None
+    _woken: int = 0
 
     async def follow(
         self, topic: Hashable, cursor: Hashable, read: Read, closing: Callable[[], bool]
@@ -74,11 +77,14 @@ class Streams:
     async def _wait(self) -> None:
         if self._rest is None:
             self._rest = asyncio.create_task(self._sleep())
+        self._woken += 1
+        pause = self._woken // AT_ONCE * PAUSE_SECONDS
         await asyncio.shield(self._rest)
+        await asyncio.sleep(pause)
 
     async def _sleep(self) -> None:
         await asyncio.sleep(POLL_SECONDS)
-        self._rest = None
+        self._rest, self._woken = None, 0
         self._found.clear()
 
     def _read(self, asked: Sequence[tuple[Read, Hashable]]) -> list[News | Exception]:

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query
 
 from api.bodies import PreviewIn, StudyIn
 from api.context import ContextOf
+from api.plain import PlainRoute
 from api.previews import PreviewOut, StudyPreviewOut
 from api.problems import responses
 from api.schemas import Page, RecipeOut
@@ -21,7 +22,7 @@ from worker.spec import TrialSpec, parse_spec
 Predicts = Callable[[TrialSpec], Prediction]
 Shares = Callable[[TrialSpec], dict[TensorClass, float]]
 
-router = APIRouter(tags=["preview"])
+router = APIRouter(route_class=PlainRoute, tags=["preview"])
 
 SAMPLES, MOST_SAMPLES = 20, 1000
 

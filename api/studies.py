@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from api.bodies import CloneIn, StudyChange, StudyIn
 from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName, Writer, WriterOf
+from api.plain import PlainRoute
 from api.problems import responses
 from api.reports import ArmOut, ArmsOut, ImportanceOut, LedgerOut, ParetoOut, ParetoPoint, StoppingOut
 from api.schemas import ActivityOut, Page, StudyOut
@@ -29,7 +30,7 @@ from orchestrator.stopping import regret
 from orchestrator.study import Study
 
 log = logging.getLogger(__name__)
-router = APIRouter(tags=["studies"], responses=responses(422))
+router = APIRouter(route_class=PlainRoute, tags=["studies"], responses=responses(422))
 
 
 @router.post("/studies", status_code=201, responses=responses(400, 409, 415))

@@ -24,6 +24,7 @@ from api.context import (
     WriterOf,
 )
 from api.intake import Submission, Taken, take
+from api.plain import PlainRoute
 from api.problems import responses
 from api.ranges import StoredFile
 from api.reports import LedgerOut
@@ -55,7 +56,9 @@ from orchestrator.study import Artifact, Attempt, Origin, Trial, Verdict
 from worker.shape import FieldError
 
 log = logging.getLogger(__name__)
-router = APIRouter(prefix="/studies/{study}/trials", tags=["trials"], responses=responses(404, 422))
+router = APIRouter(
+    route_class=PlainRoute, prefix="/studies/{study}/trials", tags=["trials"], responses=responses(404, 422)
+)
 
 RunId = Annotated[int, Path(ge=1, le=LARGEST_ID)]
 NoteId = Annotated[int, Path(ge=1, le=LARGEST_ID)]

@@ -1,4 +1,4 @@
-"""A study of 10,000 trials, opened: its leaderboard, its page, and Optuna's dashboard beside one over Optuna's own storage.
+"""A study of 10,000 trials, opened: its leaderboard, its page, and Optuna's dashboard beside Optuna's own storage.
 
 Both dashboards read SQLite, the same trials with the same attributes. `first` is in a process that has not opened the
 study before, `again` the median of those that follow more than the dashboard's own ten seconds of caching apart.
@@ -62,23 +62,27 @@ def dashboards(url: str, copy: str, rounds: int) -> None:
     copy_study(url, copy)
     opened: dict[str, list[list[float]]] = {"caddie": [], "optuna": []}
     for _ in range(rounds):
-        with server("caddie", url) as (port, _):
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
-                opened["caddie"].append(open_study(client))
+        with server("caddie", url) as (port, _), _client(port) as client:
+            opened["caddie"].append(open_study(client))
         command = [sys.executable, __file__, "--serve", copy]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        with httpx.Client(base_url=f"http://127.0.0.1:{int(process.stdout.readline())}", timeout=300) as client:
+        with _client(int(process.stdout.readline())) as client:
             opened["optuna"].append(open_study(client))
         process.terminate()
         process.wait()
     for name, values in opened.items():
         for place, what in enumerate(("page", "first", "again")):
             column = [each[place] for each in values]
-            print(f"dashboard  {name:<7} {what:<6} median {median(column):.2f} s, {min(column):.2f} to {max(column):.2f}")
+            spread = f"{min(column):.2f} to {max(column):.2f}"
+            print(f"dashboard  {name:<7} {what:<6} median {median(column):.2f} s, {spread}")
     for place, what in ((1, "first"), (2, "again")):
         ratios = [a[place] / b[place] for a, b in zip(opened["caddie"], opened["optuna"], strict=True)]
         print(f"dashboard  {what}: caddie / optuna, median {median(ratios):.2f}", flush=True)
+
+
+def _client(port: int) -> httpx.Client:
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300)
 
 
 def open_study(client: httpx.Client) -> list[float]:
@@ -97,7 +101,7 @@ def open_study(client: httpx.Client) -> list[float]:
 
 
 def copy_study(url: str, copy: str) -> None:
-    """The same trials in Optuna's own tables, by the tables' own shape: its storage would take minutes to write them."""
+    """The same trials in Optuna's own tables, row by row: its storage would take minutes to write them."""
     from optuna.storages import RDBStorage
     from optuna.study import StudyDirection
 
