@@ -67,10 +67,12 @@ def create_app(
     `artifacts` is the folder that artifacts are downloaded from; without it there are none to download.
     Without a `door` it is that of a server that this machine alone reaches.
     """
+    optuna = Dashboard(database) if dashboard else None
     # FastAPI's own documentation pages load scripts from other hosts.
     app = FastAPI(
         title="Caddie", version="1", summary="Sweeps of layer sharing under a byte and a time budget",
         openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None, generate_unique_id_function=_operation_id,
+        lifespan=optuna.lifespan if optuna is not None else None,
     )  # fmt: skip
     store = ArtifactStore(artifacts) if artifacts is not None else None
     app.state.context = Context(database, store, gpu_hour_dollars)
@@ -88,8 +90,8 @@ def create_app(
     for router in (version_1, health.router, metrics.router, *(module.router for module in PAGES)):
         app.include_router(router)
     pages.mount_assets(app)
-    if dashboard:
-        Dashboard(database).mount(app)
+    if optuna is not None:
+        optuna.mount(app)
     _install_errors(app)
     _declare_problems(app)
     _keep_to_3_1(app)
@@ -142,8 +144,7 @@ def _declare_problems(app: FastAPI) -> None:
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 answers = operation["responses"]
-                # Those with content: FastAPI keeps its document, which was completed already if it is asked again.
-                for status in [one for one in answers if int(one) >= 400 and "content" in answers[one]]:
+                for status in answers.keys() & {str(one) for one in range(400, 600)}:
                     answers[status]["content"] = {MEDIA_TYPE: next(iter(answers[status]["content"].values()))}
                 by_the_door: tuple[int, ...] = BODY_STATUSES if "requestBody" in operation else ()
                 if path.startswith("/v1/") or path == "/metrics":

@@ -82,6 +82,14 @@ def overrides_of(pairs: list[str] | None) -> dict[str, Any]:
     return changes
 
 
+def limit_of(name: str, text: str) -> float | None:
+    """A number, or none where the limit is to be lifted."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise InvalidSpec((Problem(f"--{name.replace('_', '-')}", text, "must be a number, or none"),)) from None
+
+
 def numbers_of(option: str, text: str) -> list[float]:
     """Numbers with commas between."""
     try:

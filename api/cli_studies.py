@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from api.arguments import read_mapping
-from api.options import AsJson, StudyName, answer, connect
+from api.arguments import limit_of, overrides_of, read_mapping
+from api.options import AsJson, Overrides, StudyName, answer, connect
 from api.terminal import study_preview_lines
 from api.terminal_studies import (
     activity_table,
@@ -18,13 +18,10 @@ from api.terminal_studies import (
     studies_table,
     study_lines,
 )
+from orchestrator.lifecycle import StudyState
 
 app = typer.Typer(help="Create, list, read and steer studies.", no_args_is_help=True)
-
-GpuHours = Annotated[float | None, typer.Option("--gpu-hours", help="The study's budget in GPU-hours.")]
-Dollars = Annotated[float | None, typer.Option("--dollars", help="The study's budget in dollars.")]
-MaxTrials = Annotated[int | None, typer.Option("--max-trials", help="How many the search may propose.", min=0)]
-Priority = Annotated[int | None, typer.Option("--priority", help="Studies of a higher one get free gangs first.")]
+Limit = Annotated[str | None, typer.Option(metavar="NUMBER|none", help="Of the study's budget.")]
 
 
 @app.command("create")
@@ -58,11 +55,13 @@ def preview_study(
 
 @app.command("list")
 def list_studies(
+    state: Annotated[list[StudyState] | None, typer.Option(help="Only of this state; repeatable.")] = None,
+    archived: Annotated[bool, typer.Option("--archived", help="Those that were archived.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """All studies."""
+    """Studies in use, or those that were archived."""
     with connect() as caddie:
-        studies = caddie.studies()
+        studies = caddie.studies(state=state or (), archived=archived)
     answer(studies, as_json, studies_table(studies))
 
 
@@ -72,6 +71,45 @@ def show_study(study: StudyName, as_json: AsJson = False) -> None:
     with connect() as caddie:
         found = caddie.study(study)
     answer(found, as_json, *study_lines(found))
+
+
+@app.command("update")
+def update_study(
+    study: StudyName,
+    max_trials: Annotated[int | None, typer.Option(help="How many the search may propose.", min=0)] = None,
+    gpu_hours: Limit = None,
+    dollars: Limit = None,
+    wall_hours: Limit = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Studies of a higher one get free gangs first; 0 to begin with.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change how far a study may go, and when its turn is. What is not named stays; `none` lifts a limit."""
+    limits = {"gpu_hours": gpu_hours, "dollars": dollars, "wall_hours": wall_hours}
+    spending = {name: limit_of(name, text) for name, text in limits.items() if text is not None}
+    named = {"max_trials": max_trials, "priority": priority, "spending": spending or None}
+    changes = {name: value for name, value in named.items() if value is not None}
+    if not changes:
+        raise typer.BadParameter("give --max-trials, --gpu-hours, --dollars, --wall-hours or --priority")
+    with connect() as caddie:
+        changed = caddie.change_study(study, changes)
+    answer(changed, as_json, *study_lines(changed))
+
+
+@app.command("clone")
+def clone_study(
+    study: StudyName,
+    name: Annotated[str, typer.Argument(help="The new study's name.")],
+    overrides: Overrides = None,
+    file: Annotated[Path | None, typer.Option(help="What else is to differ, as in a study file: space, ...")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create a study like another one, without its trials; --set changes fields of its base."""
+    changes = {} if file is None else read_mapping(file)
+    with connect() as caddie:
+        made = caddie.clone_study(study, {**changes, "name": name, "overrides": overrides_of(overrides)})
+    answer(made, as_json, f"study {made.name} is {made.state}")
 
 
 @app.command("pareto")
@@ -118,6 +156,8 @@ MOVES = {
     "pause": "Start nothing more; what runs finishes.",
     "resume": "Let a paused study run on.",
     "stop": "End a study: queued trials are cancelled, what runs finishes.",
+    "archive": "Put an ended study out of sight; nothing of it is lost.",
+    "unarchive": "Put an archived study back among the others.",
 }
 
 
@@ -125,7 +165,8 @@ def _steer(move: str) -> Callable[..., None]:
     def command(study: StudyName, as_json: AsJson = False) -> None:
         with connect() as caddie:
             moved = caddie.move_study(study, move)
-        answer(moved, as_json, f"study {moved.name} is {moved.state}")
+        archived = ", and archived" if moved.archived_at else ""
+        answer(moved, as_json, f"study {moved.name} is {moved.state}{archived}")
 
     return command
 

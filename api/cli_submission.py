@@ -35,11 +35,11 @@ def preview(
 ) -> None:
     """What a spec would cost, without running it or needing a server: parameters, tying map, bytes, verdict."""
     from orchestrator.caps import Caps  # NumPy comes with these, and no other command needs it
-    from orchestrator.feasibility import judge, predict
+    from orchestrator.feasibility import judge, predict, shares
 
     parsed = parse_spec(override(read_spec(spec, size), overrides_of(overrides)))
     prediction = predict(parsed)
-    found = PreviewOut.of(parsed, prediction, cap_bytes, *judge(prediction, Caps(cap_bytes), parsed))
+    found = PreviewOut.of(parsed, prediction, cap_bytes, *judge(prediction, Caps(cap_bytes), parsed), shares(parsed))
     answer(found, as_json, *preview_lines(spec, found))
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Path, Query, Request
 from sqlalchemy.orm import Session
 
+from api.follow import Streams
 from api.kept import Kept
 from api.together import Together
 from orchestrator.access import Principal
@@ -39,6 +40,10 @@ class Context:
     kept: Kept = field(default_factory=Kept)
     calibrations: Calibrations = field(default_factory=Calibrations)
     submissions: Together[Any, Any] = field(default_factory=Together)
+    streams: Streams = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "streams", Streams(self.database))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from api.client import Caddie, Unreachable
+from api.options import show
 from api.program import environment_of, program
 from api.standings import LeaderboardRow
 from api.terminal_results import leaderboard_table
@@ -145,7 +146,7 @@ def _prepare(console: Console, caddie: Caddie, demo: Mapping[str, Any]) -> None:
 def _report(console: Console, settings: Settings, caddie: Caddie, name: str) -> None:
     board = caddie.leaderboard(name)
     console.print()
-    console.print(leaderboard_table(board.rows, f"Leaderboard (cap {board.cap_bytes:,} bytes, code included)"))
+    show(leaderboard_table(board.rows, f"Leaderboard (cap {board.cap_bytes:,} bytes, code included)"), console=console)
     refused = [trial for trial in caddie.trials(name) if trial.state == "infeasible"]
     for trial in refused:
         console.print(f"trial {trial.number} was refused before training: {trial.reason}")

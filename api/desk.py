@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from orchestrator.lifecycle import Cause, Outcome
-from worker.report import MAX_LINE, MAX_LINES, Directive, LogLine, Measurement, TrialResult
+from worker.report import MAX_LINE, MAX_LINES, Directive, LogLine, Measurement, TrialResult, printable
 from worker.spec import GangConfig, TrialSpec
 
 if TYPE_CHECKING:  # a client needs no database
@@ -83,7 +83,7 @@ class LogLineIn(_Body):
     line: str = Field(max_length=MAX_LINE)
 
     def said(self) -> LogLine:
-        return LogLine(**self.model_dump())
+        return LogLine(number=self.number, elapsed_seconds=self.elapsed_seconds, line=printable(self.line))
 
 
 class HeartbeatIn(_Body):

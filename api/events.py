@@ -3,89 +3,84 @@
 Every stream can be taken up again where it broke off: browsers send the id of the last event as `Last-Event-ID`.
 """
 
-import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import TypeAdapter
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 
-from api.context import LARGEST_ID, Context, ContextOf, DatabaseOf, StudyName, TrialNumber
+from api.context import LARGEST_ID, ContextOf, DatabaseOf, StudyName, TrialNumber
+from api.follow import News
 from api.problems import responses
 from api.schemas import ActivityOut, EventOut, MeasurementOut
 from orchestrator import store
 from orchestrator.activity import list_activity
-from orchestrator.database import Database
 from orchestrator.lifecycle import OPEN_TRIALS
 from orchestrator.study import Study, Trial
 from worker.shape import FieldError
 
-POLL_SECONDS = 0.5
 BATCH = 500
+# Written once for all who read the same: streams would each write what they are given as values.
+ACTIVITY, MEASURED = TypeAdapter(list[ActivityOut]), TypeAdapter(list[MeasurementOut])
 
 router = APIRouter(tags=["events"], responses=responses(422))
 Cursor = Annotated[int, Query(ge=0, le=LARGEST_ID, description="Leave out events up to this id.")]
 LastEventId = Annotated[str | None, Header(description="The last event's id; it wins over `after`.")]
-Read = TypeVar("Read")
 
 
-@dataclass
-class Feed:
-    """What one reader of state changes has seen."""
+@dataclass(frozen=True)
+class Seen:
+    """What a reader of state changes has seen: events up to an id, and what gangs did, as it was written."""
 
     after: int
-    study: Study | None = None
-    names: dict[int, str] = field(default_factory=dict)
-    activity: list[ActivityOut] = field(default_factory=list)
-
-    def read(self, session: Session) -> list[ServerSentEvent]:
-        """What is new: events in the order of their commits, then the study's activity where it has changed."""
-        events = store.list_events(session, self.after, self.study.id if self.study is not None else None, BATCH)
-        if any(event.study_id not in self.names for event in events):
-            self.names = {study.id: study.name for study in store.list_studies(session)}
-        news = [ServerSentEvent(data=EventOut.of(e, self.names[e.study_id]), id=str(e.id)) for e in events]
-        self.after = events[-1].id if events else self.after
-        if self.study is not None:
-            activity = [ActivityOut.of(one) for one in list_activity(session, self.study.id)]
-            if activity != self.activity:
-                news.append(ServerSentEvent(data=activity, event="activity"))
-                self.activity = activity
-        return news
+    activity: str = "[]"
 
 
-@dataclass
-class Curve:
-    """What one reader of a trial's measurements has seen: of each attempt, the messages up to a number."""
+def read_events(session: Session, seen: Seen, study: Study | None) -> News:
+    """What is new: events in the order of their commits, then the study's activity where it has changed."""
+    events = store.list_events(session, seen.after, study.id if study is not None else None, BATCH)
+    names = {study.id: study.name} if study is not None else {}
+    if any(event.study_id not in names for event in events):
+        names = {each.id: each.name for each in store.list_studies(session)}
+    news = [ServerSentEvent(raw_data=EventOut.of(e, names[e.study_id]).model_dump_json(), id=str(e.id)) for e in events]
+    activity = seen.activity
+    if study is not None:
+        shown = [ActivityOut.of(one) for one in list_activity(session, study.id)]
+        activity = ACTIVITY.dump_json(shown).decode()
+        if activity != seen.activity:
+            news.append(ServerSentEvent(raw_data=activity, event="activity"))
+    return News(news, Seen(events[-1].id if events else seen.after, activity), more=len(events) == BATCH)
 
-    trial: Trial
-    after: dict[int, int]
+
+@dataclass(frozen=True)
+class Heard:
+    """What a reader of a trial's measurements has heard: of each attempt, the messages up to a number."""
+
+    after: tuple[tuple[int, int], ...]
     doing: tuple[object, ...] = ()
-    over: bool = False
 
-    def read(self, session: Session) -> list[ServerSentEvent]:
-        """The new measurements in one event; a `state` where the trial moved on; once it has ended, an `end`."""
-        # The state first: what a gang said before its trial ended was committed before that.
-        state = store.get_trial(session, self.trial.study_id, self.trial.number).state
-        doing = (state, *((a.id, a.phase, a.outcome) for a in store.list_attempts(session, self.trial.id)))
-        measured = store.list_measurements(session, self.trial.id, self.after)
-        for progress in measured:
-            self.after[progress.attempt_id] = progress.measurement.number
-        news = [ServerSentEvent(data=[MeasurementOut.of(p) for p in measured], id=self.cursor)] if measured else []
-        if doing != self.doing:
-            news.append(ServerSentEvent(data={"state": state}, event="state"))
-            self.doing = doing
-        if state not in OPEN_TRIALS:
-            news.append(ServerSentEvent(data={"state": state}, event="end", id=self.cursor))
-            self.over = True
-        return news
 
-    @property
-    def cursor(self) -> str:
-        return ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(self.after.items()))
+def read_curve(session: Session, heard: Heard, trial: Trial) -> News:
+    """The new measurements in one event; a `state` where the trial moved on; once it has ended, an `end`."""
+    # The state first: what a gang said before its trial ended was committed before that.
+    state = store.get_trial(session, trial.study_id, trial.number).state
+    doing = (state, *((a.id, a.phase, a.outcome) for a in store.list_attempts(session, trial.id)))
+    measured = store.list_measurements(session, trial.id, dict(heard.after))
+    after = dict(heard.after) | {each.attempt_id: each.measurement.number for each in measured}
+    cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(after.items()))
+    written = MEASURED.dump_json([MeasurementOut.of(each) for each in measured]).decode()
+    news = [ServerSentEvent(raw_data=written, id=cursor)] if measured else []
+    if doing != heard.doing:
+        news.append(ServerSentEvent(data={"state": state}, event="state"))
+    if state not in OPEN_TRIALS:
+        news.append(ServerSentEvent(data={"state": state}, event="end", id=cursor))
+        return News(news, None)
+    return News(news, Heard(tuple(sorted(after.items())), doing))
 
 
 async def _event_cursor(after: Cursor = 0, last_event_id: LastEventId = None) -> int:
@@ -120,8 +115,8 @@ async def stream_events(
     context: ContextOf, after: Annotated[int, Depends(_event_cursor)]
 ) -> AsyncIterator[ServerSentEvent]:
     """Every state change of every study, from the cursor on, then live."""
-    feed = Feed(after)
-    async for event in _follow(context, feed.read, lambda: False):
+    read = partial(read_events, study=None)
+    async for event in context.streams.follow("events", Seen(after), read, context.closing.is_set):
         yield event
 
 
@@ -130,8 +125,8 @@ async def stream_study_events(
     context: ContextOf, found: Annotated[Study, Depends(_study)], after: Annotated[int, Depends(_event_cursor)]
 ) -> AsyncIterator[ServerSentEvent]:
     """A study's state changes from the cursor on, then live; and an `activity` event whenever its gangs have news."""
-    feed = Feed(after, found)
-    async for event in _follow(context, feed.read, lambda: False):
+    read = partial(read_events, study=found)
+    async for event in context.streams.follow(("events", found.id), Seen(after), read, context.closing.is_set):
         yield event
 
 
@@ -144,33 +139,6 @@ async def stream_measurements(
     after: Annotated[dict[int, int], Depends(_curve_cursor)],
 ) -> AsyncIterator[ServerSentEvent]:
     """A trial's measurements, then live; a `state` event whenever it moves on, and an `end` once it has ended."""
-    curve = Curve(found, after)
-    async for event in _follow(context, curve.read, lambda: curve.over):
+    heard, read = Heard(tuple(sorted(after.items()))), partial(read_curve, trial=found)
+    async for event in context.streams.follow(("curve", found.id), heard, read, context.closing.is_set):
         yield event
-
-
-async def _follow(
-    context: Context, read: Callable[[Session], list[ServerSentEvent]], over: Callable[[], bool]
-) -> AsyncIterator[ServerSentEvent]:
-    """What `read` finds, about twice a second, until it is over or the server goes down.
-
-    Once all that was there has been sent, a comment says so: `live`.
-    """
-    yield ServerSentEvent(comment="open", retry=1000)
-    live = False
-    while not context.closing.is_set():
-        news = await run_in_threadpool(_read, context.database, read)
-        for event in news:
-            yield event
-        if over():
-            return
-        if len(news) < BATCH:
-            if not live:
-                live = True
-                yield ServerSentEvent(comment="live")
-            await asyncio.sleep(POLL_SECONDS)
-
-
-def _read(database: Database, read: Callable[[Session], Read]) -> Read:
-    with database.read() as session:
-        return read(session)

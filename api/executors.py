@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.context import LARGEST_ID, ContextOf, Now, PrincipalOf, StudyName
 from api.desk import AskIn, AskOut, DirectiveOut, HeartbeatIn, ReportIn, TellIn, ToldOut
+from api.plain import PlainRoute
 from api.problems import responses
 from api.schemas import ArtifactOut
 from orchestrator.artifacts import ArtifactStore
@@ -24,7 +25,7 @@ from worker.shape import FieldError
 MOST_ARTIFACT_BYTES = 256 << 20
 PIECE_BYTES = 1 << 20
 
-router = APIRouter(tags=["executors"])
+router = APIRouter(route_class=PlainRoute, tags=["executors"])
 
 
 async def _lease(

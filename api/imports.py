@@ -7,6 +7,7 @@ from sqlalchemy.exc import IntegrityError
 
 from api.bodies import ImportIn
 from api.context import ContextOf, StudyName, WriterOf
+from api.plain import PlainRoute
 from api.problems import responses
 from api.schemas import TrialOut
 from api.trials import Key, describe
@@ -17,7 +18,9 @@ from orchestrator.records import import_trial
 from orchestrator.study import NewTrial
 
 log = logging.getLogger(__name__)
-router = APIRouter(prefix="/studies/{study}/imports", tags=["trials"], responses=responses(404, 422))
+router = APIRouter(
+    route_class=PlainRoute, prefix="/studies/{study}/imports", tags=["trials"], responses=responses(404, 422)
+)
 
 
 @router.post(

@@ -1,23 +1,24 @@
 """What a trial's attempts log, over HTTP: from the end, from a line on, or live."""
 
-import asyncio
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from starlette.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 
-from api.context import LARGEST_ID, Context, ContextOf, DatabaseOf, StudyName, TrialNumber
-from api.events import POLL_SECONDS, LastEventId
+from api.context import LARGEST_ID, ContextOf, DatabaseOf, StudyName, TrialNumber
+from api.events import LastEventId
+from api.follow import News
 from api.lines import LogLineOut
 from api.problems import responses
 from api.schemas import Page
 from orchestrator import store
 from orchestrator.errors import NotFound
 from orchestrator.lifecycle import OPEN_TRIALS
-from orchestrator.logs import Logged, last_lines, list_lines
+from orchestrator.logs import last_lines, list_lines
 from orchestrator.study import Trial
 from worker.shape import FieldError
 
@@ -88,26 +89,22 @@ async def stream_logs(
 
     With `tail`, and without a cursor, it begins with the last so many lines.
     """
-    yield ServerSentEvent(comment="open", retry=1000)
-    while not context.closing.is_set():
-        lines, after, over = await run_in_threadpool(_read, context, trial, after, None if after else tail)
-        cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(after.items()))
-        if lines:
-            yield ServerSentEvent(data=[LogLineOut.of(logged) for logged in lines], id=cursor)
-        if over and not lines:
-            yield ServerSentEvent(data={}, event="end", id=cursor)
-            return
-        if len(lines) < MAX_LINES:
-            await asyncio.sleep(0 if over else POLL_SECONDS)
+    start = (tuple(sorted(after.items())), None if after else tail)
+    read = partial(_read, trial=trial)
+    async for event in context.streams.follow(("logs", trial.id), start, read, context.closing.is_set):
+        yield event
 
 
-def _read(
-    context: Context, trial: Trial, after: dict[int, int], tail: int | None
-) -> tuple[tuple[Logged, ...], dict[int, int], bool]:
-    """The lines that come next, the cursor after them, and whether the trial has ended."""
-    with context.database.read() as session:
-        # The state first: what a gang said before its trial ended was committed before that.
-        over = store.get_trial(session, trial.study_id, trial.number).state not in OPEN_TRIALS
-        lines = list_lines(session, trial.id, after=after, tail=tail, limit=MAX_LINES)
-        before = after if tail is None else last_lines(session, trial.id)
-        return lines, before | {logged.attempt_id: logged.said.number for logged in lines}, over
+def _read(session: Session, seen: tuple[tuple[tuple[int, int], ...], int | None], trial: Trial) -> News:
+    """The lines that come next, in one event; an `end` once the trial has ended and all are read."""
+    after, tail = dict(seen[0]), seen[1]
+    # The state first: what a gang said before its trial ended was committed before that.
+    over = store.get_trial(session, trial.study_id, trial.number).state not in OPEN_TRIALS
+    lines = list_lines(session, trial.id, after=after, tail=tail, limit=MAX_LINES)
+    before = after if tail is None else last_lines(session, trial.id)
+    behind = sorted((before | {logged.attempt_id: logged.said.number for logged in lines}).items())
+    cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in behind)
+    news = [ServerSentEvent(data=[LogLineOut.of(logged) for logged in lines], id=cursor)] if lines else []
+    if over and not lines:
+        return News([ServerSentEvent(data={}, event="end", id=cursor)], None)
+    return News(news, (tuple(behind), None), more=over or len(lines) == MAX_LINES)

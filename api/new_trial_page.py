@@ -14,16 +14,17 @@ from markupsafe import Markup
 from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from api.bars import bytes_bar, predicted_bytes
+from api.bars import bytes_bar
 from api.bodies import TrialIn
 from api.context import LARGEST_ID, Context, ContextOf, DatabaseOf, StudyName, WriterOf
 from api.fields import REST, Field, overrides_of, placed, sections, texts_of
 from api.forms import FormOf
 from api.pages import page
 from api.pictures import tying_picture
-from api.preview import Predicts, preview
+from api.preview import preview
 from api.submission import submit
 from orchestrator import seeds, store
+from orchestrator.calibration import Calibration
 from orchestrator.errors import CaddieError, Conflict, NotFound
 from orchestrator.standing import ranked
 from orchestrator.study import Study, Trial
@@ -155,15 +156,16 @@ def _preview_facts(context: Context, draft: Draft) -> dict[str, Any]:
     if spec is None:
         return facts
     with context.database.read() as session:
-        predict = context.calibrations.read(session, study.id).predict
+        calibration = context.calibrations.read(session, study.id)
         twin = store.find_trial(session, study.id, spec_hash=spec.canonical_hash)
-    return facts | _shown(study, spec, predict, twin)
+    return facts | _shown(study, spec, calibration, twin)
 
 
-def _shown(study: Study, spec: TrialSpec, predict: Predicts, twin: Trial | None) -> dict[str, Any]:
-    shown = preview(spec, study.definition, predict)
+def _shown(study: Study, spec: TrialSpec, calibration: Calibration, twin: Trial | None) -> dict[str, Any]:
+    shown = preview(spec, study.definition, calibration.predict, calibration.shares)
     prediction = shown.prediction
-    by_class = predicted_bytes(spec, prediction.artifact_bytes, prediction.code_bytes)
+    by_class = {name.value: float(size.expected) for name, size in shown.bytes_by_class.items() if size.expected}
+    by_class["code"] = float(prediction.code_bytes)
     interval = (prediction.artifact_bytes_low, prediction.artifact_bytes_high)
     return {
         "shown": shown, "twin": twin, "by_class": by_class,

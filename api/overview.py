@@ -16,6 +16,7 @@ from orchestrator.errors import IllegalMove
 from orchestrator.importance import Importance, importance
 from orchestrator.ledger import Ledger, ledger_of, list_spent
 from orchestrator.pareto import Point
+from orchestrator.savings import Savings, savings
 from orchestrator.standing import ranked
 from orchestrator.stopping import Regret, regret
 from orchestrator.study import Study
@@ -33,6 +34,7 @@ class Overview:
     arms: tuple[Record, ...]
     rules: tuple[Record, ...]
     costs: Ledger
+    savings: Savings
     course: Course
     points: tuple[Point, ...]
     front: tuple[Point, ...]
@@ -62,7 +64,8 @@ def overview(session: Session, study: Study, gpu_hour_dollars: float, now: datet
     fit = {point.number for point in points}
     over = [point for point in pareto.missed(session, study.id) if point.number not in fit]
     return Overview(
-        arms=by_arm, rules=by_rule, costs=ledger_of(spent, gpu_hour_dollars), course=course(session, study.id, spent),
+        arms=by_arm, rules=by_rule, costs=ledger_of(spent, gpu_hour_dollars),
+        savings=savings(session, study.id, gpu_hour_dollars), course=course(session, study.id, spent),
         points=tuple(_some(points)), front=tuple(pareto.front(points)),
         over=tuple(_even(over, MOST // 5)), importance=importance(session, study.id),
         stopping=regret(session, study) if study.definition.stopping else None,

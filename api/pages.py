@@ -35,9 +35,9 @@ def page(request: Request, template: str, status: int = 200, **facts: Any) -> HT
     change anything, and the token that its forms send back.
     """
     templates: Environment = request.app.state.templates
-    principal: Principal | None = request.state.principal  # None at the sign-in
+    principal: Principal | None = getattr(request.state, "principal", None)
     shared = {
-        "path": request.url.path, "principal": principal, "csrf": request.state.csrf,
+        "path": request.url.path, "principal": principal, "csrf": getattr(request.state, "csrf", ""),
         "may_write": principal is not None and principal.role.includes(Role.SUBMITTER),
     }  # fmt: skip
     return HTMLResponse(templates.get_template(template).render(shared, **facts), status, headers=HEADERS)

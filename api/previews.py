@@ -1,5 +1,6 @@
 """What the API answers of configurations that have not run: their parameters, bytes, seconds and verdicts."""
 
+from collections.abc import Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +16,48 @@ if TYPE_CHECKING:  # SQLAlchemy and NumPy come with these, and clients read answ
     from orchestrator.sample import Sample, Samples
 
 
+class BytesOut(BaseModel):
+    """Expected, and the ends of a 90% interval."""
+
+    expected: int
+    low: int
+    high: int
+
+
 class PreviewOut(BaseModel):
-    """What a spec would be and cost. `parameters_by_class` adds up to the prediction's parameters."""
+    """What a spec would be and cost. `parameters_by_class` adds up to the prediction's parameters, `bytes_by_class`,
+    but for rounding, to its artifact without code: each class has its share of the whole's interval."""
 
     spec: TrialSpec
     spec_hash: str
     tying_map: TyingMap
     prediction: PredictionOut
     parameters_by_class: dict[TensorClass, int]
+    bytes_by_class: dict[TensorClass, BytesOut]
     cap_bytes: int
     verdict: Verdict
     reason: str | None
 
     @classmethod
     def of(
-        cls, spec: TrialSpec, prediction: Prediction, cap_bytes: int, verdict: Verdict, reason: str | None
+        cls,
+        spec: TrialSpec,
+        prediction: Prediction,
+        cap_bytes: int,
+        verdict: Verdict,
+        reason: str | None,
+        shares: Mapping[TensorClass, float],
     ) -> "PreviewOut":
+        whole = (prediction.artifact_bytes, prediction.artifact_bytes_low, prediction.artifact_bytes_high)
+        expected, low, high = (size - prediction.code_bytes for size in whole)
+        by_class = {
+            name: BytesOut(expected=round(share * expected), low=round(share * low), high=round(share * high))
+            for name, share in shares.items()
+        }
         return cls(
             spec=spec, spec_hash=spec.canonical_hash, tying_map=spec.sharing.tying_map,
             prediction=PredictionOut.of(prediction), parameters_by_class=parameters_by_class(spec),
-            cap_bytes=cap_bytes, verdict=verdict, reason=reason,
+            bytes_by_class=by_class, cap_bytes=cap_bytes, verdict=verdict, reason=reason,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from sqlalchemy.exc import OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from api.plain import InvalidBody
 from api.refusals import FieldProblem, ProblemDetails
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.errors import CaddieError, Conflict, IllegalMove, LeaseLost, NotFound
@@ -112,6 +113,8 @@ def problem_of(error: Exception) -> ProblemDetails:
             return problem(error.kind, str(error))
         case NotReady():
             return problem("not-ready", str(error))
+        case InvalidBody():
+            return problem_of(error.invalid)
         case HTTPException():
             return _http_problem(error)
     return problem("internal-error", "the error was logged")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # SQLAlchemy comes with these, and clients read answers witho
     from orchestrator.importance import Importance
     from orchestrator.ledger import Ledger
     from orchestrator.pareto import Point
+    from orchestrator.savings import Savings
     from orchestrator.spending import Account
     from orchestrator.stopping import Regret
 
@@ -26,6 +27,23 @@ class CostOut(BaseModel):
     @classmethod
     def of(cls, cost: Cost) -> "CostOut":
         return cls(seconds=cost.seconds, gpu_seconds=cost.gpu_seconds, dollars=cost.dollars)
+
+
+class SavingsOut(BaseModel):
+    """What was not spent: by trials refused before they ran, as predicted, and by those that were stopped early or not
+    promoted, of what was left of their training. Trials whose seconds nobody knew count as nothing."""
+
+    refused: CostOut
+    refused_trials: int
+    pruned: CostOut
+    pruned_trials: int
+
+    @classmethod
+    def of(cls, found: "Savings") -> "SavingsOut":
+        return cls(
+            refused=CostOut.of(found.refused), refused_trials=found.refused_trials,
+            pruned=CostOut.of(found.pruned), pruned_trials=found.pruned_trials,
+        )  # fmt: skip
 
 
 class LedgerOut(BaseModel):
@@ -50,9 +68,13 @@ class LedgerOut(BaseModel):
     other_gangs: CostOut
     trials: dict[int, CostOut]
     other_trials: CostOut
+    savings: SavingsOut | None
+    """Of a whole study alone."""
 
     @classmethod
-    def of(cls, study: str, trial: int | None, found: "Ledger", gpu_hour_dollars: float) -> "LedgerOut":
+    def of(
+        cls, study: str, trial: int | None, found: "Ledger", gpu_hour_dollars: float, savings: "Savings | None" = None
+    ) -> "LedgerOut":
         return cls(
             study=study, trial=trial, gpu_hour_dollars=gpu_hour_dollars, attempts=found.attempts,
             phases={phase: CostOut.of(cost) for phase, cost in found.phases.items()},
@@ -60,7 +82,7 @@ class LedgerOut(BaseModel):
             gangs={gang: CostOut.of(cost) for gang, cost in found.gangs.items()},
             other_gangs=CostOut.of(found.other_gangs),
             trials={number: CostOut.of(cost) for number, cost in found.trials.items()},
-            other_trials=CostOut.of(found.other_trials),
+            other_trials=CostOut.of(found.other_trials), savings=savings and SavingsOut.of(savings),
         )  # fmt: skip
 
 

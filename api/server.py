@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import h11
 import uvicorn
@@ -14,6 +14,7 @@ from api.admission import Door
 from api.context import Context
 
 MOST_CONNECTIONS = 1000
+REST_SECONDS = 20  # longer than clients keep a connection (httpx: 5 s), so that they meet none that just closes
 
 
 class Impatient(H11Protocol):
@@ -45,8 +46,9 @@ class Impatient(H11Protocol):
         """Give what the client owes us so many seconds, counted from its beginning."""
         cycle: RequestResponseCycle | None = self.cycle
         answered = cycle is None or cycle.response_complete
+        resting = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is not None
         owes = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and answered
-        if not owes or self.timeout_keep_alive_task is not None:
+        if resting or not owes:
             self._relax()
         elif self._patience is None:
             self._patience = self.loop.call_later(self._patience_seconds, self.transport.close)
@@ -64,11 +66,12 @@ class Server(uvicorn.Server):
         context: Context = app.state.context
         door: Door = app.state.door
         self._closing = context.closing
+        patient: Any = partial(Impatient, patience_seconds=door.patience_seconds)
         super().__init__(
             uvicorn.Config(
                 app, host=host, port=port, log_level=log_level, access_log=False, timeout_graceful_shutdown=10,
-                server_header=False, ws="none", http=cast(Any, partial(Impatient, patience_seconds=door.patience_seconds)), limit_concurrency=MOST_CONNECTIONS,
-                log_config=None,
+                server_header=False, ws="none", http=patient, limit_concurrency=MOST_CONNECTIONS, log_config=None,
+                timeout_keep_alive=REST_SECONDS,
             )
         )  # fmt: skip
 

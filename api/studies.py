@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from api.bodies import CloneIn, StudyChange, StudyIn
 from api.context import After, ContextOf, DatabaseOf, Limit, Now, StudyName, Writer, WriterOf
+from api.plain import PlainRoute
 from api.problems import responses
 from api.reports import ArmOut, ArmsOut, ImportanceOut, LedgerOut, ParetoOut, ParetoPoint, StoppingOut
 from api.schemas import ActivityOut, Page, StudyOut
@@ -22,13 +23,14 @@ from orchestrator.ledger import ledger
 from orchestrator.lifecycle import StudyState
 from orchestrator.listing import list_studies_page
 from orchestrator.pareto import front, scored
+from orchestrator.savings import savings
 from orchestrator.spending import Accounts
 from orchestrator.standing import ranked, spread_of
 from orchestrator.stopping import regret
 from orchestrator.study import Study
 
 log = logging.getLogger(__name__)
-router = APIRouter(tags=["studies"], responses=responses(422))
+router = APIRouter(route_class=PlainRoute, tags=["studies"], responses=responses(422))
 
 
 @router.post("/studies", status_code=201, responses=responses(400, 409, 415))
@@ -177,10 +179,13 @@ def get_stopping(study: StudyName, database: DatabaseOf) -> StoppingOut:
 
 @router.get("/studies/{study}/ledger", responses=responses(404))
 def get_ledger(study: StudyName, context: ContextOf, now: Now) -> LedgerOut:
-    """What the study's attempts have cost so far, by phase, and by the gangs and trials that cost most."""
+    """What the study's attempts have cost so far, by phase, and by the gangs and trials that cost most; and what was
+    saved."""
     with context.database.read() as session:
-        found = ledger(session, store.get_study(session, study).id, context.gpu_hour_dollars, now)
-    return LedgerOut.of(study, None, found, context.gpu_hour_dollars)
+        study_id = store.get_study(session, study).id
+        found = ledger(session, study_id, context.gpu_hour_dollars, now)
+        saved = savings(session, study_id, context.gpu_hour_dollars)
+    return LedgerOut.of(study, None, found, context.gpu_hour_dollars, saved)
 
 
 def describe(session: Session, study: Study, now: datetime, accounts: Accounts) -> StudyOut:

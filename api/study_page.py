@@ -1,5 +1,6 @@
 """The page of one study, and the part of it that changes."""
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Literal
 
@@ -12,10 +13,18 @@ from api.kept import Answer
 from api.overview import Overview, overview
 from api.pages import page
 from api.schemas import TrialSummary
-from api.studies import describe, leaderboard, pause_study, resume_study, stop_study
+from api.studies import (
+    archive_study,
+    describe,
+    leaderboard,
+    pause_study,
+    resume_study,
+    stop_study,
+    unarchive_study,
+)
 from orchestrator import store
 from orchestrator.activity import latest_events, list_activity
-from orchestrator.lifecycle import STUDY_MOVES, TrialState
+from orchestrator.lifecycle import STUDY_MOVES, StudyState, TrialState
 from orchestrator.study import Study
 
 FEW = 1000
@@ -28,7 +37,12 @@ STACK = (
     TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.QUEUED, TrialState.FAILED,
     TrialState.CANCELLED, TrialState.INFEASIBLE,
 )  # fmt: skip
-MOVES = {"pause": pause_study, "resume": resume_study, "stop": stop_study}
+MOVES = {
+    "pause": pause_study, "resume": resume_study, "stop": stop_study, "archive": archive_study,
+    "unarchive": unarchive_study,
+}  # fmt: skip
+
+Move = Literal["pause", "resume", "stop", "archive", "unarchive"]
 
 router = APIRouter(include_in_schema=False)
 
@@ -46,7 +60,7 @@ def show_study_live(request: Request, study: StudyName, context: ContextOf, now:
 
 
 @router.post("/studies/{study}/state/{move}")
-def move_study(study: StudyName, move: Literal["pause", "resume", "stop"], writer: WriterOf) -> RedirectResponse:
+def move_study(study: StudyName, move: Move, writer: WriterOf) -> RedirectResponse:
     """What the page's buttons do. Then the page again."""
     MOVES[move](study, writer)
     return RedirectResponse(f"/studies/{study}", 303)
@@ -93,7 +107,7 @@ def _facts_now(session: Session, study: Study, context: Context, now: datetime) 
     }
     return {
         "study": described,
-        "moves": [state.value for state in STUDY_MOVES[study.state]],
+        "moves": list(_moves(study)),
         "board": leaderboard(session, study, SHOWN),
         "activity": {one.trial: one for one in list_activity(session, study.id)},
         "listed": listed,
@@ -101,3 +115,19 @@ def _facts_now(session: Session, study: Study, context: Context, now: datetime) 
         "planned": planned,
         "total": sum(described.counts.values()) + planned,
     }
+
+
+def _moves(study: Study) -> Iterator[Move]:
+    """What may be done with the study as it is."""
+    if study.archived_at is not None:
+        yield "unarchive"
+        return
+    to = STUDY_MOVES[study.state]
+    if StudyState.PAUSED in to:
+        yield "pause"
+    if StudyState.RUNNING in to:
+        yield "resume"
+    if StudyState.STOPPED in to:
+        yield "stop"
+    if study.state in (StudyState.STOPPED, StudyState.COMPLETE):
+        yield "archive"

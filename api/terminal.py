@@ -62,6 +62,7 @@ def preview_lines(name: str, preview: PreviewOut) -> list[str]:
     lines += [
         f"  tying map        {tying_text(preview.tying_map)}",
         f"  model bytes      {prediction.model_bytes:,} predicted",
+        *(f"    {kind:<14} {size.expected:,}" for kind, size in preview.bytes_by_class.items()),
         f"  code bytes       {prediction.code_bytes:,}",
         f"  artifact bytes   {prediction.artifact_bytes:,} predicted, "
         f"{prediction.artifact_bytes_low:,} to {prediction.artifact_bytes_high:,}",

@@ -70,6 +70,12 @@ def ledger_tables(ledger: LedgerOut) -> list[Grid]:
     if ledger.trial is None and ledger.trials:
         by_trial = {str(number): cost for number, cost in ledger.trials.items()}
         tables.append(_cost_table("Trials", "trial", by_trial, ledger.other_trials))
+    if ledger.savings is not None:
+        saved = ledger.savings
+        kinds = {
+            f"{saved.refused_trials} refused": saved.refused, f"{saved.pruned_trials} pruned": saved.pruned
+        }  # fmt: skip
+        tables.append(_cost_table("Not spent", "trials", kinds))
     return tables
 
 

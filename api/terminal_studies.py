@@ -15,13 +15,14 @@ def studies_table(studies: Sequence[StudyOut]) -> Grid:
     """Studies, a line each."""
     columns = (
         Column("name", left=True, cut=20), Column("state", left=True), Column("trials"), Column("open", 4),
-        Column("complete", 3), Column("refused", 5), Column("best BPB"), Column("GPU-hours", 6), Column("created", 7),
+        Column("complete", 3), Column("refused", 5), Column("best BPB"), Column("GPU-hours", 6), Column("priority", 7),
+        Column("created", 8),
     )  # fmt: skip
     cells = [
         (
             study.name, study.state, f"{sum(study.counts.values()):,}", str(open_trials(study)),
             f"{study.counts.get(TrialState.COMPLETE, 0):,}", f"{study.refused:,}", bpb_text(study.best_bpb),
-            spent_text(study), time_text(study.created_at),
+            spent_text(study), str(study.priority), time_text(study.created_at),
         )
         for study in studies
     ]  # fmt: skip
@@ -50,7 +51,9 @@ def study_lines(study: StudyOut) -> list[str]:
         f"  best       {best}",
         *budget,
         f"  caps       {new.cap_bytes:,} bytes, {new.cap_train_seconds:,.0f} s to train",
+        f"  priority   {study.priority}",
         f"  created    {time_text(study.created_at)}",
+        *([f"  archived   {time_text(study.archived_at)}"] if study.archived_at else []),
         *[f"  space      {name}: {_range(parameter)}" for name, parameter in new.space.items()],
     ]
 

@@ -53,7 +53,13 @@ def trial_parts(trial: TrialOut) -> list[Grid | str]:
     )
     tags = [f"  tags {' '.join(trial.tags)}"] if trial.tags else []
     notes = [line for note in trial.notes for line in note_lines(note)]
-    attempts = [attempts_table(trial)] if trial.runs else []
+    attempts: list[Grid | str] = [attempts_table(trial)] if trial.runs else []
+    attempts += [
+        f"attempt {attempt.id} {attempt.outcome}: {attempt.reason}"
+        for run in trial.runs
+        for attempt in run.attempts
+        if attempt.reason
+    ]
     return [*trial_lines(trial), *where, *tags, *attempts, *notes]
 
 
@@ -67,20 +73,19 @@ def attempts_table(trial: TrialOut) -> Grid:
     columns = (
         Column("run", 6), Column("seed"), Column("rung", 5), Column("attempt"), Column("state", left=True),
         Column("BPB", 1), Column("seconds"), Column("dollars", 3), Column("gang", 4, left=True, cut=10),
-        Column("reason", 2, left=True, cut=12),
     )  # fmt: skip
     rows = []
     for run in trial.runs:
         named = (str(run.id), str(run.seed), str(run.rung))
         if not run.attempts:
-            rows.append((*named, "–", run.state.value, "–", "–", "–", "–", ""))
+            rows.append((*named, "–", run.state.value, "–", "–", "–", "–"))
         for attempt in run.attempts:
             scored = run.scores if attempt.outcome == "succeeded" else None
             rows.append((
                 *named, str(attempt.id), attempt.outcome or attempt.phase or "running",
                 bpb_text(scored.val_bpb if scored else None), f"{attempt.cost.seconds:,.1f}",
                 f"{attempt.cost.dollars:,.2f}",
-                attempt.gang or "–", attempt.reason or "",
+                attempt.gang or "–",
             ))  # fmt: skip
     return Grid(columns, rows)
 

@@ -6,13 +6,14 @@ from fastapi import APIRouter, Path, Query, Response
 
 from api.context import LARGEST_ID, After, DatabaseOf, Limit, PrincipalOf, WriterOf
 from api.credentials import AuditOut, MadeTokenOut, MeOut, TokenIn, TokenOut
+from api.plain import PlainRoute
 from api.problems import responses
 from api.schemas import Page
 from orchestrator.audit import add_audit, list_audits
 from orchestrator.tokens import create_token, list_tokens, revoke_token
 
 ADMINS = {"x-role": "admin"}
-router = APIRouter(tags=["access"], responses=responses(422))
+router = APIRouter(route_class=PlainRoute, tags=["access"], responses=responses(422))
 TokenId = Annotated[int, Path(ge=0, le=LARGEST_ID, description="The token's number, which its text says too.")]
 Before = Annotated[int | None, Query(ge=0, le=LARGEST_ID, description="The `next` of the page before.")]
 

@@ -2,7 +2,7 @@
 
 import base64
 import logging
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
@@ -24,6 +24,7 @@ from api.context import (
     WriterOf,
 )
 from api.intake import Submission, Taken, take
+from api.plain import PlainRoute
 from api.problems import responses
 from api.ranges import StoredFile
 from api.reports import LedgerOut
@@ -44,7 +45,7 @@ from api.submission import Asked, submit_batch
 from orchestrator import reopening, store
 from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
-from orchestrator.detail import get_detail
+from orchestrator.detail import KEPT, Detail, get_detail
 from orchestrator.errors import NotFound
 from orchestrator.labels import add_note, delete_note, list_notes, list_tags, set_tags
 from orchestrator.ledger import ledger
@@ -55,7 +56,9 @@ from orchestrator.study import Artifact, Attempt, Origin, Trial, Verdict
 from worker.shape import FieldError
 
 log = logging.getLogger(__name__)
-router = APIRouter(prefix="/studies/{study}/trials", tags=["trials"], responses=responses(404, 422))
+router = APIRouter(
+    route_class=PlainRoute, prefix="/studies/{study}/trials", tags=["trials"], responses=responses(404, 422)
+)
 
 RunId = Annotated[int, Path(ge=1, le=LARGEST_ID)]
 NoteId = Annotated[int, Path(ge=1, le=LARGEST_ID)]
@@ -152,12 +155,12 @@ def list_trials(
     return Page(items=items, next=None if ended is None else _cursor(ended, order))
 
 
-@router.get("/{number}")
-def get_trial(study: StudyName, number: TrialNumber, context: ContextOf) -> TrialOut:
+@router.get("/{number}", response_model=TrialOut)
+def get_trial(study: StudyName, number: TrialNumber, context: ContextOf) -> Response:
     """One trial with its runs and attempts."""
     with context.database.read() as session:
         detail = get_detail(session, study, number)
-    return TrialOut.detailed(study, detail, context.gpu_hour_dollars)
+    return Response(_written(study, detail, context.gpu_hour_dollars), media_type="application/json")
 
 
 @router.post("/{number}/cancel", responses=responses(409))
@@ -299,6 +302,11 @@ def artifact_of(trial: Trial, attempts: tuple[Attempt, ...]) -> Artifact | None:
 def describe(session: Session, study: str, trial: Trial, context: Context) -> TrialOut:
     """The trial with its runs and attempts, and what these cost."""
     return TrialOut.detailed(study, get_detail(session, study, trial.number), context.gpu_hour_dollars)
+
+
+@lru_cache(maxsize=KEPT)  # by the very detail: one that has changed is another
+def _written(study: str, detail: Detail, gpu_hour_dollars: float) -> bytes:
+    return TrialOut.detailed(study, detail, gpu_hour_dollars).model_dump_json().encode()
 
 
 def _cursor(place: Place, sort: Sort) -> str:

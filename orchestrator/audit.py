@@ -33,7 +33,7 @@ def add_audits(session: Session, said: Sequence[tuple[str, str, str]], now: date
     """Say so of several writes, or none, each by its actor, action and subject."""
     rows = [{"at": now, "actor": actor, "action": action, "subject": subject} for actor, action, subject in said]
     if rows:
-        session.execute(_ADD, rows)
+        session.connection().execute(_ADD, rows)
 
 
 def list_audits(session: Session, *, before: int | None = None, limit: int = 100) -> tuple[Audit, ...]:

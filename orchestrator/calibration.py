@@ -10,6 +10,7 @@ from orchestrator.feasibility import Predictor
 from orchestrator.lifecycle import TrialState
 from orchestrator.study import Prediction, Trial
 from orchestrator.tables import EVENTS, TRIALS
+from worker.inventory import TensorClass
 from worker.spec import TrialSpec
 
 RECENT_TRIALS = 500  # complete ones, that a prediction starts from
@@ -37,7 +38,7 @@ class Calibration:
                 self._after = session.scalar(last) or 0
                 self._predictor = Predictor.of(_latest(session, self._study_id))
                 return
-            news = session.execute(_NEWS, {"study_id": self._study_id, "after": self._after}).all()
+            news = session.connection().execute(_NEWS, {"study_id": self._study_id, "after": self._after}).all()
             done = [number for _, number, kind in news if kind == COMPLETED]
             for trial in store.list_trials(session, self._study_id, numbers=done) if done else ():
                 self._predictor.learn(trial)
@@ -48,6 +49,12 @@ class Calibration:
         with self._lock:
             assert self._predictor is not None, "a calibration follows its study first"
             return self._predictor.predict(spec, spec_hash)
+
+    def shares(self, spec: TrialSpec) -> dict[TensorClass, float]:
+        """Each tensor class's share of the spec's artifact without code, by the same trials."""
+        with self._lock:
+            assert self._predictor is not None, "a calibration follows its study first"
+            return self._predictor.shares(spec)
 
 
 class Calibrations:

@@ -1,10 +1,14 @@
 """One trial with its runs, attempts, tags and notes, by a single statement: what people and programs ask for most."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Row, Table, bindparam, exists, select
+from sqlalchemy import JSON, ColumnElement, Table, Text, bindparam, exists, select
+from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session
 
 from orchestrator.errors import NotFound
@@ -17,9 +21,13 @@ from orchestrator.tables import ATTEMPTS, RUNS, STUDIES, TRIALS, ArtifactRow, No
 ARTIFACTS, NOTES, TAGS = (cast(Table, row.__table__) for row in (ArtifactRow, NoteRow, TagRow))
 
 
-@dataclass(frozen=True)
+KEPT = 1024
+"""Trials that are not built again as long as their rows say the same."""
+
+
+@dataclass(frozen=True, eq=False)
 class Detail:
-    """A trial, and all that belongs to it but measurements, logs and events."""
+    """A trial, and all that belongs to it but measurements, logs and events. Read again unchanged, it is the same."""
 
     trial: Trial
     runs: tuple[Run, ...] = ()
@@ -30,10 +38,18 @@ class Detail:
 
 def get_detail(session: Session, study: str, number: int) -> Detail:
     """The trial of this number of the study of this name. Raises NotFound."""
-    rows = session.execute(_DETAIL, {"study": study, "number": number}).all()
+    rows = session.connection().execute(_DETAIL, {"study": study, "number": number}).all()
     if not rows:
         get_study(session, study)
         raise NotFound("trial", number)
+    trial_id, first = rows[0][0], rows[0]
+    tags = list_tags(session, [trial_id]).get(trial_id, ()) if first.has_tags else ()
+    notes = list_notes(session, trial_id) if first.has_notes else ()
+    return _detail(tuple(map(tuple, rows)), tags, notes)
+
+
+@lru_cache(maxsize=KEPT)
+def _detail(rows: tuple[tuple[Any, ...], ...], tags: tuple[str, ...], notes: tuple[Note, ...]) -> Detail:
     trial = trial_of(_part(rows[0], "trial"))
     runs, attempts = dict[int, Run](), dict[int, Attempt]()
     for row in rows:
@@ -43,8 +59,6 @@ def get_detail(session: Session, study: str, number: int) -> Detail:
         if attempt.id is not None:
             attempt.result = None if attempt.step_seconds is None else {"step_seconds": attempt.step_seconds}
             attempts[attempt.id] = attempt_of(attempt, None if artifact.uri is None else artifact)
-    tags = list_tags(session, [trial.id]).get(trial.id, ()) if rows[0].has_tags else ()
-    notes = list_notes(session, trial.id) if rows[0].has_notes else ()
     return Detail(trial, tuple(runs.values()), tuple(attempts[key] for key in sorted(attempts)), tags, notes)
 
 
@@ -64,9 +78,22 @@ _NAMES: dict[str, tuple[int, list[str]]] = {}
 """By value: the place of its first column, and the names of all."""
 for _name, _own in _COLUMNS.items():
     _NAMES[_name] = (sum(len(names) for _, names in _NAMES.values()), list(_own))
+_WRITTEN = {
+    (name, own)
+    for name, columns in _COLUMNS.items()
+    for own, column in columns.items()
+    if isinstance(column.type, JSON)
+}
+"""What is read as the text that was written: it tells whether a trial has changed, and is seldom built anew."""
+
+
+def _shown(name: str, own: str, column: ColumnElement[Any]) -> ColumnElement[Any]:
+    return (sql_cast(column, Text) if (name, own) in _WRITTEN else column).label(f"{name}_{own}")
+
+
 _DETAIL = (
     select(
-        *(column.label(f"{name}_{own}") for name, columns in _COLUMNS.items() for own, column in columns.items()),
+        *(_shown(name, own, column) for name, columns in _COLUMNS.items() for own, column in columns.items()),
         exists().where(TAGS.c.trial_id == TRIALS.c.id).label("has_tags"),
         exists().where(NOTES.c.trial_id == TRIALS.c.id).label("has_notes"),
     )
@@ -77,7 +104,11 @@ _DETAIL = (
 )  # fmt: skip
 
 
-def _part(row: Row[*tuple[Any, ...]], name: str) -> Any:
+def _part(row: Sequence[Any], name: str) -> Any:
     """The row's share of one value, as its mapped row would be."""
     start, names = _NAMES[name]
-    return SimpleNamespace(**dict(zip(names, row[start : start + len(names)], strict=True)))
+    values = dict(zip(names, row[start : start + len(names)], strict=True))
+    for own, value in values.items():
+        if value is not None and (name, own) in _WRITTEN:
+            values[own] = json.loads(value)
+    return SimpleNamespace(**values)

@@ -39,6 +39,11 @@ def predict(spec: TrialSpec, history: Sequence[Trial] = ()) -> Prediction:
     return Predictor.of(history).predict(spec)
 
 
+def shares(spec: TrialSpec) -> dict[TensorClass, float]:
+    """Each tensor class's share of the artifact's bytes without code, before any trial has shown another."""
+    return Predictor().shares(spec)
+
+
 class Predictor:
     """What the trials of one study say about the next: its artifact's bytes, its seconds, each with a 90% interval.
 
@@ -86,6 +91,11 @@ class Predictor:
             evaluate_seconds=timing.evaluate.expected, evaluate_seconds_low=timing.evaluate.low,
             evaluate_seconds_high=timing.evaluate.high,
         )  # fmt: skip
+
+    def shares(self, spec: TrialSpec) -> dict[TensorClass, float]:
+        """Each tensor class's share of the artifact's bytes without code. They add up to 1."""
+        by_class = self._weight(spec, lambda: spec.canonical_hash).by_class
+        return {name: size / sum(by_class.values()) for name, size in by_class.items()}
 
     def quantile(self, spec: TrialSpec, probability: float) -> int:
         """The artifact bytes that the spec's will not exceed with this probability."""
@@ -228,10 +238,15 @@ class _Weight:
     @cached_property
     def _content_bytes(self) -> float:
         """Expected, without the header."""
+        return sum(self.by_class.values())
+
+    @cached_property
+    def by_class(self) -> dict[TensorClass, float]:
+        """Expected, without the header."""
         if self.forecast is None:
-            return self.prior.model_bytes - self.prior.header_bytes
+            return dict(self.prior.by_class)
         ratios = dict(zip(CLASSES, self.forecast.ratios[1:].tolist(), strict=True))
-        return sum(expected * exp(ratios[name]) for name, expected in self.prior.by_class.items())
+        return {name: expected * exp(ratios[name]) for name, expected in self.prior.by_class.items()}
 
 
 def _guess(probability: float) -> float:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import bindparam, insert, literal, select, union_all, update
 from sqlalchemy.orm import Session
 
 from orchestrator.errors import IllegalMove, NotFound
@@ -21,15 +21,14 @@ _HOLD = (
     .returning(STUDIES.c.name, STUDIES.c.state, STUDIES.c.next_number)
 )  # fmt: skip
 _COUNT = update(STUDIES).where(STUDIES.c.id == bindparam("study_id")).values(next_number=bindparam("next"))
-_HASHES = select(TRIALS.c.spec_hash).where(
-    TRIALS.c.study_id == bindparam("study_id"), TRIALS.c.spec_hash.in_(bindparam("hashes", expanding=True))
-)
-_TRIAL_KEYS = select(TRIALS.c.idempotency_key).where(
-    TRIALS.c.study_id == bindparam("study_id"), TRIALS.c.idempotency_key.in_(bindparam("keys", expanding=True))
-)
-_RUN_KEYS = (
-    select(RUNS.c.idempotency_key).join(TRIALS, TRIALS.c.id == RUNS.c.trial_id)
-    .where(TRIALS.c.study_id == bindparam("study_id"), RUNS.c.idempotency_key.in_(bindparam("keys", expanding=True)))
+# What is asked for is text that a key may be, too: each row says which of the two it is.
+_KNOWN = union_all(
+    select(literal("hash").label("what"), TRIALS.c.spec_hash)
+    .where(TRIALS.c.study_id == bindparam("study_id"), TRIALS.c.spec_hash.in_(bindparam("hashes", expanding=True))),
+    select(literal("key"), TRIALS.c.idempotency_key)
+    .where(TRIALS.c.study_id == bindparam("study_id"), TRIALS.c.idempotency_key.in_(bindparam("keys", expanding=True))),
+    select(literal("key"), RUNS.c.idempotency_key).join(TRIALS, TRIALS.c.id == RUNS.c.trial_id)
+    .where(TRIALS.c.study_id == bindparam("study_id"), RUNS.c.idempotency_key.in_(bindparam("keys", expanding=True))),
 )  # fmt: skip
 _ADD_TRIALS = insert(TRIALS).returning(TRIALS.c.id, TRIALS.c.number)
 _ADD_RUNS = insert(RUNS).returning(RUNS.c.id, RUNS.c.trial_id)
@@ -47,7 +46,7 @@ class Held:
 
 def hold(session: Session, study_id: int) -> Held:
     """Hold the study. Comes first in its transaction. Raises NotFound."""
-    row = session.execute(_HOLD, {"study_id": study_id}).one_or_none()
+    row = session.connection().execute(_HOLD, {"study_id": study_id}).one_or_none()
     if row is None:
         raise NotFound("study", study_id)
     return Held(study_id, row.name, StudyState(row.state), row.next_number)
@@ -57,11 +56,9 @@ def list_known(
     session: Session, study_id: int, hashes: Collection[str], keys: Collection[str]
 ) -> tuple[set[str], set[str]]:
     """Of these hashes those that a trial of the study has, and of these keys those that were used in it."""
-    known = set(session.scalars(_HASHES, {"study_id": study_id, "hashes": list(hashes)}))
-    used: set[str | None] = set()
-    for query in (_TRIAL_KEYS, _RUN_KEYS) if keys else ():
-        used |= set(session.scalars(query, {"study_id": study_id, "keys": list(keys)}))
-    return known, {key for key in used if key is not None}
+    asked = {"study_id": study_id, "hashes": list(hashes), "keys": list(keys)}
+    found = session.connection().execute(_KNOWN, asked).all()
+    return {each for what, each in found if what == "hash"}, {each for what, each in found if what == "key"}
 
 
 def add_submitted(
@@ -73,17 +70,18 @@ def add_submitted(
     """
     if held.state not in OPEN_TO_TRIALS:
         raise IllegalMove(f"study {held.name}", held.state, "take trials", OPEN_TO_TRIALS)
+    connection = session.connection()
     values = [_values(held, place, new, spec_hash, now) for place, (new, spec_hash) in enumerate(news)]
-    ids = {number: trial_id for trial_id, number in session.execute(_ADD_TRIALS, values)}
+    ids = {number: trial_id for trial_id, number in connection.execute(_ADD_TRIALS, values)}
     trials = [_trial(ids[row["number"]], row, new) for row, (new, _) in zip(values, news, strict=True)]
     queued = [trial for trial in trials if trial.state is TrialState.QUEUED]
     runs = dict[int, int]()
     if queued:
-        added = session.execute(_ADD_RUNS, [_run_values(trial, now) for trial in queued])
+        added = connection.execute(_ADD_RUNS, [_run_values(trial, now) for trial in queued])
         runs = {trial_id: run_id for run_id, trial_id in added}
         if held.state is StudyState.COMPLETE:
             reopen(session, held.id, now)
-    session.execute(_COUNT, {"study_id": held.id, "next": held.next_number + len(news)})
+    connection.execute(_COUNT, {"study_id": held.id, "next": held.next_number + len(news)})
     add_events(session, held.id, [_event(trial) for trial in trials], now)
     return [(trial, _run(runs[trial.id], trial) if trial.id in runs else None) for trial in trials]
 

@@ -58,12 +58,12 @@ def claim(
     without: tuple[int, ...] = (),
     study_id: int | None = None,
 ) -> Claim | None:
-    """Take the queued run of this shape that is first in line, of this study if one is named, and open its next
-    attempt under a new lease.
+    """Take the queued run of this shape that is first in line, and open its next attempt under a new lease.
 
     `name` is that of the gang which is to have it: whoever resumes looks for it there. `warm`: it is to wait behind
-    another attempt, which is not for runs that start cold. `without` are studies that have no turn. Raises OverBudget
-    where `purses` say that the run's study cannot pay for it: the transaction is then void.
+    another attempt, which is not for runs that start cold. `without` are studies that have no turn, and `study_id` is
+    the only one that has. Raises OverBudget where `purses` say that the run's study cannot pay for it: the transaction
+    is then void.
     """
     taken = session.execute(
         update(RUNS).where(RUNS.c.id == _first_in_line(gang, warm, without, study_id), RUNS.c.state == RunState.QUEUED)
@@ -73,9 +73,9 @@ def claim(
     if taken is None:
         return None
     trial = session.get_one(TrialRow, taken.trial_id)
+    made, times, terms = _made(session, taken.id, trial.study_id)
     if purses is not None:
-        purses.require(session, trial.study_id, Kind.of(taken.rung, gang.ranks, taken.budget), now)
-    made, times = _made(session, taken.id)
+        purses.require(session, trial.study_id, terms, Kind.of(taken.rung, gang.ranks, taken.budget), now)
     token = secrets.token_hex(16)
     attempt_id = session.scalar(
         insert(ATTEMPTS).values(
@@ -84,10 +84,7 @@ def claim(
         ).returning(ATTEMPTS.c.id)
     )  # fmt: skip
     assert attempt_id is not None
-    session.execute(
-        update(TRIALS).where(TRIALS.c.id == taken.trial_id, TRIALS.c.state == TrialState.QUEUED)
-        .values(state=TrialState.RUNNING, started_at=func.coalesce(TRIALS.c.started_at, literal(now, UtcDateTime())))
-    )  # fmt: skip
+    _start_trial(session, trial.id, now)
     spec = _spec_of(trial, taken.seed, Rung(taken.rung, BudgetConfig.model_validate(taken.budget), gang))
     again = trial.state == TrialState.COMPLETE  # a further seed of it
     message = f"Trial {trial.number}{f' at seed {taken.seed}' if again else ''} started, attempt {made + 1}"
@@ -98,12 +95,20 @@ def claim(
     return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now, taken.rung)
 
 
-def _made(session: Session, run_id: int) -> tuple[int, int]:
-    """How many attempts at a run there were, and how many of them ran out of memory."""
+def _start_trial(session: Session, trial_id: int, now: datetime) -> None:
+    started_at = func.coalesce(TRIALS.c.started_at, literal(now, UtcDateTime()))
+    queued = update(TRIALS).where(TRIALS.c.id == trial_id, TRIALS.c.state == TrialState.QUEUED)
+    session.execute(queued.values(state=TrialState.RUNNING, started_at=started_at))
+
+
+def _made(session: Session, run_id: int, study_id: int) -> tuple[int, int, Any]:
+    """How many attempts at a run there were, how many of them ran out of memory, and what its study may spend."""
     out_of_memory = func.count().filter(AttemptRow.cause == Cause.OUT_OF_MEMORY)
-    made = select(func.coalesce(func.max(AttemptRow.number), 0), out_of_memory).where(AttemptRow.run_id == run_id)
-    number, times = session.execute(made).one()
-    return number, times
+    terms = select(StudyRow.definition["spending"]).where(StudyRow.id == study_id).scalar_subquery()
+    attempts = func.coalesce(func.max(AttemptRow.number), 0)
+    made = select(attempts, out_of_memory, terms).where(AttemptRow.run_id == run_id)
+    number, times, spending = session.execute(made).one()
+    return number, times, spending
 
 
 def _spec_of(trial: TrialRow, seed: int, rung: Rung) -> TrialSpec:

@@ -163,9 +163,9 @@ class Purses:
         self._purses: dict[int, tuple[Any, Purse | None]] = {}  # with the terms that each was made for
         self._complete: dict[int, int] = {}
 
-    def require(self, session: Session, study_id: int, kind: Kind, now: datetime) -> None:
-        """Raise OverBudget unless the study may start a run of this kind, by the budget that it has now."""
-        terms = session.scalar(select(StudyRow.definition["spending"]).where(StudyRow.id == study_id))
+    def require(self, session: Session, study_id: int, terms: Any, kind: Kind, now: datetime) -> None:
+        """Raise OverBudget unless the study may start a run of this kind. `terms` is the budget that it has now, as its
+        row has it. Asks nothing where that limits no hours."""
         held = self._purses.get(study_id)
         if held is None or held[0] != terms:
             held = self._purses[study_id] = terms, purse_of(study_of(session.get_one(StudyRow, study_id)))

@@ -83,7 +83,7 @@ def create_study(session: Session, new: NewStudy, now: datetime) -> Study:
 
 def get_study(session: Session, name: str) -> Study:
     """The study of this name. Raises NotFound."""
-    row = session.execute(_STUDY, {"name": name}).one_or_none()
+    row = session.connection().execute(_STUDY, {"name": name}).one_or_none()
     if row is None:
         raise NotFound("study", name)
     return study_of(row)
@@ -407,12 +407,12 @@ def add_event(session: Session, study_id: int, number: int | None, kind: str, me
 def add_events(session: Session, study_id: int, said: Sequence[tuple[int | None, str, str]], now: datetime) -> None:
     """Add events as add_event does, each by its trial's number, kind and message."""
     if session.get_bind().dialect.name == "postgresql":
-        session.execute(_LOCK_EVENTS)
+        session.connection().execute(_LOCK_EVENTS)
     rows = [
         {"study_id": study_id, "trial_number": number, "at": now, "kind": kind, "message": message}
         for number, kind, message in said
     ]
-    session.execute(_ADD_EVENTS, rows)
+    session.connection().execute(_ADD_EVENTS, rows)
 
 
 def insert_missing(session: Session, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> int:

@@ -121,7 +121,12 @@ def test_a_clone_has_the_same_search_with_its_changes_and_none_of_the_trials(cad
     source = caddie.study("sweep").definition
     same = caddie.clone_study("sweep", {"name": "same"})
     assert same.definition == source.model_copy(update={"name": "same"}) and not same.counts
-    changes = {"sampler": "random", "max_trials": 5, "overrides": {"optimizer.matrix_lr": 0.03}, "spending": {"dollars": 3}}
+    changes = {
+        "sampler": "random",
+        "max_trials": 5,
+        "overrides": {"optimizer.matrix_lr": 0.03},
+        "spending": {"dollars": 3},
+    }
     other = caddie.clone_study("sweep", {"name": "other", **changes}).definition
     assert (other.sampler, other.max_trials, other.base["optimizer"]["matrix_lr"], other.spending.dollars) == (
         "random", 5, 0.03, 3,

@@ -7,9 +7,10 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta
+from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -29,9 +30,9 @@ from orchestrator.tokens import create_token
 from worker.report import TrialResult
 
 ROOT = Path(__file__).parents[1]
+ONE_KEY = {"Idempotency-Key": "one"}
 STUDY = {"name": "sweep", "recipe": "laptop"}
 HOSTILE = """<img src=x onerror=alert(1)>"'</script><script>alert(2)</script>{{7*7}}"""
-PAGES_WITHOUT_A_STUDY = ("/", "/docs", "/cluster", "/sign-in")
 
 
 def raw(url: str, request: bytes, seconds: float = 10.0) -> bytes:
@@ -52,7 +53,7 @@ def get(url: str, target: str) -> bytes:
 
 @pytest.fixture
 def url(database: Database, serve: Callable[..., str], tmp_path: Path) -> str:
-    return serve(database, artifacts=tmp_path / "artifacts", dashboard=False, door=Door(patience_seconds=0.5))
+    return serve(database, artifacts=tmp_path / "artifacts", dashboard=False)
 
 
 only_sqlite = pytest.mark.parametrize("backend", ["sqlite"])
@@ -70,10 +71,8 @@ def test_a_body_too_large_is_refused_whether_it_says_so_or_not(url: str) -> None
         for _ in range(BODY_BYTES // 65536 + 2):
             yield b"x" * 65536
 
-    try:
+    with suppress(httpx.WriteError):  # where the server had said so, and gone, before the last piece was sent
         assert httpx.post(f"{url}/v1/studies", content=pieces()).status_code == 413
-    except httpx.WriteError:
-        pass  # the server had said so, and gone, before the last piece was sent
     assert httpx.get(f"{url}/v1/studies").json()["items"] == []
 
 
@@ -102,7 +101,8 @@ def test_the_depth_of_a_body_is_that_of_its_brackets_outside_of_texts() -> None:
 
 
 @only_sqlite
-def test_a_client_that_trickles_is_cut_off(url: str) -> None:
+def test_a_client_that_trickles_is_cut_off(database: Database, serve: Callable[..., str]) -> None:
+    url = serve(database, dashboard=False, door=Door(patience_seconds=0.5))
     host = urlsplit(url).netloc.encode()
     head = b"POST /v1/studies HTTP/1.1\r\nHost: " + host + b"\r\nContent-Type: application/json\r\n"
     began = time.monotonic()
@@ -137,7 +137,8 @@ def test_wrong_tokens_from_one_address_soon_wait(database: Database, serve: Call
         assert client.get("/v1/me", headers=known).status_code == 200
         tried = [client.get("/v1/me", headers={"Authorization": f"Bearer wrong{n}"}).status_code for n in range(60)]
         assert set(tried) == {401, 429}
-        assert client.post("/sign-in", data={"token": "wrong"}).status_code == 429
+        shown = [client.post("/sign-in", data={"token": f"guess{n}"}).status_code for n in range(60)]
+        assert set(shown) == {401, 429}
 
 
 # Paths
@@ -186,7 +187,7 @@ def hostile(
     )
     ends = (
         AttemptResult(Outcome.SUCCEEDED, result=result),
-        AttemptResult(Outcome.FAILED, cause=Cause.PERMANENT, reason=HOSTILE),
+        AttemptResult(Outcome.FAILED, cause=Cause.BAD_INPUT, reason=HOSTILE),
     )
     for end in ends:
         with database.write() as session:
@@ -203,13 +204,13 @@ def test_no_page_shows_a_text_as_anything_else(url: str, hostile: None) -> None:
             assert client.put(f"{trial}/tags", json={"tags": [HOSTILE]}).status_code == 422
         escaped = 0
         for path in pages():
-            for number in ("0", "1", "2"):
-                answer = client.get(path.replace("{study}", "sweep").replace("{number}", number) + "?trials=0,1")
+            for trial in ("0", "1", "2"):
+                answer = client.get(path.replace("{study}", "sweep").replace("{number}", trial) + "?trials=0,1")
                 assert answer.status_code < 500, path
                 assert "<img src=x" not in answer.text and "<script>alert" not in answer.text, path
                 assert "{{7" not in answer.text or "{{7*7}}" in answer.text, path
                 escaped += "&lt;img src=x" in answer.text
-                if "text/html" in answer.headers["content-type"]:
+                if "text/html" in answer.headers.get("content-type", ""):
                     require_policy(answer)
         assert escaped > 2, "the hostile text is on the pages, as text"
 
@@ -232,10 +233,24 @@ def require_policy(answer: httpx.Response) -> None:
     policy = answer.headers["content-security-policy"]
     assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy
     assert "script-src" not in policy or "unsafe" not in policy.partition("script-src")[2].partition(";")[0]
-    assert not re.search(r"<[^>]+\son[a-z]+\s*=", answer.text)
-    inline = re.findall(r"<script(?![^>]*\bsrc=)([^>]*)>", answer.text)
-    assert all("application/json" in attributes for attributes in inline)
-    assert not re.search(r"""(?:src|href|action)=["'](?:https?:)?//""", answer.text)
+    page = Tags()
+    page.feed(answer.text)
+    for tag, attributes in page.found:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert tag != "script" or attributes.get("src") or attributes.get("type") == "application/json", attributes
+        for name in ("src", "href", "action"):
+            assert not re.match(r"\s*(?:[a-z]+:|//)", attributes.get(name) or ""), (tag, attributes)
+
+
+class Tags(HTMLParser):
+    """The tags of a page as a browser sees them, with their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
 
 
 # Submitting
@@ -250,17 +265,18 @@ def test_many_submissions_under_one_key_are_one_trial(url: str, database: Databa
         async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
 
             async def submit() -> int:
-                headers = {"Idempotency-Key": "one"}
-                answer = await client.post("/v1/studies/sweep/trials", json={"params": {}}, headers=headers)
-                while answer.status_code == 429:
-                    await asyncio.sleep(float(answer.headers["retry-after"]))
-                    answer = await client.post("/v1/studies/sweep/trials", json={"params": {}}, headers=headers)
-                return answer.status_code
+                while True:
+                    with suppress(httpx.TransportError):  # as a client does: that is what the key is for
+                        answer = await client.post("/v1/studies/sweep/trials", json={"params": {}}, headers=ONE_KEY)
+                        if answer.status_code not in (429, 503):
+                            return answer.status_code
+                        await asyncio.sleep(float(answer.headers["retry-after"]))
 
             return await asyncio.gather(*(submit() for _ in range(requests)))
 
     answers = asyncio.run(submit_all())
-    assert (answers.count(201), answers.count(200)) == (1, requests - 1)
+    assert answers.count(201) <= 1  # none where its answer was lost
+    assert answers.count(200) == requests - answers.count(201)
     with database.read() as session:
         assert len(store.list_trials(session, store.get_study(session, "sweep").id)) == 1
 
@@ -279,9 +295,7 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "yaml.unsafe_load", "yaml.full_load"), path
                 if called in ("torch.load", "np.load", "numpy.load"):
-                    given: dict[str | None, Any] = {
-                        keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords
-                    }
+                    given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                     safe = given.get("weights_only") == "True" or given.get("allow_pickle", "False") == "False"
                     assert safe and ("torch" not in called or "weights_only" in given), path
 

@@ -1,5 +1,6 @@
 """`caddie` as a user types it: what it prints, its exit code, and one line on stderr where something is wrong."""
 
+import io
 import json
 import os
 import re
@@ -272,13 +273,14 @@ def test_a_child_process_reads_the_settings_that_its_parent_has(tmp_path: Path) 
         "CADDIE_DATA": "/d", "CADDIE_HOST": "0.0.0.0", "CADDIE_PORT": "9000", "CADDIE_URL": "http://caddie:1",
         "CADDIE_LAUNCHER": "local", "CADDIE_RAY_ADDRESS": "head:6379", "CADDIE_RANKS": "7",
         "CADDIE_LEASE_SECONDS": "2.5", "CADDIE_GRACE_SECONDS": "1", "CADDIE_GPU_HOUR_DOLLARS": "3",
-        "CADDIE_OWNER": "me",
+        "CADDIE_OWNER": "me", "CADDIE_REQUESTS_PER_SECOND": "9",
     }  # fmt: skip
-    assert set(chosen) == set(KNOWN) - {"CADDIE_TOKEN"}
+    secrets = {"CADDIE_TOKEN": "s" * 32, "CADDIE_ADMIN_TOKEN": "t" * 32}
+    assert set(chosen) == set(KNOWN) - set(secrets)
     for given in (chosen, {"CADDIE_HOME": str(tmp_path)}):
         settings = Settings.read(given)
         assert Settings.read(environment_of(settings)) == settings
-    assert "CADDIE_TOKEN" not in environment_of(Settings.read({"CADDIE_TOKEN": "secret"}))
+    assert not set(secrets) & set(environment_of(Settings.read(secrets)))
 
 
 # Against a server
@@ -316,6 +318,23 @@ def test_a_study_is_created_listed_and_steered(caddie: Run, sweep: None) -> None
     assert (study["name"], study["state"]) == ("sweep", "stopped")
     assert "cannot" in caddie("study", "resume", "sweep").refusal(2)
     assert "sweep" in caddie("study", "create", "study.yaml").refusal(2)
+
+
+def test_a_study_is_changed_cloned_and_put_away(caddie: Run, sweep: None) -> None:
+    words = ("--max-trials", "7", "--dollars", "25", "--priority", "3")
+    changed = json.loads(caddie("study", "update", "sweep", *words, "--json").out)
+    assert (changed["max_trials"], changed["priority"], changed["spending"]["limit_gpu_hours"]) == (7, 3, 10.0)
+    assert "of 10" in caddie("study", "show", "sweep").out
+    assert json.loads(caddie("study", "update", "sweep", "--dollars", "none", "--json").out)["spending"] is None
+    assert "--dollars: must be a number, or none" in caddie("study", "update", "sweep", "--dollars", "many").refusal(2)
+    assert "give --max-trials" in caddie("study", "update", "sweep").refusal(2)
+    assert caddie("study", "clone", "sweep", "again", "--set", "seed=7").out == "study again is running\n"
+    assert json.loads(caddie("study", "show", "again", "--json").out)["definition"]["base"]["seed"] == 7
+    caddie("study", "stop", "sweep")
+    assert caddie("study", "archive", "sweep").out == "study sweep is stopped, and archived\n"
+    assert [line.split()[0] for line in caddie("study", "list").out.splitlines()] == ["name", "again"]
+    assert [line.split()[0] for line in caddie("study", "list", "--archived").out.splitlines()] == ["name", "sweep"]
+    assert caddie("study", "unarchive", "sweep").out == "study sweep is stopped\n"
 
 
 @pytest.mark.parametrize(
@@ -416,8 +435,9 @@ def test_the_ledger_shows_what_a_study_has_cost(caddie: Run, sweep: None, sqlite
         "study": "sweep", "trial": None, "gpu_hour_dollars": 2.5, "attempts": 1,
         "phases": {"queue": nothing, "train": cost}, "wasted": nothing, "void": nothing, "total": cost,
         "gangs": {"gang-1": cost}, "other_gangs": nothing, "trials": {"0": cost}, "other_trials": nothing,
+        "savings": {"refused": nothing, "refused_trials": 0, "pruned": nothing, "pruned_trials": 1},
     }  # fmt: skip
-    assert json.loads(caddie("ledger", "sweep", "0", "--json").out) == {**ledger, "trial": 0}
+    assert json.loads(caddie("ledger", "sweep", "0", "--json").out) == {**ledger, "trial": 0, "savings": None}
     shown = [line.split() for line in caddie("ledger", "sweep").out.splitlines()]
     assert ["phase", "seconds", "GPU-seconds", "dollars"] in shown
     for name in ("train", "total", "gang-1", "0"):
@@ -610,6 +630,22 @@ def test_a_study_without_a_space_is_watched_until_its_trials_have_ended(
     with closing(Story(url, lambda: None, lambda: finish(claim()))) as story:
         assert watch_study(Console(quiet=True), story, "mine").counts == {"complete": 1}
         assert not story.steps
+
+
+def test_without_a_terminal_a_watch_is_a_line_a_trial_and_one_at_the_end(
+    caddie: Run, url: str, tmp_path: Path, claim: Callable[[], Claim], finish: Callable[..., None]
+) -> None:
+    (tmp_path / "study.yaml").write_text("name: mine\nrecipe: laptop")
+    caddie("study", "create", "study.yaml")
+    for rank in (1, 2):
+        caddie("submit", "mine", "--set", f"sharing.lora.rank={rank}")
+    out = io.StringIO()
+    with closing(Story(url, lambda: finish(claim(), val_bpb=2.25), lambda: caddie("cancel", "mine", "1"))) as story:
+        watch_study(Console(file=out), story, "mine")
+    first, second, last = out.getvalue().splitlines()
+    assert first == "trial   0  complete   012012 LoRA 1 ranks 1    2.2500 BPB, 120,000 bytes"
+    assert second.startswith("trial   1  cancelled  012012 LoRA 2 ranks 1")
+    assert last == "study mine is running: 2 trials, the best trial 0 with 2.2500 BPB"
 
 
 # README.md

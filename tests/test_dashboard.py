@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from orchestrator import leases, store
@@ -78,6 +79,19 @@ def test_the_dashboard_shows_our_studies_and_writes_nothing(
         assert refused.json()["type"] == "urn:caddie:problem:method-not-allowed"
     with database.read() as session:
         assert [study.name for study in store.list_studies(session)] == ["sharing", "later"]
+
+
+def test_the_dashboards_process_is_another_and_is_started_again(http: httpx.Client) -> None:
+    def running() -> list[psutil.Process]:
+        children = psutil.Process().children()
+        return [child for child in children if "api.dashboard_process" in child.cmdline()]
+
+    assert running() == []  # nobody asked yet
+    assert http.get("/dashboard").status_code == 200
+    (first,) = running()
+    first.kill()
+    assert http.get("/api/studies").json()["study_summaries"][0]["study_name"] == "sharing"
+    assert [child.pid for child in running() if child.pid != first.pid] != []
 
 
 def test_our_own_paths_win_over_the_dashboards(http: httpx.Client) -> None:

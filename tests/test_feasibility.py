@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from api.preview import preview
 from orchestrator.caps import Caps
 from orchestrator.compression import expected_peak, prior_of, symbol_entropy, symbol_shares
 from orchestrator.feasibility import Predictor, judge, predict
@@ -358,3 +359,13 @@ def test_a_verdict_that_is_not_certain_names_the_numbers() -> None:
         assert reason is not None
         for number in ("17,000,000", "16,500,000", "17,500,000", "70,000", f"{cap:,}"):
             assert number in reason
+
+
+def test_classes_share_out_what_the_artifact_is_predicted_to_have() -> None:
+    spec = parse_spec(load_recipe("laptop"))
+    found, predicted = preview(spec, Caps()), predict(spec)
+    for end in ("expected", "low", "high"):
+        whole = predicted.artifact_bytes if end == "expected" else getattr(predicted, f"artifact_bytes_{end}")
+        classes = sum(getattr(size, end) for size in found.bytes_by_class.values())
+        assert classes == pytest.approx(whole - predicted.code_bytes, abs=len(found.bytes_by_class))
+    assert found.bytes_by_class.keys() == found.parameters_by_class.keys()

@@ -89,14 +89,26 @@ def test_a_study_is_paused_and_resumed_by_buttons_that_ask_first(browser: Browse
     assert browser.complaints() == []
 
 
-def test_a_study_that_is_stopped_offers_nothing_more(url: str) -> None:
-    stopped = httpx.post(f"{url}/studies/demo/state/stop", headers={"Accept": "text/html"})
+def test_a_study_that_is_stopped_can_only_be_archived(url: str) -> None:
+    page = {"Accept": "text/html"}
+    stopped = httpx.post(f"{url}/studies/demo/state/stop", headers=page)
     assert (stopped.status_code, stopped.headers["location"]) == (303, "/studies/demo")
-    assert "state/" not in httpx.get(f"{url}/studies/demo").text
-    again = httpx.post(f"{url}/studies/demo/state/resume", headers={"Accept": "text/html"})
+    offered = re.compile("/studies/demo/(?:state/[a-z]+|new)")
+    assert offered.findall(httpx.get(f"{url}/studies/demo").text) == ["/studies/demo/state/archive"]
+    again = httpx.post(f"{url}/studies/demo/state/resume", headers=page)
     assert again.status_code == 409
     assert again.headers["content-type"].startswith("text/html")
-    assert httpx.post(f"{url}/studies/demo/state/archive").status_code == 422
+    assert httpx.post(f"{url}/studies/demo/state/delete").status_code == 422
+    assert httpx.post(f"{url}/studies/demo/state/archive", headers=page).status_code == 303
+    assert offered.findall(httpx.get(f"{url}/studies/demo").text) == ["/studies/demo/state/unarchive"]
+    assert "/studies/demo" not in httpx.get(f"{url}/").text
+    assert "/studies/demo" in httpx.get(f"{url}/?archived=true").text
+
+
+def test_a_page_says_what_refusing_has_saved(url: str) -> None:
+    text = httpx.get(f"{url}/studies/demo").text
+    assert re.search(r'<th scope="row">refusing</th><td class="n">1</td>', text)
+    assert "pruning" not in text
 
 
 def test_a_viewer_is_offered_no_buttons_and_a_submitters_form_carries_its_token(sweep: Sweep, url: str) -> None:

@@ -128,6 +128,10 @@ def test_a_log_is_there_at_once_and_goes_on(browser: Browser, sweep: Sweep, url:
     browser.show(f"{url}/studies/demo/trials/{RUNNING}", width=375)
     assert browser.texts("#log b") == ["seed 1337, attempt 1"]
     assert [line.split()[-1] for line in browser.texts("#log span")] == ["<b>1</b>", "<b>2</b>", "<b>3</b>"]
+    browser.driver.execute_script("document.querySelector('[data-key=cancel]').open = true")
+    assert browser.until("document.documentElement.scrollWidth") == 375
+    left = "document.querySelector('[data-key=cancel] form').getBoundingClientRect().left"
+    assert browser.driver.execute_script(f"return {left}") >= 0
     log(sweep, lease, 2, 5)
     browser.until("document.querySelectorAll('#log span').length == 5")
     assert browser.texts("#log b") == ["seed 1337, attempt 1"]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from math import prod
 
 from worker.shape import FieldError, ModelConfig
@@ -34,6 +35,7 @@ class TensorShape:
         return prod(self.shape)
 
 
+@lru_cache(maxsize=256)
 def tensor_inventory(model: ModelConfig, sharing: SharingConfig) -> tuple[TensorShape, ...]:
     """Every tensor of the built model, each stored once however many virtual layers apply it. Torch-free arithmetic."""
     return (*_stem(model), *_blocks(model, sharing), *_layers(model, sharing), *_unused(model, sharing))

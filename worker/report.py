@@ -43,13 +43,13 @@ def log_lines(text: str, said: int, elapsed_seconds: float) -> Iterator[LogLine]
     """The text as lines that come after `said` others, each short enough to be kept; none beyond MAX_LINES."""
     for number, line in enumerate(text.splitlines(), said + 1):
         if number < MAX_LINES:
-            yield LogLine(number=number, elapsed_seconds=elapsed_seconds, line=_printable(line)[:MAX_LINE])
+            yield LogLine(number=number, elapsed_seconds=elapsed_seconds, line=printable(line)[:MAX_LINE])
         elif number == MAX_LINES:
             last = f"no more is kept of this log: it has {MAX_LINES:,} lines"
             yield LogLine(number=number, elapsed_seconds=elapsed_seconds, line=last)
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     """The line without what a terminal would obey."""
     if line.isprintable():
         return line

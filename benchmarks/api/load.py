@@ -3,8 +3,8 @@
 It speaks HTTP/1.1 over bare asyncio sockets, so that it costs less than the servers that it measures: `rates.py` prints
 how many requests a second it sends to a server that answers without looking.
 
-Run by rates.py: load.py PORT CONNECTIONS SECONDS, with the requests as JSON lines {"method", "path", "body"} on standard
-input; answers {"seconds", "statuses", "latencies"} as JSON.
+Run by rates.py: load.py PORT CONNECTIONS SECONDS, with the requests as JSON lines {"method", "path", "body"} on
+standard input; answers {"seconds", "statuses", "latencies"} as JSON.
 """
 
 import asyncio

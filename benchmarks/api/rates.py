@@ -135,9 +135,8 @@ def main() -> int:
     for database in options.databases.split(","):
         with tempfile.TemporaryDirectory() as folder:
             found = measure(database, Path(folder), options)
-        print(
-            f"\n{database:<10} {'what':<7} {'conns':>5} {'server':<8}    rate    from–to         p50 ms   p99 ms p99/p50   CPU ms  of fastapi"
-        )
+        heads = "   rate    from–to         p50 ms   p99 ms p99/p50   CPU ms  of fastapi"
+        print(f"\n{database:<10} {'what':<7} {'conns':>5} {'server':<8} {heads}")
         for (what, connections, kind), figures in found.items():
             bare = found.get((what, connections, "fastapi"))
             ratio = median(a / b for a, b in zip(figures.rates, bare.rates, strict=True)) if bare else 0

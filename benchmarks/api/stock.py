@@ -121,7 +121,8 @@ def _rows_of(
     }  # fmt: skip
     scores = {k: result[k] for k in ("val_bpb", "val_loss", "artifact_bytes", "train_seconds", "evaluate_seconds")}
     trial = {
-        "id": number + 1, "study_id": study_id, "number": number, "state": "complete", "origin": "proposed", "spec": data,
+        "id": number + 1, "study_id": study_id, "number": number, "state": "complete", "origin": "proposed",
+        "spec": data,
         "spec_hash": spec.canonical_hash, "params": point, "prediction": asdict(prediction), "verdict": "fits",
         "result": result, "val_bpb": bpb, "artifact_bytes": size, "feasible": size <= 400_000,
         "suggestion": {"arm": rng.choice(ARMS)}, "created_at": began, "started_at": began, "finished_at": ended,
@@ -145,5 +146,6 @@ def _rows_of(
         )
     ]  # fmt: skip
     return [
-        (TrialRow, trial), (RunRow, run), (AttemptRow, attempt), (ArtifactRow, artifact), *((EventRow, e) for e in events)
+        (TrialRow, trial), (RunRow, run), (AttemptRow, attempt), (ArtifactRow, artifact),
+        *((EventRow, event) for event in events),
     ]  # fmt: skip

@@ -1,0 +1,71 @@
+"""What a study did not spend: on trials that were refused before they ran, and on what was pruned of others."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from orchestrator.cost import Cost, cost_of
+from orchestrator.lifecycle import RunState, TrialState
+from orchestrator.rows import gang_of
+from orchestrator.tables import RUNS, TRIALS
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Costs that nobody had. Trials whose seconds nobody knew count as nothing."""
+
+    refused: Cost
+    """What infeasible trials were predicted to take."""
+    refused_trials: int
+    pruned: Cost
+    """What was left of runs that were stopped, at the pace that they had; and what trials that were not promoted from
+    a rung were predicted to take at their own budget."""
+    pruned_trials: int
+
+
+def savings(session: Session, study_id: int, gpu_hour_dollars: float) -> Savings:
+    """Of the study's trials as they are now: one that is promoted after all no longer counts."""
+    of_study = TRIALS.c.study_id == study_id
+    gang = (TRIALS.c.spec["gang", "ranks"].as_integer().label("ranks"), TRIALS.c.spec["gang", "device"].as_string())
+    refused = session.execute(
+        select(TRIALS.c.prediction, *gang).where(of_study, TRIALS.c.state == TrialState.INFEASIBLE)
+    ).all()
+    last = select(func.max(RUNS.c.id)).where(RUNS.c.trial_id == TRIALS.c.id).correlate(TRIALS).scalar_subquery()
+    done = (TRIALS.c.result[name].as_float() for name in ("train_seconds", "steps", "tokens"))
+    pruned = session.execute(
+        select(TRIALS.c.prediction, *gang, RUNS.c.state, RUNS.c.budget, RUNS.c.ranks.label("used"), *done)
+        .join(RUNS, RUNS.c.id == last).where(of_study, TRIALS.c.state == TrialState.PRUNED)
+    ).all()  # fmt: skip
+    return Savings(
+        _sum(((_predicted(prediction), ranks, device) for prediction, ranks, device in refused), gpu_hour_dollars),
+        len(refused),
+        _sum(
+            (
+                (_rest(budget, *reached), used, device)
+                if state == RunState.STOPPED
+                else (_predicted(prediction), ranks, device)
+                for prediction, ranks, device, state, budget, used, *reached in pruned
+            ),
+            gpu_hour_dollars,
+        ),
+        len(pruned),
+    )
+
+
+def _sum(spared: Iterable[tuple[float, int, str]], gpu_hour_dollars: float) -> Cost:
+    costs = (cost_of({"train": seconds}, gang_of(ranks, device), gpu_hour_dollars) for seconds, ranks, device in spared)
+    return sum(costs, Cost())
+
+
+def _predicted(prediction: dict[str, Any]) -> float:
+    return (prediction.get("train_seconds") or 0.0) + (prediction.get("evaluate_seconds") or 0.0)
+
+
+def _rest(budget: dict[str, Any], seconds: float | None, steps: float | None, tokens: float | None) -> float:
+    """Seconds of training that a run had before it when it was stopped, by the limit that it was nearest to."""
+    reached = {"seconds": seconds, "steps": steps, "tokens": tokens}
+    share = max(((value or 0.0) / budget[name] for name, value in reached.items() if budget.get(name)), default=0.0)
+    return (seconds or 0.0) * (1 / share - 1) if 0 < share < 1 else 0.0
