@@ -17,7 +17,7 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 from schemathesis.generation.case import Case
 from schemathesis.generation.modes import GenerationMode
-from schemathesis.hooks import HookContext
+from schemathesis.hooks import HookContext, unregister
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.study import Lease
@@ -90,11 +90,8 @@ def written(operation: str, body: dict[str, Any], result: dict[str, Any]) -> st.
     return st.fixed_dictionaries({"overrides": OVERRIDES}, optional={"params": params, **optional})
 
 
-def configuration(examples: int, *, systematic: bool, linked: bool, held: Lease, ended: Lease) -> SchemathesisConfig:
-    """Systematic cases of every operation, `examples` drawn ones of each, and as many walks along links between them.
-
-    Executors report under the lease `held`, and tell how the attempt under the lease `ended` did.
-    """
+def configuration(examples: int, *, systematic: bool, linked: bool) -> SchemathesisConfig:
+    """Systematic cases of every operation, `examples` drawn ones of each, and as many walks along links."""
     return SchemathesisConfig.from_dict(
         {
             "seed": 1 if "CI" in os.environ else random.randrange(2**32),
@@ -114,9 +111,6 @@ def configuration(examples: int, *, systematic: bool, linked: bool, held: Lease,
                 "stateful": {"enabled": linked},
             },
             "operations": [
-                {"include-path-regex": MOVES, "include-method": ["POST", "PATCH"], "parameters": {"path.study": DOOMED}},
-                {"include-path-regex": "^/v1/attempts/", "parameters": _under(held)},
-                {"include-path-regex": "^/v1/attempts/.*/tell$", "parameters": _under(ended)},
                 {"include-path-regex": STREAMS, "request-timeout": STREAM_SECONDS},
                 # What makes a spec, a space or a cursor valid is said in words: the schema allows more.
                 {"include-path-regex": SPECIFIED, "checks": {"positive_data_acceptance": {"enabled": False}}},
@@ -124,15 +118,11 @@ def configuration(examples: int, *, systematic: bool, linked: bool, held: Lease,
                 # `preview` is a name that a study can have; `batch` is no trial's number, which is said first.
                 {
                     "include-path-regex": "/(preview|batch)$",
-                    "checks": {"allow_header_conformance": {"enabled": False}, "unsupported_method": {"enabled": False}},
+                    "checks": {name: {"enabled": False} for name in ("allow_header_conformance", "unsupported_method")},
                 },
             ],
         }
     )  # fmt: skip
-
-
-def _under(lease: Lease) -> dict[str, Any]:
-    return {"path.attempt_id": lease.attempt_id, "header.Caddie-Lease": lease.token}
 
 
 @dataclass
@@ -148,10 +138,18 @@ class Answered:
             log.exception("unexpected: %s %s", scope.get("method"), scope.get("path"))
 
 
-def fuzz(app: FastAPI, config: SchemathesisConfig, result: dict[str, Any]) -> tuple[list[str], dict[str, set[int]]]:
+def is_right(case: Case) -> bool:
+    """Whether the case was drawn as one that the document allows."""
+    return case.meta is None or case.meta.generation.mode is GenerationMode.POSITIVE
+
+
+def fuzz(
+    app: FastAPI, config: SchemathesisConfig, result: dict[str, Any], held: Lease, ended: Lease
+) -> tuple[list[str], dict[str, set[int]]]:
     """Send everything. Returns what was wrong, each with a request that shows it, and the statuses of each operation.
 
-    `result` is one that was trained, as JSON.
+    `result` is one that was trained, as JSON. Executors report under the lease `held`, and tell how the attempt under
+    the lease `ended` did.
     """
     schema = schemathesis.openapi.from_dict(app.openapi(), config=config)
     schema.app = Answered(app)
@@ -159,8 +157,7 @@ def fuzz(app: FastAPI, config: SchemathesisConfig, result: dict[str, Any]) -> tu
 
     @schema.hook
     def flatmap_case(context: HookContext, case: Case) -> st.SearchStrategy[Case]:
-        drawn_wrong = case.meta is not None and case.meta.generation.mode is GenerationMode.NEGATIVE
-        if drawn_wrong or not isinstance(case.body, dict) or not re.match(SPECIFIED, case.path):
+        if not (is_right(case) and isinstance(case.body, dict) and re.match(SPECIFIED, case.path)):
             return st.just(case)
 
         def say(body: dict[str, Any]) -> Case:
@@ -169,9 +166,22 @@ def fuzz(app: FastAPI, config: SchemathesisConfig, result: dict[str, Any]) -> tu
 
         return st.one_of(written(case.path, case.body, result).map(say), st.just(case))
 
+    @schemathesis.hook
+    def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
+        if is_right(case) and case.path.startswith("/v1/attempts/"):
+            lease = ended if case.path.endswith("/tell") else held
+            case.path_parameters["attempt_id"] = lease.attempt_id
+            case.headers["Caddie-Lease"] = lease.token
+        elif is_right(case) and case.method.upper() in ("POST", "PATCH") and re.match(MOVES, case.path):
+            case.path_parameters["study"] = DOOMED
+
     wrong: dict[tuple[str, str, str], str] = {}
     statuses: dict[str, set[int]] = {}
-    for event in from_schema(schema).execute():
+    try:
+        found = list(from_schema(schema).execute())
+    finally:
+        unregister(before_call)
+    for event in found:
         if isinstance(event, events.ScenarioFinished):
             for case_id, interaction in event.recorder.interactions.items():
                 label, answer = event.recorder.cases[case_id].value.operation.label, interaction.response

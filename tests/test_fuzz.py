@@ -100,11 +100,10 @@ def test_whatever_is_sent_the_api_answers_as_declared_and_keeps_what_it_holds_wh
     result = result_of(parse_spec(sweep.study.definition.base), random.Random(1)).model_dump(mode="json")
     # The systematic cases take the most time, and PostgreSQL refuses more than SQLite does.
     config = configuration(
-        200 if long else 4, systematic=long or backend == "postgresql", linked=long or backend == "sqlite",
-        held=sweep.running.lease, ended=doomed.running.lease,
-    )  # fmt: skip
+        200 if long else 4, systematic=long or backend == "postgresql", linked=long or backend == "sqlite"
+    )
 
-    wrong, statuses = fuzz(app, config, result)
+    wrong, statuses = fuzz(app, config, result, sweep.running.lease, doomed.running.lease)
 
     assert not wrong, "\n\n".join(wrong)
     documented = {f"{m.upper()} {path}" for path, methods in app.openapi()["paths"].items() for m in methods}
