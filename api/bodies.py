@@ -271,8 +271,8 @@ class TagsIn(Input):
 class SeedsIn(Input):
     """Further seeds for a complete trial: these, or so many of those that its study lists and the trial has not had."""
 
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(default=(), max_length=64)
-    count: int = Field(default=0, ge=0, le=64)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63, strict=True)], ...] = Field(default=(), max_length=64)
+    count: int = Field(default=0, ge=0, le=64, strict=True)
 
     @model_validator(mode="after")
     def _check(self) -> "SeedsIn":
