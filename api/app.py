@@ -44,7 +44,8 @@ from orchestrator.database import Database
 from orchestrator.executors import Executors
 from orchestrator.settings import GPU_HOUR_DOLLARS
 
-VERSION_1 = (studies, trials, verdicts, imports, preview, cluster, logs, executors, events, tokens)
+# Trials first: they are asked for most, and routes are tried one after the other.
+VERSION_1 = (trials, studies, verdicts, imports, preview, cluster, logs, executors, events, tokens)
 PAGES = (
     studies_page, study_page, trial_page, trial_actions, new_trial_page, compare_page, cluster_page, docs_page, sign_in,
 )  # fmt: skip
