@@ -34,7 +34,9 @@ STREAMS = "(events|stream)$"
 MOST_LISTED = 20
 SPECIFIED = "^/v1/(preview|studies|studies/preview|studies/{study}/(clone|imports|trials|trials/batch))$"
 MOVES = "^/v1/studies/{study}(/(pause|resume|stop|archive|unarchive))?$"
-RELATED = "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)|.*/(notes|seeds|stream|tell|verdict))$"
+RELATED = (
+    "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)|.*/(notes|seeds|stream|tell|verdict))$"
+)
 
 ODD = (0, -1, 2**31, 2**63, 10**30, 1e308, 1e-320, -0.0, "", "\0", "\ud800", "x" * 70, "../x", None, True, [], {}, [[]])
 """Values that something below might refuse: larger than a column, unwritable as text, of another type."""
