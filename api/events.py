@@ -20,6 +20,7 @@ from api.problems import responses
 from api.schemas import ActivityOut, EventOut, MeasurementOut
 from orchestrator import store
 from orchestrator.activity import list_activity
+from orchestrator.curves import list_measurements
 from orchestrator.lifecycle import OPEN_TRIALS
 from orchestrator.study import Study, Trial
 from worker.shape import FieldError
@@ -70,7 +71,7 @@ def read_curve(session: Session, heard: Heard, trial: Trial) -> News:
     # The state first: what a gang said before its trial ended was committed before that.
     state = store.get_trial(session, trial.study_id, trial.number).state
     doing = (state, *((a.id, a.phase, a.outcome) for a in store.list_attempts(session, trial.id)))
-    measured = store.list_measurements(session, trial.id, dict(heard.after))
+    measured = list_measurements(session, trial.id, dict(heard.after))
     after = dict(heard.after) | {each.attempt_id: each.measurement.number for each in measured}
     cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(after.items()))
     written = MEASURED.dump_json([MeasurementOut.of(each) for each in measured]).decode()

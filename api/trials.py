@@ -42,7 +42,7 @@ from api.schemas import (
     TrialSummary,
 )
 from api.submission import Asked, submit_batch
-from orchestrator import reopening, store
+from orchestrator import curves, reopening, store
 from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.detail import KEPT, Detail, get_detail
@@ -266,7 +266,7 @@ def list_measurements(study: StudyName, number: TrialNumber, database: DatabaseO
     """Everything that a trial's attempts measured, attempt by attempt."""
     with database.read() as session:
         trial = store.get_trial(session, store.get_study(session, study).id, number)
-        measured = store.list_measurements(session, trial.id)
+        measured = curves.list_measurements(session, trial.id)
     return Page(items=[MeasurementOut.of(progress) for progress in measured])
 
 

@@ -15,6 +15,7 @@ from optuna.trial import TrialState as OptunaState
 
 from orchestrator import store
 from orchestrator.caps import excess, refused_by
+from orchestrator.curves import list_curves
 from orchestrator.database import Database
 from orchestrator.errors import NotFound
 from orchestrator.lifecycle import OPEN_TRIALS, TrialState
@@ -246,7 +247,7 @@ class StudyView(ReadOnlyStorage):
             for start in range(0, len(wanted), CHUNK):
                 numbers = wanted[start : start + CHUNK]
                 trials += store.list_trials(session, study.id, numbers=numbers)
-                curves |= store.list_curves(session, study.id, OBJECTIVE, numbers)
+                curves |= list_curves(session, study.id, OBJECTIVE, numbers)
         distributions = self._distributions_of(study)
         fresh = {
             trial.number: (

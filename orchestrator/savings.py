@@ -7,9 +7,8 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from orchestrator.cost import Cost, cost_of
+from orchestrator.cost import Cost
 from orchestrator.lifecycle import RunState, TrialState
-from orchestrator.rows import gang_of
 from orchestrator.tables import RUNS, TRIALS
 
 
@@ -29,25 +28,25 @@ class Savings:
 def savings(session: Session, study_id: int, gpu_hour_dollars: float) -> Savings:
     """Of the study's trials as they are now: one that is promoted after all no longer counts."""
     of_study = TRIALS.c.study_id == study_id
-    gang = (TRIALS.c.spec["gang", "ranks"].as_integer().label("ranks"), TRIALS.c.spec["gang", "device"].as_string())
+    gang = TRIALS.c.spec["gang"].label("gang")
     refused = session.execute(
-        select(TRIALS.c.prediction, *gang).where(of_study, TRIALS.c.state == TrialState.INFEASIBLE)
+        select(TRIALS.c.prediction, gang).where(of_study, TRIALS.c.state == TrialState.INFEASIBLE)
     ).all()
     last = select(func.max(RUNS.c.id)).where(RUNS.c.trial_id == TRIALS.c.id).correlate(TRIALS).scalar_subquery()
     done = (TRIALS.c.result[name].as_float() for name in ("train_seconds", "steps", "tokens"))
     pruned = session.execute(
-        select(TRIALS.c.prediction, *gang, RUNS.c.state, RUNS.c.budget, RUNS.c.ranks.label("used"), *done)
+        select(TRIALS.c.prediction, gang, RUNS.c.state, RUNS.c.budget, RUNS.c.ranks.label("used"), *done)
         .join(RUNS, RUNS.c.id == last).where(of_study, TRIALS.c.state == TrialState.PRUNED)
     ).all()  # fmt: skip
     return Savings(
-        _sum(((_predicted(prediction), ranks, device) for prediction, ranks, device in refused), gpu_hour_dollars),
+        _sum(((_predicted(prediction), gang["ranks"], gang) for prediction, gang in refused), gpu_hour_dollars),
         len(refused),
         _sum(
             (
-                (_rest(budget, *reached), used, device)
+                (_rest(budget, *reached), used, gang)
                 if state == RunState.STOPPED
-                else (_predicted(prediction), ranks, device)
-                for prediction, ranks, device, state, budget, used, *reached in pruned
+                else (_predicted(prediction), gang["ranks"], gang)
+                for prediction, gang, state, budget, used, *reached in pruned
             ),
             gpu_hour_dollars,
         ),
@@ -55,9 +54,12 @@ def savings(session: Session, study_id: int, gpu_hour_dollars: float) -> Savings
     )
 
 
-def _sum(spared: Iterable[tuple[float, int, str]], gpu_hour_dollars: float) -> Cost:
-    costs = (cost_of({"train": seconds}, gang_of(ranks, device), gpu_hour_dollars) for seconds, ranks, device in spared)
-    return sum(costs, Cost())
+def _sum(spared: Iterable[tuple[float, int, dict[str, Any]]], gpu_hour_dollars: float) -> Cost:
+    seconds = gpu_seconds = 0.0
+    for each, ranks, gang in spared:
+        seconds += each
+        gpu_seconds += each * (ranks if gang["device"] == "gpu" else 0)
+    return Cost(seconds, gpu_seconds, gpu_seconds * gpu_hour_dollars / 3600)
 
 
 def _predicted(prediction: dict[str, Any]) -> float:

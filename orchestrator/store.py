@@ -16,17 +16,15 @@ from sqlalchemy import (
     Table,
     Text,
     bindparam,
-    exists,
     func,
     insert,
-    or_,
     select,
     text,
     update,
 )
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from orchestrator.errors import Conflict, IllegalMove, NotFound
 from orchestrator.lifecycle import (
@@ -39,9 +37,9 @@ from orchestrator.lifecycle import (
     TrialState,
     states_before,
 )
-from orchestrator.rows import attempt_of, gang_of, progress_of, run_of, study_of, trial_of
+from orchestrator.rows import attempt_of, gang_of, run_of, study_of, trial_of
 from orchestrator.shortening import Rung
-from orchestrator.study import Attempt, Event, NewStudy, NewTrial, Origin, Progress, Run, Study, Trial
+from orchestrator.study import Attempt, Event, NewStudy, NewTrial, Origin, Run, Study, Trial
 from orchestrator.tables import (
     EVENTS,
     RUNS,
@@ -51,7 +49,6 @@ from orchestrator.tables import (
     AttemptRow,
     Base,
     EventRow,
-    MeasurementRow,
     RunRow,
     StudyRow,
     TrialRow,
@@ -351,44 +348,6 @@ def list_attempts(session: Session, trial_id: int) -> tuple[Attempt, ...]:
         .join(RunRow, RunRow.id == AttemptRow.run_id).where(RunRow.trial_id == trial_id).order_by(AttemptRow.id)
     )  # fmt: skip
     return tuple(attempt_of(row, artifact) for row, artifact in session.execute(query))
-
-
-def list_measurements(session: Session, trial_id: int, after: Mapping[int, int] | None = None) -> tuple[Progress, ...]:
-    """What a trial's attempts measured, attempt by attempt, in the order in which their gangs said it.
-
-    `after` leaves out what the caller has: of each attempt that it names, the messages up to that number.
-    """
-    query = (
-        select(MeasurementRow, RunRow.id, RunRow.seed).join(AttemptRow, AttemptRow.id == MeasurementRow.attempt_id)
-        .join(RunRow, RunRow.id == AttemptRow.run_id).where(RunRow.trial_id == trial_id)
-        .order_by(MeasurementRow.attempt_id, MeasurementRow.number)
-    )  # fmt: skip
-    for attempt_id, number in (after or {}).items():
-        query = query.where(or_(MeasurementRow.attempt_id != attempt_id, MeasurementRow.number > number))
-    grouped: dict[tuple[int, int], tuple[list[MeasurementRow], int, int]] = {}
-    for row, run_id, seed in session.execute(query):
-        grouped.setdefault((row.attempt_id, row.number), ([], run_id, seed))[0].append(row)
-    return tuple(progress_of(rows, run_id, seed) for rows, run_id, seed in grouped.values())
-
-
-def list_curves(session: Session, study_id: int, name: str, numbers: Collection[int]) -> dict[int, dict[int, float]]:
-    """One metric by step, for each trial of these numbers that measured it: of its latest attempt that did, further
-    seeds aside."""
-    first = aliased(RunRow)
-    further = exists().where(first.trial_id == RunRow.trial_id, first.rung == RunRow.rung, first.id < RunRow.id)
-    query = (
-        select(TrialRow.number, MeasurementRow.attempt_id, MeasurementRow.step, MeasurementRow.value)
-        .join(AttemptRow, AttemptRow.id == MeasurementRow.attempt_id).join(RunRow, RunRow.id == AttemptRow.run_id)
-        .join(TrialRow, TrialRow.id == RunRow.trial_id)
-        .where(TrialRow.study_id == study_id, TrialRow.number.in_(numbers), MeasurementRow.name == name, ~further)
-        .order_by(MeasurementRow.attempt_id, MeasurementRow.number)
-    )  # fmt: skip
-    curves: dict[int, tuple[int, dict[int, float]]] = {}
-    for number, attempt_id, step, value in session.execute(query):
-        if number not in curves or curves[number][0] != attempt_id:
-            curves[number] = (attempt_id, {})
-        curves[number][1][step] = value
-    return {number: curve for number, (_, curve) in curves.items()}
 
 
 def list_events(session: Session, after: int = 0, study_id: int | None = None, limit: int = 1000) -> tuple[Event, ...]:

@@ -17,6 +17,7 @@ from api.desk import AskOut, LogLineIn, MeasurementIn, ReportIn, TellIn
 from api.work import work
 from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
+from orchestrator.curves import list_measurements
 from orchestrator.database import Database
 from orchestrator.doctor import examine
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
@@ -95,7 +96,7 @@ def test_an_executor_without_ray_or_database_drains_a_study(
         trials = store.list_trials(session, study.id)
         assert [trial.state for trial in trials] == [TrialState.COMPLETE] * trials_wanted
         attempts = [store.list_attempts(session, trial.id)[0] for trial in trials]
-        measured = [len(store.list_measurements(session, trial.id)) for trial in trials]
+        measured = [len(list_measurements(session, trial.id)) for trial in trials]
         logged = [list_lines(session, trial.id)[0].said.line.split(":")[0] for trial in trials]
         audits = session.scalars(select(AuditRow.action).order_by(AuditRow.id)).all()
     assert {(attempt.owner, attempt.gang) for attempt in attempts} == {("executor:lab", "lab")}
@@ -132,7 +133,7 @@ def test_a_report_sent_again_is_kept_once(caddie: Caddie, create: Callable[..., 
         assert caddie.report(asked, said).directive == "continue"
     with database.read() as session:
         trial = store.get_trial(session, store.get_study(session, "sharing").id, asked.trial)
-        assert len(store.list_measurements(session, trial.id)) == len(list_lines(session, trial.id)) == 1
+        assert len(list_measurements(session, trial.id)) == len(list_lines(session, trial.id)) == 1
         assert store.list_attempts(session, trial.id)[0].phase == "train"
 
 

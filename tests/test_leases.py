@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
+from orchestrator.curves import list_measurements
 from orchestrator.database import Database
 from orchestrator.errors import LeaseLost
 from orchestrator.leases import (
@@ -32,7 +33,6 @@ from orchestrator.store import (
     get_trial,
     list_attempts,
     list_events,
-    list_measurements,
     list_runs,
     move_study,
 )

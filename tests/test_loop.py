@@ -11,6 +11,7 @@ from sqlalchemy import select
 
 from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
+from orchestrator.curves import list_measurements
 from orchestrator.database import Database
 from orchestrator.launcher import Assignment
 from orchestrator.lifecycle import OPEN_TRIALS, Cause, Outcome, StudyState, TrialState
@@ -95,7 +96,7 @@ class Scene:
     def furthest(self) -> list[int]:
         """The last step measured, by trial."""
         with self.database.read() as session:
-            told = [store.list_measurements(session, trial.id) for trial in self.trials()]
+            told = [list_measurements(session, trial.id) for trial in self.trials()]
         return [each[-1].measurement.step if each else 0 for each in told]
 
     def submit(self, trial: NewTrial) -> Trial:
@@ -145,7 +146,7 @@ def test_a_study_runs_to_its_end_on_gangs_of_both_shapes(scene: Callable[..., Sc
             (attempt,) = store.list_attempts(session, trial.id)
             assert attempt.artifact is not None
             assert len(stage.artifacts.get(attempt.artifact)) == attempt.artifact.bytes
-            measured = [progress.measurement for progress in store.list_measurements(session, trial.id)]
+            measured = [progress.measurement for progress in list_measurements(session, trial.id)]
             assert [each.step for each in measured] == [1, 2, 3]
 
 
@@ -621,7 +622,7 @@ def test_proposals_climb_rungs_on_real_gangs_and_the_study_completes(scene: Call
         for trial in stage.trials():
             runs = store.list_runs(session, trial.id)
             assert [run.rung for run in runs] == [-2, -1, 0][: len(runs)]
-            steps.append(len(store.list_measurements(session, trial.id)))
+            steps.append(len(list_measurements(session, trial.id)))
     assert sorted(steps) in ([1, 1, 3, 6], [1, 3, 3, 6], [1, 1, 6, 6])
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator import leases, seeds, store
 from orchestrator.artifacts import ArtifactStore
+from orchestrator.curves import list_curves, list_measurements
 from orchestrator.database import Database
 from orchestrator.errors import IllegalMove
 from orchestrator.leases import claim, finish
@@ -236,8 +237,8 @@ def test_a_further_seeds_curve_is_not_the_trials(bench: Bench, new_trial: NewTri
         said = Measurement(number=1, step=5, elapsed_seconds=1.0, metrics={"val_bpb": 2.0})
         leases.record(session, claimed.lease, "train", [said], bench.now, TTL)
     with bench.database.read() as session:
-        assert store.list_curves(session, bench.study.id, "val_bpb", [0]) == {}
-        assert len(store.list_measurements(session, trial.id)) == 1
+        assert list_curves(session, bench.study.id, "val_bpb", [0]) == {}
+        assert len(list_measurements(session, trial.id)) == 1
 
 
 def test_trials_stand_by_the_mean_of_their_seeds_that_keep_the_caps(bench: Bench, new_trial: NewTrials) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy import insert, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from orchestrator.curves import list_measurements
 from orchestrator.database import Database
 from orchestrator.errors import IllegalMove, NotFound
 from orchestrator.leases import claim, finish, record
@@ -26,7 +27,6 @@ from orchestrator.store import (
     get_study,
     get_trial,
     list_attempts,
-    list_measurements,
     list_runs,
     list_trials,
     move_study,
