@@ -34,9 +34,30 @@ STREAMS = "(events|stream)$"
 MOST_LISTED = 20
 SPECIFIED = "^/v1/(preview|studies|studies/preview|studies/{study}/(clone|imports|trials|trials/batch))$"
 MOVES = "^/v1/studies/{study}(/(pause|resume|stop|archive|unarchive))?$"
-RELATED = "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)|.*/(notes|seeds|stream|tell|verdict))$"
+RELATED = (
+    "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)|.*/(notes|seeds|stream|tell|verdict))$"
+)
 
-ODD = (0, -1, 2**31, 2**63, 10**30, 1e308, 1e-320, -0.0, "", "\0", "\ud800", "x" * 70, "../x", None, True, [], {}, [[]])
+ODD: tuple[Any, ...] = (
+    0,
+    -1,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    1e-320,
+    -0.0,
+    "",
+    "\0",
+    "\ud800",
+    "x" * 70,
+    "../x",
+    None,
+    True,
+    [],
+    {},
+    [[]],
+)
 """Values that something below might refuse: larger than a column, unwritable as text, of another type."""
 
 
@@ -66,7 +87,9 @@ SPACES: st.SearchStrategy[Any] = st.dictionaries(
 
 def written(operation: str, body: dict[str, Any], result: dict[str, Any]) -> st.SearchStrategy[Any]:
     """A body as people write them, for an operation that takes a spec; `result` is one that was trained."""
-    optional = {"allow_duplicate": st.booleans()} if operation.endswith("/trials") else {}
+    optional: dict[str, st.SearchStrategy[Any]] = (
+        {"allow_duplicate": st.booleans()} if operation.endswith("/trials") else {}
+    )
     if operation.endswith("/batch"):
         return st.builds(
             lambda trials: {"trials": trials}, st.lists(written("/trials", {}, result), min_size=1, max_size=3)
@@ -138,7 +161,7 @@ class Answered:
             log.exception("unexpected: %s %s", scope.get("method"), scope.get("path"))
 
 
-def is_right(case: Case) -> bool:
+def is_right(case: Case[Any]) -> bool:
     """Whether the case was drawn as one that the document allows."""
     return case.meta is None or case.meta.generation.mode is GenerationMode.POSITIVE
 
@@ -156,18 +179,18 @@ def fuzz(
     schema.validate()
 
     @schema.hook
-    def flatmap_case(context: HookContext, case: Case) -> st.SearchStrategy[Case]:
+    def flatmap_case(context: HookContext, case: Case[Any]) -> st.SearchStrategy[Case[Any]]:
         if not (is_right(case) and isinstance(case.body, dict) and re.match(SPECIFIED, case.path)):
             return st.just(case)
 
-        def say(body: dict[str, Any]) -> Case:
+        def say(body: dict[str, Any]) -> Case[Any]:
             case.body = body
             return case
 
         return st.one_of(written(case.path, case.body, result).map(say), st.just(case))
 
     @schemathesis.hook
-    def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
+    def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -> None:
         if is_right(case) and case.path.startswith("/v1/attempts/"):
             lease = ended if case.path.endswith("/tell") else held
             case.path_parameters["attempt_id"] = lease.attempt_id

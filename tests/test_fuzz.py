@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from fuzzing import DOOMED, STUDY, TOKEN, configuration, fuzz
-from schemathesis.python import asgi
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 from sweep import Sweep, result_of
@@ -109,7 +109,7 @@ def test_whatever_is_sent_the_api_answers_as_declared_and_keeps_what_it_holds_wh
     documented = {f"{m.upper()} {path}" for path, methods in app.openapi()["paths"].items() for m in methods}
     assert set(statuses) == documented
     numbers = whole(database, sweep)
-    with asgi.get_client(app) as client:
+    with TestClient(app) as client:
         client.headers["Authorization"] = f"Bearer {TOKEN}"
         for study, trials in numbers.items():
             for path in (f"/studies/{study}", *(f"/studies/{study}/trials/{number}" for number in trials)):
