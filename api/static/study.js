@@ -61,7 +61,7 @@ function drawBytes({ fits, over, front }) {
     points(fits, { color: colour("accent"), size: 14 }, "is the best", (i) => i === best),
   ], {
     xaxis: { title: { text: "artifact bytes (model and code)" }, ...x },
-    yaxis: { title: { text: "BPB" }, tickformat: ".3f", range },
+    yaxis: { title: { text: "BPB" }, tickformat: ".4~f", range },
     shapes: [{ type: "line", x0: cap, x1: cap, y0: 0, y1: 1, yref: "paper", line: { color: colour("warn"), width: 1.5, dash: "dash" } }],
     annotations: [
       words(`cap ${cap.toLocaleString("en")}`, { x: wide ? Math.log10(cap) : cap, xanchor: "right", xshift: -5 }),
@@ -83,7 +83,7 @@ function drawCourse({ course, ...whole }) {
     },
   ], {
     xaxis: { title: { text: AXES[axis] }, ...(log ? { type: "log", ...decades(first, last) } : { rangemode: "tozero", tickformat: "~s" }) },
-    yaxis: { title: { text: "BPB" }, tickformat: ".3f" },
+    yaxis: { title: { text: "BPB" }, tickformat: ".4~f", nticks: 6 },
     uirevision: axis,
   });
 }
