@@ -26,7 +26,7 @@ class Ending:
     reason: str
     result: TrialResult | None = None
     cause: Cause | None = None
-    traceback: str = ""
+    traceback: str = field(default="", compare=False)
     """The last lines of a failure's, where there are any."""
 
 
