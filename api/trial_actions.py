@@ -48,8 +48,8 @@ def ask_for_seeds(
     study: StudyName, number: TrialNumber, form: FormOf, context: ContextOf, writer: WriterOf
 ) -> RedirectResponse:
     """Run the trial at the seeds of `seeds`, with commas or spaces between them, or at `count` of the study's own."""
-    seeds = _words(form.get("seeds", ""))
-    said: dict[str, Any] = {"seeds": seeds} if seeds else {"count": form.get("count", "")}
+    seeds = [_number(word) for word in _words(form.get("seeds", ""))]
+    said: dict[str, Any] = {"seeds": seeds} if seeds else {"count": _number(form.get("count", ""))}
     add_seeds(study, number, _read(SeedsIn, said), context, writer)
     return _back(study, number)
 
@@ -103,3 +103,8 @@ def _read(body: type[Body], said: dict[str, Any]) -> Body:
 
 def _back(study: str, number: int, place: str = "") -> RedirectResponse:
     return RedirectResponse(f"/studies/{study}/trials/{number}{place}", 303)
+
+
+def _number(text: str) -> int | str:
+    """What a form says, as the API would be sent it; text that is no number stays what it is, and is refused by name."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text

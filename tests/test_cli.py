@@ -682,7 +682,7 @@ def test_the_readmes_commands_exist_and_take_those_options() -> None:
 
 def test_the_readmes_submission_is_one_for_its_study(caddie: Run, url: str, tmp_path: Path) -> None:
     text, block = (ROOT / "README.md").read_text(), readme_studies()[0]
-    (line,) = re.findall(r"^caddie (submit .*)", text, re.MULTILINE)
+    (line,) = re.findall(r"^caddie (submit .*--set.*)", text, re.MULTILINE)
     (tmp_path / "study.yaml").write_text(block)
     assert caddie("study", "create", "study.yaml").code == 0
     said = caddie(*line.partition("#")[0].split())
