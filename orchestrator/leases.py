@@ -78,14 +78,10 @@ def claim(
     made, times, terms = _made(session, taken.id, trial.study_id)
     if purses is not None:
         purses.require(session, trial.study_id, terms, Kind.of(taken.rung, gang.ranks, taken.budget), now)
-    token = secrets.token_hex(16)
-    attempt_id = session.scalar(
-        insert(ATTEMPTS).values(
-            run_id=taken.id, number=made + 1, owner=owner, gang=name, phase="queue", phase_since=now, phase_seconds={},
-            queued_at=taken.queued_at, started_at=now, permanent=False, lease_token=token, lease_expires_at=now + ttl,
-        ).returning(ATTEMPTS.c.id)
+    lease = _open(
+        session, now + ttl, run_id=taken.id, number=made + 1, owner=owner, gang=name, queued_at=taken.queued_at,
+        phase_since=now, started_at=now,
     )  # fmt: skip
-    assert attempt_id is not None
     _start_trial(session, trial.id, now)
     spec = _spec_of(trial, taken.seed, Rung(taken.rung, BudgetConfig.model_validate(taken.budget), gang))
     again = trial.state == TrialState.COMPLETE  # a further seed of it
@@ -94,7 +90,16 @@ def claim(
         spec = _eased(spec, times)
         message += f", with micro-batches of {spec.data.micro_batch_sequences} sequences"
     add_event(session, trial.study_id, trial.number, "run.running" if again else "trial.running", message, now)
-    return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now, taken.rung)
+    return Claim(lease, taken.id, trial.id, trial.number, trial.study_id, spec, now, taken.rung)
+
+
+def _open(session: Session, expires_at: datetime, **values: Any) -> Lease:
+    """Add an attempt that is open under a new lease."""
+    token = secrets.token_hex(16)
+    opened = dict(phase="queue", phase_seconds={}, permanent=False, lease_token=token, lease_expires_at=expires_at)
+    attempt_id = session.scalar(insert(ATTEMPTS).values(**values, **opened).returning(ATTEMPTS.c.id))
+    assert attempt_id is not None
+    return Lease(attempt_id, token)
 
 
 def _start_trial(session: Session, trial_id: int, now: datetime) -> None:
