@@ -20,7 +20,7 @@ from orchestrator.errors import LeaseLost
 from orchestrator.lifecycle import OPEN_TRIALS, PERMANENT, UNCHARGED, Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.logs import add_last_words, add_lines, last_line
 from orchestrator.rows import run_of, study_of
-from orchestrator.shortening import Rung, shortened
+from orchestrator.shortening import Rung, eased, shortened
 from orchestrator.spending import Kind, Purses
 from orchestrator.store import add_event, insert_missing
 from orchestrator.study import AttemptResult, Claim, Lease, Resumed
@@ -87,7 +87,7 @@ def claim(
     again = trial.state == TrialState.COMPLETE  # a further seed of it
     message = f"Trial {trial.number}{f' at seed {taken.seed}' if again else ''} started, attempt {made + 1}"
     if times:
-        spec = _eased(spec, times)
+        spec = eased(spec, times)
         message += f", with micro-batches of {spec.data.micro_batch_sequences} sequences"
     add_event(session, trial.study_id, trial.number, "run.running" if again else "trial.running", message, now)
     return Claim(lease, taken.id, trial.id, trial.number, trial.study_id, spec, now, taken.rung)
@@ -96,8 +96,9 @@ def claim(
 def _open(session: Session, expires_at: datetime, **values: Any) -> Lease:
     """Add an attempt that is open under a new lease."""
     token = secrets.token_hex(16)
-    opened = dict(phase="queue", phase_seconds={}, permanent=False, lease_token=token, lease_expires_at=expires_at)
-    attempt_id = session.scalar(insert(ATTEMPTS).values(**values, **opened).returning(ATTEMPTS.c.id))
+    values |= {"phase": "queue", "phase_seconds": {}, "permanent": False}
+    values |= {"lease_token": token, "lease_expires_at": expires_at}
+    attempt_id = session.scalar(insert(ATTEMPTS).values(values).returning(ATTEMPTS.c.id))
     assert attempt_id is not None
     return Lease(attempt_id, token)
 
@@ -284,14 +285,6 @@ def expire(
     for attempt_id in sorted(lost):
         _settle(session, attempt_id, ended, now)
     return len(lost)
-
-
-def _eased(spec: TrialSpec, times: int) -> TrialSpec:
-    """The spec with its micro-batch halved so many times. A step's batch is the same, summed in smaller parts."""
-    data = spec.data
-    held = min(data.micro_batch_sequences, data.batch_sequences // spec.gang.ranks)
-    smaller = data.model_copy(update={"micro_batch_sequences": max(1, held // 2**times)})
-    return spec.model_copy(update={"data": smaller})
 
 
 def _lock(session: Session, *which: ColumnElement[bool]) -> Sequence[int]:
