@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 from fastapi import APIRouter, Request
 from markupsafe import Markup
-from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse, Response
 
 from api import diagnostics
 from api.bars import bytes_bar, curve_picture, measured_bytes, predicted_bytes
+from api.comparison import standing_of
 from api.context import Context, ContextOf, Now, StudyName, TrialNumber
 from api.differences import differences
 from api.pages import page
@@ -26,7 +26,7 @@ from orchestrator.activity import list_trial_events
 from orchestrator.errors import CaddieError
 from orchestrator.lifecycle import OPEN_RUNS, OPEN_TRIALS, TrialState
 from orchestrator.logs import Logged, list_lines
-from orchestrator.standing import ranked
+from orchestrator.standing import Standing, ranked, spread_of
 from orchestrator.study import Study, Trial
 from worker.report import LogLine
 from worker.shape import FieldError
@@ -81,10 +81,14 @@ def _facts(name: str, number: int, context: Context, now: datetime) -> dict[str,
         described = describe(session, study.name, trial, context)
         artifact = artifact_of(trial, store.list_attempts(session, trial.id))
         events = list_trial_events(session, study.id, number, 0, SHOWN_EVENTS)
-        leader, rival = _leaders(session, study, trial)
+        standings = seeds.list_standings(session, study.id, 2)
+    leader, rival = _leaders(standings, trial)
+    standing = standing_of(described)
+    interval, pooled = standing.interval(spread_of(standings))
     return {
         "study": study, "trial": described, "trial_id": trial.id, "live": trial.state in OPEN_TRIALS,
-        "leads": leader == number,
+        "leads": leader == number, "sample": standing.sample, "interval": interval, "pooled": pooled,
+        "over": standing.over,
         "rival": rival, "artifact": artifact, "events": events[::-1], "seen": events[-1].id if events else 0,
         "waits": any(run.state in OPEN_RUNS for run in described.runs), "lanes": attempt_lanes(described.runs, now),
         "verdict": _verdict(study, described, context), "spec_yaml": spec_yaml(trial.spec),
@@ -93,9 +97,9 @@ def _facts(name: str, number: int, context: Context, now: datetime) -> dict[str,
     }  # fmt: skip
 
 
-def _leaders(session: Session, study: Study, trial: Trial) -> tuple[int | None, int | None]:
+def _leaders(standings: Sequence[Standing], trial: Trial) -> tuple[int | None, int | None]:
     """The numbers of the study's best trial, and of the best that is not this one."""
-    best = [one.number for one in ranked(seeds.list_standings(session, study.id, 2)) if one.sample is not None]
+    best = [one.number for one in ranked(standings) if one.sample is not None]
     return next(iter(best), None), next((number for number in best if number != trial.number), None)
 
 

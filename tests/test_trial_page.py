@@ -200,6 +200,23 @@ def test_the_spec_is_a_file_that_says_exactly_what_was_trained(sweep: Sweep, url
     assert "python -m worker demo-2.yaml --out demo-2\ncaddie submit demo demo-2.yaml --allow-duplicate<" in shown
 
 
+def test_a_trial_of_several_seeds_shows_their_mean_and_every_seeds_score(sweep: Sweep, url: str) -> None:
+    one = httpx.get(f"{url}/studies/demo/trials/2").text
+    assert "one seed" in one and "±" not in one
+    with sweep.database.write() as session:
+        trial = store.get_trial(session, sweep.study.id, 2)
+        seeds.add_seed(session, sweep.study.id, trial.id, 42, sweep.now, origin="submitted", why="asked for")
+    sweep.claim(trial.spec.gang)  # what was queued first
+    assert trial.result is not None
+    sweep.finish(sweep.claim(trial.spec.gang), val_bpb=trial.result.val_bpb + 0.02)
+    shown = httpx.get(f"{url}/studies/demo/trials/2").text
+    hero, note = re.findall(r'<dd class="hero"[^>]*>(.*?)</dd>\s*<dd class="note">(.*?)</dd>', shown)[0]
+    assert hero == f"{trial.result.val_bpb + 0.01:.4f}"
+    assert re.match(rf"± 0\.\d{{4}}, mean of 2 seeds; its own {trial.result.val_bpb:.4f}, ", note)
+    cells = re.findall(r'succeeded</span></td><td class="n">([\d.]+)</td>', shown)
+    assert cells == [f"{trial.result.val_bpb:.4f}", f"{trial.result.val_bpb + 0.02:.4f}"]
+
+
 def test_attempts_lie_on_one_axis_as_long_as_the_longest(now: datetime) -> None:
     def attempt(number: int, outcome: Outcome | None, **seconds: float) -> Attempt:
         claimed = now + timedelta(minutes=number)
