@@ -1,6 +1,6 @@
 """The page of one trial, the part of it that changes, and its spec as a file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -25,7 +25,7 @@ from orchestrator import seeds, store
 from orchestrator.activity import list_trial_events
 from orchestrator.errors import CaddieError
 from orchestrator.lifecycle import OPEN_RUNS, OPEN_TRIALS, TrialState
-from orchestrator.logs import Logged, list_lines
+from orchestrator.logs import Logged, last_lines, list_lines
 from orchestrator.standing import Standing, ranked, spread_of
 from orchestrator.study import Study, Trial
 from worker.report import LogLine
@@ -43,8 +43,10 @@ def show_trial(request: Request, study: StudyName, number: TrialNumber, context:
     """A trial: how it shares, its curves, bytes, attempts and spec, and what can be done with it."""
     facts = _facts(study, number, context, now)
     with context.database.read() as session:
+        # The ends before the lines: what is said meanwhile comes in the stream, rather than never.
+        ends = last_lines(session, facts["trial_id"])
         logged = list_lines(session, facts["trial_id"], tail=SHOWN_LINES)
-    return page(request, "trial.html", base_url=request.base_url, **facts, **_log(logged, facts["lanes"]))
+    return page(request, "trial.html", base_url=request.base_url, **facts, **_log(logged, ends, facts["lanes"]))
 
 
 @router.get("/studies/{study}/trials/{number}/live")
@@ -113,13 +115,14 @@ def _verdict(study: Study, trial: TrialOut, context: Context) -> VerdictOut | No
         return None
 
 
-def _log(logged: Sequence[Logged], lanes: Sequence[AttemptLane]) -> dict[str, Any]:
-    """The end of what its attempts said, attempt by attempt, and the cursor after it."""
+def _log(logged: Sequence[Logged], ends: Mapping[int, int], lanes: Sequence[AttemptLane]) -> dict[str, Any]:
+    """The end of what its attempts said, attempt by attempt, and the cursor after all that they said."""
     names = {lane.attempt.id: f"seed {lane.run.seed}, attempt {lane.attempt.number}" for lane in lanes}
     log: dict[int, tuple[str, list[LogLine]]] = {}
     for one in logged:
         log.setdefault(one.attempt_id, (names.get(one.attempt_id, ""), []))[1].append(one.said)
-    cursor = ",".join(f"{attempt_id}:{lines[-1].number}" for attempt_id, (_, lines) in log.items())
+    read = {**ends, **{attempt_id: lines[-1].number for attempt_id, (_, lines) in log.items()}}
+    cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(read.items()))
     return {"log": log, "log_cursor": cursor}
 
 

@@ -14,10 +14,11 @@ from api.bars import bytes_bar, curve_picture, predicted_bytes
 from api.pictures import Loop, block_colour, loops, tying_picture
 from api.schemas import RunOut
 from api.timeline import attempt_lanes
+from api.trial_page import SHOWN_LINES
 from orchestrator import seeds, store
 from orchestrator.lifecycle import Outcome, RunState
 from orchestrator.logs import add_lines
-from orchestrator.study import Attempt, Run
+from orchestrator.study import Attempt, AttemptResult, Run
 from worker.recipes import read_yaml
 from worker.report import LogLine
 from worker.sharing import SharingConfig
@@ -157,6 +158,34 @@ def test_a_further_seed_of_a_complete_trial_is_followed(browser: Browser, sweep:
     assert browser.texts(".timeline .lane-name b") == ["seed 1337", "seed 42"]
     assert browser.until("document.querySelector('#chart .xtitle').textContent") == "seconds of training"
     assert browser.complaints() == []
+
+
+@pytest.mark.browser
+def test_a_log_goes_on_where_it_was_when_its_page_comes_back(browser: Browser, sweep: Sweep, url: str) -> None:
+    browser.show(f"{url}/studies/demo/trials/{RUNNING}")
+    browser.until("document.querySelector('#link.live') !== null")
+    log(sweep, sweep.running.lease.attempt_id, 1, 3)
+    browser.until("document.querySelectorAll('#log span').length == 3")
+    browser.driver.execute_script(
+        "window.dispatchEvent(new PageTransitionEvent('pagehide'));"
+        "window.dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))"
+    )
+    log(sweep, sweep.running.lease.attempt_id, 4, 5)
+    browser.until("document.querySelectorAll('#log span').length >= 5")
+    assert [line.split()[-1] for line in browser.texts("#log span")] == [f"<b>{n}</b>" for n in range(1, 6)]
+    assert browser.complaints() == []
+
+
+def test_a_log_goes_on_after_the_attempts_that_its_end_no_longer_shows(sweep: Sweep, url: str) -> None:
+    first = sweep.running.lease.attempt_id
+    log(sweep, first, 1, 3)
+    sweep.end(sweep.running, AttemptResult(Outcome.LOST, "its host is gone"))
+    sweep.claim(sweep.running.spec.gang)  # what was queued first
+    second = sweep.claim(sweep.running.spec.gang).lease.attempt_id
+    log(sweep, second, 1, SHOWN_LINES + 5)
+    text = httpx.get(f"{url}/studies/demo/trials/{RUNNING}").text
+    assert re.search(rf'data-after="{first}:\d+,{second}:{SHOWN_LINES + 5}"', text)
+    assert text.count("said &lt;b&gt;") == SHOWN_LINES
 
 
 def log(sweep: Sweep, attempt_id: int, first: int, last: int) -> None:
