@@ -16,6 +16,7 @@ import pytest
 from browser import Browser
 from crowds import crowd_of
 from selenium.webdriver.common.keys import Keys
+from sqlalchemy import update
 from sweep import Sweep, result_of
 
 from api.overview import BEST, MOST
@@ -23,8 +24,9 @@ from orchestrator import seeds, store
 from orchestrator.access import Role
 from orchestrator.audit import list_audits
 from orchestrator.database import Database
-from orchestrator.lifecycle import Outcome
+from orchestrator.lifecycle import Outcome, StudyState
 from orchestrator.study import AttemptResult, NewStudy, NewTrial
+from orchestrator.tables import StudyRow
 from orchestrator.tokens import create_token
 from worker.report import TrialResult
 
@@ -127,6 +129,26 @@ def test_a_study_that_is_stopped_can_only_be_archived(url: str) -> None:
     assert offered.findall(httpx.get(f"{url}/studies/demo").text) == ["/studies/demo/state/unarchive"]
     assert "/studies/demo" not in httpx.get(f"{url}/").text
     assert "/studies/demo" in httpx.get(f"{url}/?archived=true").text
+
+
+def test_a_study_that_is_complete_says_nothing_of_what_is_to_come(
+    small_database: Database, serve: Callable[..., str], new_study: Callable[..., NewStudy], now: datetime
+) -> None:
+    with small_database.write() as session:
+        study = store.create_study(session, new_study("demo").model_copy(update={"max_trials": 3}), now)
+    url = serve(small_database, dashboard=False)
+    going = httpx.get(f"{url}/studies/demo").text
+    assert "3 to come" in going and "will appear here" in going
+    with small_database.write() as session:
+        session.execute(update(StudyRow).values(proposed=3))
+        store.move_study(session, study.id, StudyState.COMPLETE, now, "all proposed trials are finished")
+    text = httpx.get(f"{url}/studies/demo").text
+    assert not re.search("to come</span>|will appear here|will make|yet", text)
+    offered = re.findall("/studies/demo/(?:state/[a-z]+|new)", text)
+    assert offered == ["/studies/demo/state/archive", "/studies/demo/new"]
+    with small_database.write() as session:
+        session.execute(update(StudyRow).values(proposed=2))
+    assert "/state/resume" in httpx.get(f"{url}/studies/demo").text
 
 
 def test_a_page_says_what_refusing_has_saved(url: str) -> None:

@@ -180,8 +180,9 @@ def test_a_log_goes_on_after_the_attempts_that_its_end_no_longer_shows(sweep: Sw
     first = sweep.running.lease.attempt_id
     log(sweep, first, 1, 3)
     sweep.end(sweep.running, AttemptResult(Outcome.LOST, "its host is gone"))
-    sweep.claim(sweep.running.spec.gang)  # what was queued first
-    second = sweep.claim(sweep.running.spec.gang).lease.attempt_id
+    again = sweep.claim(sweep.running.spec.gang)
+    assert again.trial_number == RUNNING
+    second = again.lease.attempt_id
     log(sweep, second, 1, SHOWN_LINES + 5)
     text = httpx.get(f"{url}/studies/demo/trials/{RUNNING}").text
     assert re.search(rf'data-after="{first}:\d+,{second}:{SHOWN_LINES + 5}"', text)
