@@ -20,7 +20,7 @@ from api.trials import describe
 from orchestrator import seeds, store
 from orchestrator.activity import latest_events
 from orchestrator.errors import NotFound
-from orchestrator.lifecycle import OPEN_TRIALS
+from orchestrator.lifecycle import OPEN_RUNS, OPEN_TRIALS
 from orchestrator.standing import Standing, ranked, spread_of
 from orchestrator.statistics import Spread
 from orchestrator.study import Study
@@ -115,7 +115,12 @@ def _side(study: Study, trial: TrialOut) -> Side:
         by_class = predicted_bytes(trial.spec, predicted.artifact_bytes, predicted.code_bytes)
         interval = (predicted.artifact_bytes_low, predicted.artifact_bytes_high)
     bar = Markup(bytes_bar(by_class, study.definition.cap_bytes, interval))
-    return Side(trial, trial.state in OPEN_TRIALS, Markup(picture), bar, by_class)
+    return Side(trial, _is_open(trial), Markup(picture), bar, by_class)
+
+
+def _is_open(trial: TrialOut) -> bool:
+    """Whether there is more to come of it: further seeds run while it is complete."""
+    return trial.state in OPEN_TRIALS or any(run.state in OPEN_RUNS for run in trial.runs)
 
 
 def _standing(trial: TrialOut) -> Standing:

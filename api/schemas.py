@@ -316,6 +316,7 @@ class ActivityOut(BaseModel):
     """What one open attempt is doing now, with the last metrics it gave."""
 
     trial: int
+    seed: int
     attempt_id: int
     gang: str | None
     phase: str

@@ -100,16 +100,24 @@ def _facts_now(session: Session, study: Study, context: Context, now: datetime) 
     planned = max(described.max_trials - described.proposed, 0)
     # What is in state s, with how many there are: lists are cut, counts are not.
     listed = {
-        state: [TrialSummary.of(trial) for trial in store.list_trials(session, study.id, states=(state,), limit=most)]
+        state: [
+            TrialSummary.of(trial)
+            for trial in store.list_trials(session, study.id, states=(state,), limit=SHOWN_TRIALS)
+        ]
         for state in STACK
         if state is not TrialState.COMPLETE and described.counts.get(state)
-        for most in (SHOWN if state is TrialState.RUNNING else SHOWN_TRIALS,)
+        if state is not TrialState.RUNNING
     }
+    gangs = list_activity(session, study.id)
+    numbers = {gang.trial for gang in gangs[:SHOWN]}
+    trained = {trial.number: TrialSummary.of(trial) for trial in store.list_trials(session, study.id, numbers=numbers)}
     return {
         "study": described,
         "moves": list(_moves(study)),
         "board": leaderboard(session, study, SHOWN),
-        "activity": {one.trial: one for one in list_activity(session, study.id)},
+        "gangs": [(gang, trained[gang.trial]) for gang in gangs[:SHOWN]],
+        "gangs_more": len(gangs[SHOWN:]),
+        "further_seeds": max(len(gangs) - described.counts.get(TrialState.RUNNING, 0), 0),
         "listed": listed,
         "stack": [(state.value, described.counts.get(state, 0)) for state in STACK],
         "planned": planned,

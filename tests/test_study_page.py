@@ -19,7 +19,7 @@ from selenium.webdriver.common.keys import Keys
 from sweep import Sweep, result_of
 
 from api.overview import BEST, MOST
-from orchestrator import store
+from orchestrator import seeds, store
 from orchestrator.access import Role
 from orchestrator.audit import list_audits
 from orchestrator.database import Database
@@ -86,6 +86,30 @@ def test_a_study_is_paused_and_resumed_by_buttons_that_ask_first(browser: Browse
         with sweep.database.read() as session:
             assert store.get_study(session, "demo").state == state
             assert list_audits(session, limit=1)[0].action == f"study.{move}"
+    assert browser.complaints() == []
+
+
+@pytest.mark.browser
+def test_a_further_seed_has_a_row_of_its_own_and_news_of_it_do_not_fetch_the_page(
+    browser: Browser, sweep: Sweep, url: str
+) -> None:
+    with sweep.database.write() as session:
+        trial = store.get_trial(session, sweep.study.id, 2)
+        seeds.add_seed(session, sweep.study.id, trial.id, 42, sweep.now, origin="submitted", why="asked for")
+    sweep.claim(trial.spec.gang)  # what was queued first
+    browser.show(f"{url}/studies/demo")
+    browser.until("document.querySelector('#link.live') !== null")
+    claim = sweep.claim(trial.spec.gang)
+    row = f"[data-attempt='{claim.lease.attempt_id}']"
+    browser.until(f'document.querySelector("{row}") !== null')
+    assert browser.texts(f"{row} .note") == ["seed 42 · 1 rank"]
+    assert "2 running, 1 further seed, 0 queued" in " ".join(browser.texts(".facts .note"))
+    fetched = "performance.getEntriesByType('resource').filter((one) => one.name.endsWith('/live')).length"
+    browser.until(f"(window.before = {fetched}) > 0")
+    for last in (3, 6, 9):
+        sweep.measure(claim, 1, last)
+        browser.until(f'document.querySelector("{row} progress").value == {last * 4 / 120}')
+    assert browser.driver.execute_script(f"return {fetched} - window.before") <= 1
     assert browser.complaints() == []
 
 
