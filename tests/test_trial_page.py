@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from browser import Browser
-from sweep import FAILED, QUEUED, RUNNING, Sweep
+from sweep import FAILED, INFEASIBLE, QUEUED, RUNNING, Sweep
 
 from api.bars import bytes_bar, curve_picture, predicted_bytes
 from api.pictures import Loop, block_colour, loops, tying_picture
@@ -228,6 +228,9 @@ def test_the_spec_is_a_file_that_says_exactly_what_was_trained(sweep: Sweep, url
     shown = httpx.get(f"{url}/studies/demo/trials/2").text
     assert f"curl -fsS -o demo-2.yaml {url}/studies/demo/trials/2/spec.yaml\n" in shown
     assert "python -m worker demo-2.yaml --out demo-2\ncaddie submit demo demo-2.yaml --allow-duplicate<" in shown
+    assert "train it again, at another seed." in shown
+    assert "train it again, as another trial." in httpx.get(f"{url}/studies/demo/trials/{QUEUED}").text
+    assert "caddie submit" not in httpx.get(f"{url}/studies/demo/trials/{INFEASIBLE}").text
 
 
 def test_a_trial_of_several_seeds_shows_their_mean_and_every_seeds_score(sweep: Sweep, url: str) -> None:
