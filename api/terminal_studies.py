@@ -47,7 +47,7 @@ def study_lines(study: StudyOut) -> list[str]:
     return [
         f"study {study.name}: {study.state}{f' ({study.reason})' if study.reason else ''}",
         f"  trials     {counts or 'none'}",
-        f"  search     {search}, {study.refused:,} refused; {study.submitted:,} submitted",
+        f"  search     {search}, {study.refused:,} points refused; {study.submitted:,} submitted",
         f"  best       {best}",
         *budget,
         f"  caps       {new.cap_bytes:,} bytes, {new.cap_train_seconds:,.0f} s to train",
