@@ -56,7 +56,7 @@ def trial_parts(trial: TrialOut) -> list[Grid | str]:
     notes = [line for note in trial.notes for line in note_lines(note)]
     attempts: list[Grid | str] = [attempts_table(trial)] if trial.runs else []
     attempts += [
-        f"attempt {attempt.id} {attempt.outcome}: {attempt.reason}"
+        f"attempt {attempt.number} (id {attempt.id}) {attempt.outcome}: {attempt.reason}"
         for run in trial.runs
         for attempt in run.attempts
         if attempt.reason
@@ -72,18 +72,18 @@ def note_lines(note: NoteOut) -> list[str]:
 def attempts_table(trial: TrialOut) -> Grid:
     """Every run of the trial with each attempt at it, in their order."""
     columns = (
-        Column("run", 6), Column("seed"), Column("rung", 5), Column("attempt"), Column("state", left=True),
+        Column("run", 6), Column("seed"), Column("rung", 5), Column("attempt"), Column("id"), Column("state", left=True),
         Column("BPB", 1), Column("seconds"), Column("dollars", 3), Column("gang", 4, left=True, cut=10),
     )  # fmt: skip
     rows = []
     for run in trial.runs:
         named = (str(run.id), str(run.seed), str(run.rung))
         if not run.attempts:
-            rows.append((*named, "–", run.state.value, "–", "–", "–", "–"))
+            rows.append((*named, "–", "–", run.state.value, "–", "–", "–", "–"))
         for attempt in run.attempts:
             scored = run.scores if attempt.outcome == "succeeded" else None
             rows.append((
-                *named, str(attempt.id), attempt.outcome or attempt.phase or "running",
+                *named, str(attempt.number), str(attempt.id), attempt.outcome or attempt.phase or "running",
                 bpb_text(scored.val_bpb if scored else None), f"{attempt.cost.seconds:,.1f}",
                 f"{attempt.cost.dollars:,.2f}",
                 attempt.gang or "–",
@@ -111,7 +111,7 @@ def measurements_table(measurements: Sequence[MeasurementOut]) -> Grid:
     """What was measured, a step a line; a column a metric."""
     names = list(dict.fromkeys(name for one in measurements for name in one.metrics))
     columns = (
-        Column("attempt", 2), Column("seed", 3), Column("step"), Column("seconds"),
+        Column("attempt id", 2), Column("seed", 3), Column("step"), Column("seconds"),
         *(Column(name, drop) for drop, name in enumerate(names, 4)),
     )  # fmt: skip
     cells = [
