@@ -20,6 +20,9 @@ def test_the_command_line_looks_for_the_api_where_it_listens() -> None:
     assert Settings.read({"CADDIE_PORT": "9000"}).url == "http://127.0.0.1:9000"
     assert Settings.read({"CADDIE_HOST": "0.0.0.0", "CADDIE_PORT": "9000"}).url == "http://127.0.0.1:9000"
     assert Settings.read({"CADDIE_URL": "http://caddie:1"}).url == "http://caddie:1"
+    for wrong in ("foo", "caddie:1", "http://", "ftp://caddie"):
+        with pytest.raises(FieldError, match="CADDIE_URL"):
+            Settings.read({"CADDIE_URL": wrong})
 
 
 @pytest.mark.parametrize(
