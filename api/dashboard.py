@@ -81,6 +81,7 @@ class Dashboard:
             except httpx.TransportError:  # it has just died, or was about to end
                 if not left:
                     raise
+                await self._give_up(client)
         kept = {name: answer.headers[name] for name in ANSWERED if name in answer.headers}
         return StreamingResponse(_body(answer), answer.status_code, kept)
 
@@ -101,6 +102,12 @@ class Dashboard:
                 transport = httpx.AsyncHTTPTransport(uds=socket)
                 self._client = httpx.AsyncClient(transport=transport, base_url="http://dashboard", timeout=300)
             return self._client
+
+    async def _give_up(self, client: httpx.AsyncClient) -> None:
+        """End the process of this client, unless another has taken its place."""
+        async with self._starting:
+            if self._client is client:
+                await self._end()
 
     async def _end(self) -> None:
         if self._client is not None:

@@ -1,5 +1,5 @@
-"""Ask and tell over HTTP, for executors that are not Ray: everything is safe to repeat, and nothing is written without
-the lease."""
+"""Ask and tell over HTTP, for executors that are not Ray: nothing is written without the lease, and what is written
+with it is safe to repeat. An ask is not: each gives out another run."""
 
 import base64
 import binascii
@@ -51,7 +51,7 @@ ExecutorsOf = Annotated[Executors, Depends(_executors)]
 def ask(study: StudyName, body: AskIn, executors: ExecutorsOf, principal: PrincipalOf) -> AskOut | Response:
     """A run of the study for this executor, under a lease: the first in line, or else a new proposal.
 
-    204: the study does not run, its budget or its proposals are used up, or what is left runs already.
+    Each ask gives out another run. One whose answer was lost goes back to the queue once its lease has run out. 204: the study does not run, its budget or its proposals are used up, or what is left runs already.
     """
     ttl = timedelta(seconds=body.lease_seconds)
     claim = executors.ask(study, body.gang, body.executor, ttl, _clock, principal.name)

@@ -100,8 +100,8 @@ def _read(session: Session, seen: tuple[tuple[tuple[int, int], ...], int | None]
     after, tail = dict(seen[0]), seen[1]
     # The state first: what a gang said before its trial ended was committed before that.
     over = store.get_trial(session, trial.study_id, trial.number).state not in OPEN_TRIALS
-    lines = list_lines(session, trial.id, after=after, tail=tail, limit=MAX_LINES)
     before = after if tail is None else last_lines(session, trial.id)
+    lines = list_lines(session, trial.id, after=after, tail=tail, limit=MAX_LINES)
     behind = sorted((before | {logged.attempt_id: logged.said.number for logged in lines}).items())
     cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in behind)
     news = [ServerSentEvent(data=[LogLineOut.of(logged) for logged in lines], id=cursor)] if lines else []

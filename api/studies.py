@@ -72,13 +72,10 @@ def get_study(study: StudyName, context: ContextOf, now: Now) -> StudyOut:
 def change_study(study: StudyName, body: StudyChange, writer: WriterOf) -> StudyOut:
     """Pause, resume or stop a study, or give it another budget or priority. All of the changes are made, or none."""
     with writer.write("study.change", f"studies/{study}") as session:
-        found = store.get_study(session, study)
         found = amend_study(
-            session, study, writer.now, max_trials=body.max_trials, priority=body.priority,
-            spending=None if body.spending is None else body.spending.over(found.definition.spending),
+            session, study, writer.now, state=body.state and StudyState(body.state), max_trials=body.max_trials,
+            priority=body.priority, spending=body.spending and body.spending.over,
         )  # fmt: skip
-        if body.state is not None and body.state != found.state:
-            found = store.move_study(session, found.id, StudyState(body.state), writer.now)
         described = describe(session, found, writer.now, Accounts())
     log.info("study %s was changed", study, extra={"study_id": found.id})
     return described

@@ -88,13 +88,16 @@ class Executors:
         self._expire(clock())
         desk = self._desk(found.id)
         with desk.lock:
-            while True:
-                claim = self._claim(desk, found, shape, name, ttl, clock(), actor)
-                if claim is not None:
-                    log.info("trial %d started on executor %s", claim.trial_number, name)
-                    return claim
-                if not self._provide(desk, found.name, shape, clock()):
-                    return None
+            try:
+                while (claim := self._claim(desk, found, shape, name, ttl, clock(), actor)) is None:
+                    if not self._provide(desk, found.name, shape, clock()):
+                        return None
+            except OverBudget as error:  # no other proposal would cost less
+                if error.final:
+                    desk.supply.stop(found, str(error), clock())
+                return None
+        log.info("trial %d started on executor %s", claim.trial_number, name)
+        return claim
 
     def report(
         self,
@@ -172,18 +175,14 @@ class Executors:
     def _claim(
         self, desk: _Desk, study: Study, gang: GangConfig, name: str, ttl: timedelta, now: datetime, actor: str
     ) -> Claim | None:
-        try:
-            with self._database.write() as session:
-                claim = leases.claim(
-                    session, gang, EXECUTOR + name, now, ttl, name=name, purses=desk.purses, study_id=study.id
-                )
-                if claim is not None:
-                    subject = f"studies/{study.name}/trials/{claim.trial_number}"
-                    add_audit(session, actor, "executor.ask", subject, now)
-        except OverBudget as error:
-            if error.final:
-                desk.supply.stop(study, str(error), now)
-            return None
+        """None where nothing waits for this gang. Raises OverBudget."""
+        with self._database.write() as session:
+            claim = leases.claim(
+                session, gang, EXECUTOR + name, now, ttl, name=name, purses=desk.purses, study_id=study.id
+            )
+            if claim is not None:
+                subject = f"studies/{study.name}/trials/{claim.trial_number}"
+                add_audit(session, actor, "executor.ask", subject, now)
         return claim
 
     def _provide(self, desk: _Desk, name: str, gang: GangConfig, now: datetime) -> bool:

@@ -20,7 +20,7 @@ from orchestrator.errors import LeaseLost
 from orchestrator.lifecycle import OPEN_TRIALS, PERMANENT, UNCHARGED, Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.logs import add_last_words, add_lines, last_line
 from orchestrator.rows import run_of, study_of
-from orchestrator.shortening import Rung, shortened
+from orchestrator.shortening import Rung, eased, shortened
 from orchestrator.spending import Kind, Purses
 from orchestrator.store import add_event, insert_missing
 from orchestrator.study import AttemptResult, Claim, Lease, Resumed
@@ -78,23 +78,29 @@ def claim(
     made, times, terms = _made(session, taken.id, trial.study_id)
     if purses is not None:
         purses.require(session, trial.study_id, terms, Kind.of(taken.rung, gang.ranks, taken.budget), now)
-    token = secrets.token_hex(16)
-    attempt_id = session.scalar(
-        insert(ATTEMPTS).values(
-            run_id=taken.id, number=made + 1, owner=owner, gang=name, phase="queue", phase_since=now, phase_seconds={},
-            queued_at=taken.queued_at, started_at=now, permanent=False, lease_token=token, lease_expires_at=now + ttl,
-        ).returning(ATTEMPTS.c.id)
+    lease = _open(
+        session, now + ttl, run_id=taken.id, number=made + 1, owner=owner, gang=name, queued_at=taken.queued_at,
+        phase_since=now, started_at=now,
     )  # fmt: skip
-    assert attempt_id is not None
     _start_trial(session, trial.id, now)
     spec = _spec_of(trial, taken.seed, Rung(taken.rung, BudgetConfig.model_validate(taken.budget), gang))
     again = trial.state == TrialState.COMPLETE  # a further seed of it
     message = f"Trial {trial.number}{f' at seed {taken.seed}' if again else ''} started, attempt {made + 1}"
     if times:
-        spec = _eased(spec, times)
+        spec = eased(spec, times)
         message += f", with micro-batches of {spec.data.micro_batch_sequences} sequences"
     add_event(session, trial.study_id, trial.number, "run.running" if again else "trial.running", message, now)
-    return Claim(Lease(attempt_id, token), taken.id, trial.id, trial.number, trial.study_id, spec, now, taken.rung)
+    return Claim(lease, taken.id, trial.id, trial.number, trial.study_id, spec, now, taken.rung)
+
+
+def _open(session: Session, expires_at: datetime, **values: Any) -> Lease:
+    """Add an attempt that is open under a new lease."""
+    token = secrets.token_hex(16)
+    values |= {"phase": "queue", "phase_seconds": {}, "permanent": False}
+    values |= {"lease_token": token, "lease_expires_at": expires_at}
+    attempt_id = session.scalar(insert(ATTEMPTS).values(values).returning(ATTEMPTS.c.id))
+    assert attempt_id is not None
+    return Lease(attempt_id, token)
 
 
 def _start_trial(session: Session, trial_id: int, now: datetime) -> None:
@@ -279,14 +285,6 @@ def expire(
     for attempt_id in sorted(lost):
         _settle(session, attempt_id, ended, now)
     return len(lost)
-
-
-def _eased(spec: TrialSpec, times: int) -> TrialSpec:
-    """The spec with its micro-batch halved so many times. A step's batch is the same, summed in smaller parts."""
-    data = spec.data
-    held = min(data.micro_batch_sequences, data.batch_sequences // spec.gang.ranks)
-    smaller = data.model_copy(update={"micro_batch_sequences": max(1, held // 2**times)})
-    return spec.model_copy(update={"data": smaller})
 
 
 def _lock(session: Session, *which: ColumnElement[bool]) -> Sequence[int]:

@@ -64,7 +64,7 @@ class Cause(StrEnum):
 STUDY_MOVES: dict[StudyState, frozenset[StudyState]] = {
     StudyState.RUNNING: frozenset({StudyState.PAUSED, StudyState.STOPPED, StudyState.COMPLETE}),
     StudyState.PAUSED: frozenset({StudyState.RUNNING, StudyState.STOPPED}),
-    StudyState.STOPPED: frozenset(),
+    StudyState.STOPPED: frozenset(),  # but for one that its own budget stopped, by another budget: see amendments
     StudyState.COMPLETE: frozenset({StudyState.RUNNING, StudyState.STOPPED}),
 }
 

@@ -86,3 +86,11 @@ def shortened(spec: TrialSpec, rung: Rung) -> TrialSpec:
             "objective": objective.model_copy(update={"nuclear_norm_every": steps(objective.nuclear_norm_every)}),
         }
     )
+
+
+def eased(spec: TrialSpec, times: int) -> TrialSpec:
+    """The spec with its micro-batch halved so many times. A step's batch is the same, summed in smaller parts."""
+    data = spec.data
+    held = min(data.micro_batch_sequences, data.batch_sequences // spec.gang.ranks)
+    smaller = data.model_copy(update={"micro_batch_sequences": max(1, held // 2**times)})
+    return spec.model_copy(update={"data": smaller})

@@ -184,10 +184,10 @@ def add_run(session: Session, trial: TrialRow, rung: Rung, now: datetime) -> Non
     )  # fmt: skip
 
 
-def reopen(session: Session, study_id: int, now: datetime) -> None:
-    """Let a complete study run on."""
+def reopen(session: Session, study_id: int, now: datetime, state: StudyState = StudyState.COMPLETE) -> None:
+    """Let a complete study run on, or one that is in this state."""
     name = session.scalar(
-        update(StudyRow).where(StudyRow.id == study_id, StudyRow.state == StudyState.COMPLETE)
+        update(StudyRow).where(StudyRow.id == study_id, StudyRow.state == state)
         .values(state=StudyState.RUNNING, reason=None, changed_at=now, archived_at=None).returning(StudyRow.name)
     )  # fmt: skip
     if name is not None:

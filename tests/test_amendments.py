@@ -1,7 +1,9 @@
 """What may change of a study over HTTP after it was created: state, budget, priority, archive; and clones of it."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import pytest
@@ -86,6 +88,61 @@ def test_a_stopped_study_gets_no_other_budget_and_can_be_archived(caddie: Caddie
     assert [study.name for study in caddie.studies(state=[StudyState.STOPPED])] == ["sweep"]
     assert caddie.studies(state=[StudyState.RUNNING]) == []
     assert refused(caddie, {"priority": 1}, "none") == (404, [])
+
+
+def test_a_study_that_its_budget_stopped_runs_again_where_another_gives_room(
+    caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]
+) -> None:
+    for _ in range(2):
+        track.submit(new_trial(origin="submitted"))
+    caddie.change_study("sweep", {"spending": {"gpu_hours": 1}})
+    track.end(track.claimed(), seconds=3600)
+    track.supply.stop(track.current(), "the budget of 1 GPU-hours is spent", track.now)
+    still = caddie.change_study("sweep", {"spending": {"gpu_hours": 0.5}})
+    assert (still.state, still.reason) == ("stopped", "the budget of 1 GPU-hours is spent")
+    assert refused(caddie, {"state": "running"}) == (409, ["state"])
+    again = caddie.change_study("sweep", {"spending": {"gpu_hours": 3}})
+    assert (again.state, again.reason, again.counts) == ("running", None, {"complete": 1, "cancelled": 1})
+    caddie.retry("sweep", 1)
+    track.claimed()
+
+
+def _at_once(*calls: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for done in [pool.submit(call) for call in calls]:
+            done.result()
+
+
+def test_changes_at_once_lose_none_of_each_other(caddie: Caddie) -> None:
+    for hours in (2, 3, 4):
+        _at_once(
+            lambda hours=hours: caddie.change_study("sweep", {"spending": {"gpu_hours": hours}}),
+            lambda hours=hours: caddie.change_study("sweep", {"spending": {"wall_hours": 10 + hours}}),
+            lambda hours=hours: caddie.change_study("sweep", {"spending": {"target_bpb": 1 + hours}}),
+        )
+        spending = caddie.study("sweep").definition.spending
+        assert (spending.gpu_hours, spending.wall_hours, spending.target_bpb) == (hours, 10 + hours, 1 + hours)
+
+
+def test_a_change_and_what_happens_to_trials_do_not_wait_for_one_another(
+    caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]
+) -> None:
+    changes: tuple[dict[str, Any], ...] = ({"priority": 3}, {"priority": 4}, {"priority": 5, "state": "stopped"})
+    for change in changes:
+        numbers = [track.submit(new_trial(origin="submitted")).number for _ in range(8)]
+
+        def cancel(number: int) -> None:
+            try:
+                caddie.cancel("sweep", number)
+            except ApiError as error:  # it was stopped first
+                assert error.status == 409
+
+        _at_once(
+            *[partial(cancel, number) for number in numbers[2:5]],
+            partial(caddie.change_study, "sweep", change),
+            *[partial(cancel, number) for number in numbers[5:]],
+        )
+    assert caddie.study("sweep").state == "stopped"
 
 
 def test_what_keeps_budgets_sees_another_one(caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]) -> None:

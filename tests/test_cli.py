@@ -511,6 +511,7 @@ def test_trials_are_compared_by_what_differs(caddie: Run, sweep: None) -> None:
     rows = [line.split() for line in caddie("compare", "sweep", "0", "1").out.splitlines()]
     assert ["sharing.lora.rank", "1", "2"] in rows
     assert not [row for row in rows if row[0] == "model.width"]
+    assert {"BPB,", "95", "Seeds"} <= {row[0] for row in rows}  # the page's lines
     assert "two to five" in caddie("compare", "sweep", "0").refusal(2)
 
 

@@ -295,3 +295,17 @@ def test_no_orchestrator_may_have_an_executors_name(database: Database) -> None:
 
     with pytest.raises(FieldError, match="CADDIE_OWNER"):
         Settings.read({"CADDIE_OWNER": "executor:lab"})
+
+
+def test_an_ask_over_the_budget_proposes_once_and_goes_on_when_a_run_has_ended(
+    caddie: Caddie, create: Callable[..., Study], trial_result: Callable[..., TrialResult]
+) -> None:
+    create(max_trials=20, spending={"gpu_hours": 1})
+    first = asked_by(caddie)
+    for _ in range(3):
+        assert caddie.ask("sharing", "lab") is None, "the first of its kind runs alone"
+        study = caddie.study("sharing")
+        assert (study.state, study.proposed) == ("running", 2)
+    caddie.put_artifact(first, MODEL)
+    caddie.tell(first, TellIn(outcome="succeeded", result=result_for(first.spec, trial_result)))
+    assert asked_by(caddie).trial == 1
