@@ -48,7 +48,7 @@ def test_a_wrong_variable_is_named_with_its_value_and_what_would_be_right(name: 
 def test_every_known_variable_is_read() -> None:
     numbers = {"CADDIE_PORT": "1", "CADDIE_RANKS": "1", "CADDIE_LEASE_SECONDS": "1", "CADDIE_LAUNCHER": "local"}
     numbers |= {"CADDIE_REQUESTS_PER_SECOND": "1", "CADDIE_ADMIN_TOKEN": "x" * 32}
-    numbers |= {"CADDIE_GPU_HOUR_DOLLARS": "1", "CADDIE_GRACE_SECONDS": "1"}
+    numbers |= {"CADDIE_GPU_HOUR_DOLLARS": "1", "CADDIE_GRACE_SECONDS": "1", "CADDIE_URL": "http://caddie"}
     default = Settings.read({})
     for name in KNOWN:
         assert Settings.read({name: numbers.get(name, "/elsewhere")}) != default, name
