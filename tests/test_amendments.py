@@ -134,8 +134,9 @@ def test_a_change_and_what_happens_to_trials_do_not_wait_for_one_another(
         def cancel(number: int) -> None:
             try:
                 caddie.cancel("sweep", number)
-            except ApiError as error:  # it was stopped first
-                assert error.status == 409
+            except ApiError as error:
+                if error.status != 409:  # it was stopped first
+                    raise
 
         _at_once(
             *[partial(cancel, number) for number in numbers[2:5]],
