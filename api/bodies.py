@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Va
 from api.context import STUDY_NAME
 from orchestrator.check import rest_problems
 from orchestrator.families import BLOCKS, FAMILIES, FAMILY, LAYERS, TYING
+from orchestrator.labels import MOST_TAGS
 from orchestrator.points import Domain, value_at
 from orchestrator.space import Parameter
 from orchestrator.study import (
@@ -259,13 +260,19 @@ class PreviewIn(SpecIn):
 
 
 Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._:/-]{0,63}$")]
-MOST_TAGS = 32
 
 
 class TagsIn(Input):
     """All the tags that a trial is to have."""
 
     tags: tuple[Tag, ...] = Field(max_length=MOST_TAGS)
+
+
+class TagsChange(Input):
+    """Tags to give a trial and to take from it; it keeps its others. One that is in both is taken."""
+
+    add: tuple[Tag, ...] = Field(default=(), max_length=MOST_TAGS)
+    remove: tuple[Tag, ...] = Field(default=(), max_length=MOST_TAGS)
 
 
 class SeedsIn(Input):

@@ -79,14 +79,17 @@ def _create_here(body: TokenIn) -> MadeTokenOut:
     from orchestrator.audit import add_audit
     from orchestrator.database import Database
     from orchestrator.errors import Conflict
-    from orchestrator.tokens import create_token
+    from orchestrator.tokens import create_token, require_admin
 
-    now, database = datetime.now(UTC), Database(Settings.read(os.environ).database_url)
+    now, settings = datetime.now(UTC), Settings.read(os.environ)
+    database = Database(settings.database_url)
     try:
         with database_errors():
             if database.is_sqlite:
                 database.migrate()
             with database.write() as session:
+                if settings.admin_token is None:
+                    require_admin(session, body.role, now)
                 token, text = create_token(session, body.name, body.role, now, body.end(now))
                 add_audit(session, "local", "token.create", f"tokens/{token.id}", now)
     except Conflict as taken:

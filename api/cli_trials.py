@@ -124,10 +124,12 @@ def tag(
 ) -> None:
     """Tag a trial, to find it by `caddie trial list --tag`."""
     with connect() as caddie:
-        found = caddie.trial(study, number).tags
-        wanted = {*found, *(tags or [])} - {*(remove or [])}
-        if wanted != {*found}:
-            found = caddie.tag(study, number, sorted(wanted))
+        changes = tags or remove
+        found = (
+            caddie.change_tags(study, number, add=tags or (), remove=remove or ())
+            if changes
+            else caddie.trial(study, number).tags
+        )
     answer(TagsOut(tags=found), as_json, *found)
 
 
@@ -170,7 +172,9 @@ def logs(
     number: TrialNumber,
     follow: Follow = False,
     tail: Annotated[int | None, typer.Option("--tail", "-n", help="Only the last lines.", min=0, max=1000)] = None,
-    attempt: Annotated[int | None, typer.Option(help="Only of the attempt of this id.")] = None,
+    attempt: Annotated[
+        int | None, typer.Option(help="Only of the attempt of this id, which `caddie trial` shows.")
+    ] = None,
     as_json: AsJsonLines = False,
 ) -> None:
     """What a trial's latest attempt has logged; with --follow, all of its attempts from the last lines on."""

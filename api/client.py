@@ -197,6 +197,11 @@ class Caddie(Connection):
         path, body = f"{_trials(study)}/{number}/tags", {"tags": list(tags)}
         return self._read("PUT", path, TagsOut, body=body, attempts=ATTEMPTS).tags
 
+    def change_tags(self, study: str, number: int, *, add: Sequence[str] = (), remove: Sequence[str] = ()) -> list[str]:
+        """Give the trial tags and take others from it; all that it then has."""
+        path, body = f"{_trials(study)}/{number}/tags", {"add": list(add), "remove": list(remove)}
+        return self._read("PATCH", path, TagsOut, body=body, attempts=ATTEMPTS).tags
+
     def notes(self, study: str, number: int) -> list[NoteOut]:
         return self._read("GET", f"{_trials(study)}/{number}/notes", Page[NoteOut]).items
 
@@ -222,7 +227,8 @@ class Caddie(Connection):
         return self._read("POST", f"{_trials(study)}/{number}/retry", TrialOut)
 
     def add_seeds(self, study: str, number: int, seeds: Sequence[int] = (), *, count: int = 0) -> list[RunOut]:
-        """Run a complete trial at these seeds, or at so many more of its study's list."""
+        """Run a complete trial at these seeds, or at so many more of its study's list. Not repeated: where only a
+        count is given, that would be so many more."""
         body = {"seeds": list(seeds)} if seeds else {"count": count}
         return self._read("POST", f"{_trials(study)}/{number}/seeds", Page[RunOut], body=body).items
 

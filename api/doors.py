@@ -176,7 +176,8 @@ def credential_of(scope: Scope, headers: Headers) -> Credential:
     cookie = Request(scope).cookies.get(cookie_name(scope))
     if cookie:
         return Credential("cookie", cookie)
-    raise unknown("send the header Authorization: Bearer <token>; the command line takes the token from CADDIE_TOKEN")
+    here = "; caddie token create NAME --role admin --local makes one" if is_loopback(address_of(scope)) else ""
+    raise unknown(f"send the header Authorization: Bearer <token>; caddie takes it from CADDIE_TOKEN{here}")
 
 
 def address_of(scope: Scope) -> str:

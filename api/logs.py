@@ -93,8 +93,8 @@ def _read(session: Session, seen: tuple[tuple[tuple[int, int], ...], int | None]
     """The lines that come next, in one event; an `end` once none of the trial's runs is open and all are read."""
     after, tail = dict(seen[0]), seen[1]
     over = is_over(session, trial)  # first: what a gang said before its run ended was committed before that
-    lines = list_lines(session, trial.id, after=after, tail=tail, limit=MAX_LINES)
     before = after if tail is None else last_lines(session, trial.id)
+    lines = list_lines(session, trial.id, after=after, tail=tail, limit=MAX_LINES)
     behind = sorted((before | {logged.attempt_id: logged.said.number for logged in lines}).items())
     cursor = write_cursor(dict(behind))
     news = [ServerSentEvent(data=[LogLineOut.of(logged) for logged in lines], id=cursor)] if lines else []

@@ -72,6 +72,12 @@ class StudyOut(BaseModel):
     created_at: datetime
     changed_at: datetime
 
+    @property
+    def to_come(self) -> int:
+        """How many more it may propose; none once it has ended."""
+        going = self.state in (StudyState.RUNNING, StudyState.PAUSED)
+        return max(self.max_trials - self.proposed, 0) if going else 0
+
     @classmethod
     def of(
         cls, study: Study, counts: Mapping[TrialState, int], best: Standing | None, account: "Account | None"
@@ -316,6 +322,7 @@ class ActivityOut(BaseModel):
     """What one open attempt is doing now, with the last metrics it gave."""
 
     trial: int
+    seed: int
     attempt_id: int
     gang: str | None
     phase: str

@@ -12,7 +12,7 @@ from api.context import Context, ContextOf, Now, StudyName, WriterOf
 from api.kept import Answer
 from api.overview import Overview, overview
 from api.pages import page
-from api.schemas import TrialSummary
+from api.schemas import StudyOut, TrialSummary
 from api.studies import (
     archive_study,
     describe,
@@ -97,19 +97,27 @@ def _overview(study: Study, context: Context, now: datetime, trials: int) -> Ans
 
 def _facts_now(session: Session, study: Study, context: Context, now: datetime) -> dict[str, Any]:
     described = describe(session, study, now, context.accounts)
-    planned = max(described.max_trials - described.proposed, 0)
+    planned = described.to_come
     # What is in state s, with how many there are: lists are cut, counts are not.
     listed = {
-        state: [TrialSummary.of(trial) for trial in store.list_trials(session, study.id, states=(state,), limit=most)]
+        state: [
+            TrialSummary.of(trial)
+            for trial in store.list_trials(session, study.id, states=(state,), limit=SHOWN_TRIALS)
+        ]
         for state in STACK
         if state is not TrialState.COMPLETE and described.counts.get(state)
-        for most in (SHOWN if state is TrialState.RUNNING else SHOWN_TRIALS,)
+        if state is not TrialState.RUNNING
     }
+    gangs = list_activity(session, study.id)
+    numbers = {gang.trial for gang in gangs[:SHOWN]}
+    trained = {trial.number: TrialSummary.of(trial) for trial in store.list_trials(session, study.id, numbers=numbers)}
     return {
         "study": described,
-        "moves": list(_moves(study)),
+        "moves": list(_moves(described)),
         "board": leaderboard(session, study, SHOWN),
-        "activity": {one.trial: one for one in list_activity(session, study.id)},
+        "gangs": [(gang, trained[gang.trial]) for gang in gangs[:SHOWN]],
+        "gangs_more": len(gangs[SHOWN:]),
+        "further_seeds": max(len(gangs) - described.counts.get(TrialState.RUNNING, 0), 0),
         "listed": listed,
         "stack": [(state.value, described.counts.get(state, 0)) for state in STACK],
         "planned": planned,
@@ -117,17 +125,18 @@ def _facts_now(session: Session, study: Study, context: Context, now: datetime) 
     }
 
 
-def _moves(study: Study) -> Iterator[Move]:
-    """What may be done with the study as it is."""
+def _moves(study: StudyOut) -> Iterator[Move]:
+    """What is offered to be done with the study as it is: one that is complete, and has proposed all that it may, would
+    be so again at once."""
     if study.archived_at is not None:
         yield "unarchive"
         return
-    to = STUDY_MOVES[study.state]
+    to, complete = STUDY_MOVES[study.state], study.state is StudyState.COMPLETE
     if StudyState.PAUSED in to:
         yield "pause"
-    if StudyState.RUNNING in to:
+    if StudyState.RUNNING in to and (not complete or study.proposed < study.max_trials):
         yield "resume"
-    if StudyState.STOPPED in to:
+    if StudyState.STOPPED in to and not complete:
         yield "stop"
     if study.state in (StudyState.STOPPED, StudyState.COMPLETE):
         yield "archive"

@@ -1,8 +1,9 @@
 """What the command line prints of trials, and of what they say."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from api.comparison import results
+from api.differences import side_by_side
 from api.lines import LogLineOut
 from api.schemas import EventOut, MeasurementOut, NoteOut, TrialOut, TrialSummary
 from api.tables import Column, Grid
@@ -55,7 +56,7 @@ def trial_parts(trial: TrialOut) -> list[Grid | str]:
     notes = [line for note in trial.notes for line in note_lines(note)]
     attempts: list[Grid | str] = [attempts_table(trial)] if trial.runs else []
     attempts += [
-        f"attempt {attempt.id} {attempt.outcome}: {attempt.reason}"
+        f"attempt {attempt.number} (id {attempt.id}) {attempt.outcome}: {attempt.reason}"
         for run in trial.runs
         for attempt in run.attempts
         if attempt.reason
@@ -71,18 +72,18 @@ def note_lines(note: NoteOut) -> list[str]:
 def attempts_table(trial: TrialOut) -> Grid:
     """Every run of the trial with each attempt at it, in their order."""
     columns = (
-        Column("run", 6), Column("seed"), Column("rung", 5), Column("attempt"), Column("state", left=True),
+        Column("run", 6), Column("seed"), Column("rung", 5), Column("attempt"), Column("id"), Column("state", left=True),
         Column("BPB", 1), Column("seconds"), Column("dollars", 3), Column("gang", 4, left=True, cut=10),
     )  # fmt: skip
     rows = []
     for run in trial.runs:
         named = (str(run.id), str(run.seed), str(run.rung))
         if not run.attempts:
-            rows.append((*named, "–", run.state.value, "–", "–", "–", "–"))
+            rows.append((*named, "–", "–", run.state.value, "–", "–", "–", "–"))
         for attempt in run.attempts:
             scored = run.scores if attempt.outcome == "succeeded" else None
             rows.append((
-                *named, str(attempt.id), attempt.outcome or attempt.phase or "running",
+                *named, str(attempt.number), str(attempt.id), attempt.outcome or attempt.phase or "running",
                 bpb_text(scored.val_bpb if scored else None), f"{attempt.cost.seconds:,.1f}",
                 f"{attempt.cost.dollars:,.2f}",
                 attempt.gang or "–",
@@ -92,39 +93,25 @@ def attempts_table(trial: TrialOut) -> Grid:
 
 def comparison_table(trials: Sequence[TrialOut]) -> Grid:
     """Trials side by side: what came of each, then the fields of their specs that are not the same in all."""
-    specs = [_flat(trial.spec.model_dump(mode="json")) for trial in trials]
-    names = list(dict.fromkeys(name for spec in specs for name in spec))
-    differing = [name for name in names if len({repr(spec.get(name)) for spec in specs}) > 1]
-    results: list[tuple[str, ...]] = [
+    rows: list[tuple[str, ...]] = [
         ("state", *(trial.state for trial in trials)),
-        ("BPB", *(bpb_text(trial.val_bpb) for trial in trials)),
-        ("before quantisation", *(bpb_text(trial.val_bpb_prequant) for trial in trials)),
-        ("bytes", *("–" if trial.artifact_bytes is None else f"{trial.artifact_bytes:,}" for trial in trials)),
-        ("parameters", *(f"{trial.parameters:,}" for trial in trials)),
-        ("seconds", *("–" if trial.train_seconds is None else f"{trial.train_seconds:,.1f}" for trial in trials)),
+        *((line.name, *line.texts) for line in results(trials, None)),
         ("tying map", *(tying_text(trial.tying_map) for trial in trials)),
     ]
+    rows += [
+        (line.path, *("–" if value is None else str(value) for value in line.values))
+        for line in side_by_side([trial.spec for trial in trials])
+        if line.differs
+    ]
     columns = (Column("", left=True, cut=16), *(Column(f"trial {trial.number}", cut=9) for trial in trials))
-    return Grid(columns, [*results, *((name, *(_value(spec.get(name)) for spec in specs)) for name in differing)])
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a spec by their dotted paths."""
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else {f"{prefix}{name}": inner}
-    return flat
-
-
-def _value(value: Any) -> str:
-    return "–" if value is None else str(value)
+    return Grid(columns, rows)
 
 
 def measurements_table(measurements: Sequence[MeasurementOut]) -> Grid:
     """What was measured, a step a line; a column a metric."""
     names = list(dict.fromkeys(name for one in measurements for name in one.metrics))
     columns = (
-        Column("attempt", 2), Column("seed", 3), Column("step"), Column("seconds"),
+        Column("attempt id", 2), Column("seed", 3), Column("step"), Column("seconds"),
         *(Column(name, drop) for drop, name in enumerate(names, 4)),
     )  # fmt: skip
     cells = [

@@ -9,8 +9,9 @@ from api.credentials import AuditOut, MadeTokenOut, MeOut, TokenIn, TokenOut
 from api.plain import PlainRoute
 from api.problems import responses
 from api.schemas import Page
+from orchestrator.access import LOCAL
 from orchestrator.audit import add_audit, list_audits
-from orchestrator.tokens import create_token, list_tokens, revoke_token
+from orchestrator.tokens import create_token, list_tokens, require_admin, revoke_token
 
 ADMINS = {"x-role": "admin"}
 router = APIRouter(route_class=PlainRoute, tags=["access"], responses=responses(422))
@@ -29,6 +30,8 @@ def create(body: TokenIn, writer: WriterOf, response: Response) -> MadeTokenOut:
     """Make a token. Its text is in this answer and never again."""
     # Not through `writer.write`: what is changed has its number only now.
     with writer.database.write() as session:
+        if writer.actor == LOCAL.name:
+            require_admin(session, body.role, writer.now)
         token, text = create_token(session, body.name, body.role, writer.now, body.end(writer.now))
         add_audit(session, writer.actor, "token.create", f"tokens/{token.id}", writer.now)
     response.headers["Cache-Control"] = "no-store"

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ValidationError
 from starlette.responses import RedirectResponse
 
-from api.bodies import NoteIn, SeedsIn, TagsIn
+from api.bodies import NoteIn, SeedsIn, TagsChange
 from api.context import ContextOf, StudyName, TrialNumber, WriterOf
 from api.forms import FormOf
 from api.trials import (
@@ -17,12 +17,10 @@ from api.trials import (
     add_trial_note,
     cancel_run,
     cancel_trial,
+    change_trial_tags,
     delete_trial_note,
     retry_trial,
-    tag_trial,
 )
-from orchestrator import store
-from orchestrator.labels import list_tags
 from worker.spec import InvalidSpec, problems_of
 
 router = APIRouter(prefix="/studies/{study}/trials/{number}", include_in_schema=False)
@@ -66,11 +64,8 @@ def cancel_seed(
 @router.post("/tags")
 def change_tags(study: StudyName, number: TrialNumber, form: FormOf, writer: WriterOf) -> RedirectResponse:
     """Add the tags of `add`, with commas or spaces between them, and take away the one of `remove`."""
-    with writer.database.read() as session:
-        trial = store.get_trial(session, store.get_study(session, study).id, number)
-        had = list_tags(session, [trial.id]).get(trial.id, ())
-    tags = [tag for tag in (*had, *_words(form.get("add", ""))) if tag != form.get("remove")]
-    tag_trial(study, number, _read(TagsIn, {"tags": list(dict.fromkeys(tags))}), writer)
+    said = {"add": _words(form.get("add", "")), "remove": _words(form.get("remove", ""))}
+    change_trial_tags(study, number, _read(TagsChange, said), writer)
     return _back(study, number)
 
 

@@ -1,17 +1,17 @@
 """The page of one trial, the part of it that changes, and its spec as a file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import yaml
 from fastapi import APIRouter, Request
 from markupsafe import Markup
-from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse, Response
 
 from api import diagnostics
 from api.bars import bytes_bar, curve_picture, measured_bytes, predicted_bytes
+from api.comparison import standing_of
 from api.context import Context, ContextOf, Now, StudyName, TrialNumber
 from api.differences import differences
 from api.pages import page
@@ -25,8 +25,8 @@ from orchestrator import seeds, store
 from orchestrator.activity import list_trial_events
 from orchestrator.errors import CaddieError
 from orchestrator.lifecycle import OPEN_RUNS, OPEN_TRIALS, TrialState
-from orchestrator.logs import Logged, list_lines
-from orchestrator.standing import ranked
+from orchestrator.logs import Logged, last_lines, list_lines
+from orchestrator.standing import Standing, ranked, spread_of
 from orchestrator.study import Study, Trial
 from worker.report import LogLine
 from worker.shape import FieldError
@@ -43,8 +43,10 @@ def show_trial(request: Request, study: StudyName, number: TrialNumber, context:
     """A trial: how it shares, its curves, bytes, attempts and spec, and what can be done with it."""
     facts = _facts(study, number, context, now)
     with context.database.read() as session:
+        # The ends before the lines: what is said meanwhile comes in the stream, rather than never.
+        ends = last_lines(session, facts["trial_id"])
         logged = list_lines(session, facts["trial_id"], tail=SHOWN_LINES)
-    return page(request, "trial.html", base_url=request.base_url, **facts, **_log(logged, facts["lanes"]))
+    return page(request, "trial.html", base_url=request.base_url, **facts, **_log(logged, ends, facts["lanes"]))
 
 
 @router.get("/studies/{study}/trials/{number}/live")
@@ -81,10 +83,14 @@ def _facts(name: str, number: int, context: Context, now: datetime) -> dict[str,
         described = describe(session, study.name, trial, context)
         artifact = artifact_of(trial, store.list_attempts(session, trial.id))
         events = list_trial_events(session, study.id, number, 0, SHOWN_EVENTS)
-        leader, rival = _leaders(session, study, trial)
+        standings = seeds.list_standings(session, study.id, 2)
+    leader, rival = _leaders(standings, trial)
+    standing = standing_of(described)
+    interval, pooled = standing.interval(spread_of(standings))
     return {
         "study": study, "trial": described, "trial_id": trial.id, "live": trial.state in OPEN_TRIALS,
-        "leads": leader == number,
+        "leads": leader == number, "sample": standing.sample, "interval": interval, "pooled": pooled,
+        "over": standing.over,
         "rival": rival, "artifact": artifact, "events": events[::-1], "seen": events[-1].id if events else 0,
         "waits": any(run.state in OPEN_RUNS for run in described.runs), "lanes": attempt_lanes(described.runs, now),
         "verdict": _verdict(study, described, context), "spec_yaml": spec_yaml(trial.spec),
@@ -93,9 +99,9 @@ def _facts(name: str, number: int, context: Context, now: datetime) -> dict[str,
     }  # fmt: skip
 
 
-def _leaders(session: Session, study: Study, trial: Trial) -> tuple[int | None, int | None]:
+def _leaders(standings: Sequence[Standing], trial: Trial) -> tuple[int | None, int | None]:
     """The numbers of the study's best trial, and of the best that is not this one."""
-    best = [one.number for one in ranked(seeds.list_standings(session, study.id, 2)) if one.sample is not None]
+    best = [one.number for one in ranked(standings) if one.sample is not None]
     return next(iter(best), None), next((number for number in best if number != trial.number), None)
 
 
@@ -109,13 +115,14 @@ def _verdict(study: Study, trial: TrialOut, context: Context) -> VerdictOut | No
         return None
 
 
-def _log(logged: Sequence[Logged], lanes: Sequence[AttemptLane]) -> dict[str, Any]:
-    """The end of what its attempts said, attempt by attempt, and the cursor after it."""
+def _log(logged: Sequence[Logged], ends: Mapping[int, int], lanes: Sequence[AttemptLane]) -> dict[str, Any]:
+    """The end of what its attempts said, attempt by attempt, and the cursor after all that they said."""
     names = {lane.attempt.id: f"seed {lane.run.seed}, attempt {lane.attempt.number}" for lane in lanes}
     log: dict[int, tuple[str, list[LogLine]]] = {}
     for one in logged:
         log.setdefault(one.attempt_id, (names.get(one.attempt_id, ""), []))[1].append(one.said)
-    cursor = ",".join(f"{attempt_id}:{lines[-1].number}" for attempt_id, (_, lines) in log.items())
+    read = {**ends, **{attempt_id: lines[-1].number for attempt_id, (_, lines) in log.items()}}
+    cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(read.items()))
     return {"log": log, "log_cursor": cursor}
 
 

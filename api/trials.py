@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from api.bodies import BatchIn, NoteIn, SeedsIn, Tag, TagsIn, TrialIn
+from api.bodies import BatchIn, NoteIn, SeedsIn, Tag, TagsChange, TagsIn, TrialIn
 from api.context import (
     LARGEST_ID,
     After,
@@ -48,7 +48,7 @@ from orchestrator.activity import list_activity, list_trial_events
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.detail import KEPT, Detail, get_detail
 from orchestrator.errors import NotFound
-from orchestrator.labels import add_note, delete_note, list_notes, list_tags, set_tags
+from orchestrator.labels import add_note, change_tags, delete_note, list_notes, list_tags, set_tags
 from orchestrator.ledger import ledger
 from orchestrator.lifecycle import TrialState
 from orchestrator.listing import Order, Place, Sort, Wanted, list_page, read_place
@@ -216,6 +216,15 @@ def tag_trial(study: StudyName, number: TrialNumber, body: TagsIn, writer: Write
         trial = store.get_trial(session, store.get_study(session, study).id, number)
         set_tags(session, trial.id, body.tags)
         tags = list_tags(session, [trial.id]).get(trial.id, ())
+    return TagsOut(tags=list(tags))
+
+
+@router.patch("/{number}/tags", responses=responses(400, 409, 415))
+def change_trial_tags(study: StudyName, number: TrialNumber, body: TagsChange, writer: WriterOf) -> TagsOut:
+    """Give the trial tags and take others from it, whatever others it has or is given meanwhile."""
+    with writer.write("trial.tag", f"studies/{study}/trials/{number}") as session:
+        trial = store.get_trial(session, store.get_study(session, study).id, number)
+        tags = change_tags(session, trial.id, body.add, body.remove)
     return TagsOut(tags=list(tags))
 
 

@@ -3,6 +3,7 @@
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -24,7 +25,18 @@ PATIENCE_SECONDS = 120.0
 """How long a server that goes away, to be updated say, is waited for."""
 FIRST_ENDED = 10
 """How many of the trials that had ended before are named."""
+KNOWN_IN_A_ROW = 2 * FIRST_ENDED
+"""So many endings that were shown already, latest first, leave none unseen: an ending may be seen after a later one."""
 LEADERS = 3
+
+
+@dataclass
+class Shown:
+    """Which endings were shown: by number and time, as a trial that is retried ends again."""
+
+    endings: set[tuple[int, datetime]] = field(default_factory=set)
+    since: datetime | None = None
+    """Those not after it are history. None before the first look."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +63,13 @@ def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:
 
     Where there is no terminal, each trial that ends is a line, and there is nothing else until the study ends.
     """
-    shown: set[tuple[int, str]] = set()
-    look = _look(caddie, name, shown)
+    shown = Shown()
+    look = look_at(caddie, name, shown)
     picture = Picture(console, look)
     live = Live(picture, console=console, transient=True) if console.is_terminal else None
     with live or nullcontext():
         while True:
             for trial in look.ended:
-                shown.add((trial.number, trial.state))
                 show(_ended_line(trial), console=console)
             picture.update(look)
             if look.is_last:
@@ -118,28 +129,43 @@ class Picture:
         return plain("; ".join([study.state, *said]))
 
 
-def _patiently(caddie: Caddie, name: str, shown: set[tuple[int, str]], picture: Picture) -> Look:
+def _patiently(caddie: Caddie, name: str, shown: Shown, picture: Picture) -> Look:
     """The next look, once the server answers again. Raises Unreachable where it has not for PATIENCE_SECONDS."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            return _look(caddie, name, shown)
+            return look_at(caddie, name, shown)
         except Unreachable as error:
             if time.monotonic() > deadline:
                 raise
             picture.away = str(error).partition(": ")[0]
 
 
-def _look(caddie: Caddie, name: str, shown: set[tuple[int, str]]) -> Look:
+def look_at(caddie: Caddie, name: str, shown: Shown) -> Look:
+    """What there is to show now. The first look takes only the latest of the endings before it."""
     study = caddie.study(name)  # first: what had ended then is among what is listed next
+    first, known = shown.since is None, 0
+    since = shown.since or datetime.min.replace(tzinfo=UTC)
     ended: list[TrialSummary] = []
-    for trial in caddie.iter_trials(name, sort="-finished_at", page_size=2 * FIRST_ENDED):
-        if trial.state in OPEN_TRIALS or (trial.number, trial.state) in shown:
+    for trial in caddie.iter_trials(name, sort="-finished_at", page_size=KNOWN_IN_A_ROW):
+        at = trial.finished_at
+        if at is None:
             break
-        if not shown and len(ended) == FIRST_ENDED:
+        if (trial.number, at) in shown.endings:
+            known += 1
+            if known == KNOWN_IN_A_ROW:  # here: the next would be another page
+                break
+            continue
+        if first and len(ended) == FIRST_ENDED:
+            since = at
+        if at <= since:
             break
         ended.append(trial)
-    return Look(study, ended[::-1], caddie.activity(name), caddie.leaderboard(name, LEADERS))
+        known = 0
+    found = Look(study, ended[::-1], caddie.activity(name), caddie.leaderboard(name, LEADERS))
+    shown.since = since
+    shown.endings |= {(trial.number, trial.finished_at) for trial in ended if trial.finished_at is not None}
+    return found
 
 
 def _ended_line(trial: TrialSummary) -> str:

@@ -15,6 +15,7 @@ class Activity:
     """One open attempt with its last measurement; `step` is None and `metrics` empty before the first."""
 
     trial: int
+    seed: int
     attempt_id: int
     gang: str | None
     phase: str
@@ -27,7 +28,8 @@ class Activity:
 def list_activity(session: Session, study_id: int) -> tuple[Activity, ...]:
     """The study's open attempts, by trial number."""
     open_attempts = session.execute(
-        select(AttemptRow.id, AttemptRow.gang, AttemptRow.phase, AttemptRow.started_at, TrialRow.number)
+        select(AttemptRow.id, AttemptRow.gang, AttemptRow.phase, AttemptRow.started_at, TrialRow.number,
+               RunRow.seed)
         .join(RunRow, RunRow.id == AttemptRow.run_id).join(TrialRow, TrialRow.id == RunRow.trial_id)
         .where(TrialRow.study_id == study_id, AttemptRow.outcome.is_(None)).order_by(TrialRow.number, AttemptRow.id)
     ).all()  # fmt: skip
@@ -45,7 +47,8 @@ def list_activity(session: Session, study_id: int) -> tuple[Activity, ...]:
         said.setdefault(measured.attempt_id, []).append(measured)
     return tuple(
         Activity(
-            trial=row.number, attempt_id=row.id, gang=row.gang, phase=row.phase, started_at=row.started_at,
+            trial=row.number, seed=row.seed, attempt_id=row.id, gang=row.gang, phase=row.phase,
+            started_at=row.started_at,
             step=said[row.id][0].step if row.id in said else None,
             elapsed_seconds=said[row.id][0].elapsed_seconds if row.id in said else None,
             metrics={measured.name: measured.value for measured in said.get(row.id, ())},

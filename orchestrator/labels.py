@@ -11,7 +11,7 @@ from orchestrator.errors import Conflict, NotFound
 from orchestrator.store import insert_missing
 from orchestrator.tables import NoteRow, TagRow, TrialRow
 
-MOST_NOTES = 100
+MOST_TAGS, MOST_NOTES = 32, 100
 """Of one trial."""
 
 
@@ -31,6 +31,19 @@ def set_tags(session: Session, trial_id: int, tags: Collection[str]) -> None:
     session.execute(delete(TagRow).where(TagRow.trial_id == trial_id, TagRow.tag.not_in(tags)))
     if tags:
         insert_missing(session, TagRow, [{"trial_id": trial_id, "tag": tag} for tag in sorted(set(tags))])
+
+
+def change_tags(session: Session, trial_id: int, add: Collection[str], remove: Collection[str]) -> tuple[str, ...]:
+    """Give a trial these tags, take those from it, and leave the others; all that it then has. A tag in both is taken.
+    Raises Conflict where that would be more than MOST_TAGS."""
+    _hold(session, trial_id)
+    session.execute(delete(TagRow).where(TagRow.trial_id == trial_id, TagRow.tag.in_(remove)))
+    if new := sorted({*add} - {*remove}):
+        insert_missing(session, TagRow, [{"trial_id": trial_id, "tag": tag} for tag in new])
+    tags = list_tags(session, [trial_id]).get(trial_id, ())
+    if len(tags) > MOST_TAGS:
+        raise Conflict("tags", len(tags), f"must stay at {MOST_TAGS} a trial: remove some first")
+    return tags
 
 
 def list_tags(session: Session, trial_ids: Sequence[int]) -> dict[int, tuple[str, ...]]:

@@ -85,6 +85,14 @@ def has_usable_token(session: Session, now: datetime) -> bool:
     return any(token.is_usable(now) for token in list_tokens(session))
 
 
+def require_admin(session: Session, role: Role, now: datetime) -> None:
+    """Raises FieldError for a token that would shut the door before there is an admin's token to open it."""
+    if role is not Role.ADMIN and not any(
+        token.role is Role.ADMIN and token.is_usable(now) for token in list_tokens(session)
+    ):
+        raise FieldError("role", role.value, "must be admin as long as no admin's token works: a token shuts the door")
+
+
 def digest(secret: str) -> str:
     """SHA-256, as the database keeps it."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from sqlalchemy import update
 from typer.main import get_command
 
 from api.bodies import StudyIn
@@ -31,6 +32,7 @@ from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome, StudyState
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import AttemptResult, Claim, NewStudy
+from orchestrator.tables import TrialRow
 from worker.recipes import load_recipe
 from worker.report import TrialResult
 from worker.spec import GangConfig, parse_spec
@@ -509,6 +511,7 @@ def test_trials_are_compared_by_what_differs(caddie: Run, sweep: None) -> None:
     rows = [line.split() for line in caddie("compare", "sweep", "0", "1").out.splitlines()]
     assert ["sharing.lora.rank", "1", "2"] in rows
     assert not [row for row in rows if row[0] == "model.width"]
+    assert {"BPB,", "95", "Seeds"} <= {row[0] for row in rows}  # the page's lines
     assert "two to five" in caddie("compare", "sweep", "0").refusal(2)
 
 
@@ -646,6 +649,26 @@ def test_without_a_terminal_a_watch_is_a_line_a_trial_and_one_at_the_end(
     assert first == "trial   0  complete   012012 LoRA 1 ranks 1    2.2500 BPB, 120,000 bytes"
     assert second.startswith("trial   1  cancelled  012012 LoRA 2 ranks 1")
     assert last == "study mine is running: 2 trials, the best trial 0 with 2.2500 BPB"
+
+
+def test_a_watch_shows_every_ending_once_in_whatever_order_they_are_seen(
+    caddie: Run, url: str, sqlite: Database, tmp_path: Path, now: datetime
+) -> None:
+    (tmp_path / "study.yaml").write_text("name: mine\nrecipe: laptop")
+    caddie("study", "create", "study.yaml")
+    for rank in (1, 2):
+        caddie("submit", "mine", "--set", f"sharing.lora.rank={rank}")
+
+    def end_the_first_before_the_second() -> None:
+        caddie("cancel", "mine", "0")
+        with sqlite.write() as session:
+            session.execute(update(TrialRow).where(TrialRow.number == 0).values(finished_at=now - timedelta(hours=1)))
+
+    again = [lambda: caddie("cancel", "mine", "1"), lambda: caddie("trial", "retry", "mine", "1")] * 2
+    out = io.StringIO()
+    with closing(Story(url, *again[:3], end_the_first_before_the_second)) as story:
+        watch_study(Console(file=out), story, "mine")
+    assert [line.split()[1] for line in out.getvalue().splitlines()[:-1]] == ["1", "1", "0"]
 
 
 # README.md

@@ -62,8 +62,8 @@ def test_the_best_is_marked_among_those_that_have_a_result(url: str) -> None:
     assert [bool(re.search("best", cell)) for cell in rows["BPB before quantisation"].split("</td>")[:3]].count(
         True
     ) == 1
-    assert "best" in rows["Artifact"].split("</td>")[0]
-    assert ">–" in rows["Artifact"].split("</td>")[1]
+    assert "best" in rows["Artifact bytes"].split("</td>")[0]
+    assert ">–" in rows["Artifact bytes"].split("</td>")[1]
     assert "best" not in rows["Parameters"]
     # Only what is within the caps has a mean.
     assert ">–" in rows["BPB, mean of seeds within the caps"].split("</td>")[2]

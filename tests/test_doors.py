@@ -291,8 +291,12 @@ def test_an_open_door_is_for_this_machine_and_shuts_with_the_first_token(
     assert httpx.post(f"{url}/v1/studies", json=study, headers={"Origin": url}).status_code == 201
     assert httpx.get(f"{url}/sign-in?next=/cluster").headers["location"] == "/cluster"
     with Caddie(url, token="") as local:
+        with pytest.raises(ApiError, match="must be admin") as early:
+            local.create_token({"name": "vera", "role": "viewer"})
+        assert early.value.status == 422
         local.create_token({"name": "anna", "role": "admin"})
     until(lambda: httpx.get(f"{url}/v1/me").status_code == 401, "the door to shut")
+    assert "--role admin --local" in httpx.get(f"{url}/v1/me").json()["detail"]
     assert httpx.get(f"{url}/healthz").status_code == 200
 
 
@@ -331,6 +335,8 @@ def test_a_cluster_gets_its_first_token_without_a_server_and_starts_with_it(
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "caddie token create" in refused.stderr
     Database(empty_database_url).migrate()
+    early = caddie("token", "create", "vera", "--role", "viewer", "--local")
+    assert early.returncode == 2 and "must be admin" in early.stderr
     made = caddie("token", "create", "anna", "--role", "admin", "--local")
     assert made.returncode == 0, made.stderr
     database = Database(empty_database_url)

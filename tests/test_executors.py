@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+from relay import Relay, canned
 from sqlalchemy import select, update
 
 from api.client import ApiError, Caddie
 from api.desk import AskOut, LogLineIn, MeasurementIn, ReportIn, TellIn
-from api.work import work
+from api.work import execute, work
 from orchestrator import leases, store
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.curves import list_measurements
@@ -49,8 +50,13 @@ def create(database: Database, new_study: Callable[..., NewStudy]) -> Callable[.
 
 
 @pytest.fixture
-def caddie(database: Database, serve: Callable[..., str], tmp_path: Path) -> Iterator[Caddie]:
-    with Caddie(serve(database, dashboard=False, artifacts=tmp_path / "artifacts")) as caddie:
+def address(database: Database, serve: Callable[..., str], tmp_path: Path) -> str:
+    return serve(database, dashboard=False, artifacts=tmp_path / "artifacts")
+
+
+@pytest.fixture
+def caddie(address: str) -> Iterator[Caddie]:
+    with Caddie(address) as caddie:
         yield caddie
 
 
@@ -104,6 +110,42 @@ def test_an_executor_without_ray_or_database_drains_a_study(
     assert (measured, logged) == ([4] * trials_wanted, ["data"] * trials_wanted)
     assert audits == ["executor.ask", "executor.artifact", "executor.tell"] * trials_wanted
     assert caddie.artifact("sharing", 0)
+
+
+@pytest.fixture
+def launcher(small_data_root: Path, tmp_path: Path) -> Iterator[LocalLauncher]:
+    launcher = LocalLauncher(tmp_path / "gangs", small_data_root, 1)
+    yield launcher
+    launcher.close()
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # what is between is no matter of the database
+def test_an_executor_keeps_what_it_trained_while_the_server_is_away(
+    address: str, caddie: Caddie, create: Callable[..., Study], launcher: LocalLauncher
+) -> None:
+    create(max_trials=1, base=override(load_recipe("laptop"), TINY))
+    asked = asked_by(caddie)
+    with (
+        Relay(address, canned=(canned("500 Internal Server Error"),) * 2, cuts=(0,) * 5) as relay,
+        Caddie(relay.url) as far,
+    ):
+        execute(far, asked, launcher, "lab", 60.0)
+    assert caddie.trial("sharing", asked.trial).state is TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_an_executor_that_is_not_let_in_hands_its_run_back_and_ends(
+    address: str, caddie: Caddie, create: Callable[..., Study], launcher: LocalLauncher
+) -> None:
+    create(max_trials=1, base=override(load_recipe("laptop"), TINY))
+    asked = asked_by(caddie)
+    with (
+        Relay(address, canned=(canned("401 Unauthorized"),)) as relay,
+        Caddie(relay.url) as far,
+        pytest.raises(ApiError),
+    ):
+        execute(far, asked, launcher, "lab", 60.0)
+    assert asked_by(caddie).run_id == asked.run_id
 
 
 def test_two_askers_never_get_the_same_run_and_a_study_without_more_answers_nothing(

@@ -13,7 +13,7 @@ from crowds import crowd_of
 from api.client import ApiError, Caddie
 from orchestrator.audit import list_audits
 from orchestrator.database import Database
-from orchestrator.labels import MOST_NOTES, add_note
+from orchestrator.labels import MOST_NOTES, MOST_TAGS, add_note
 from orchestrator.lifecycle import TrialState
 from orchestrator.listing import Order, Sort, read_place
 from orchestrator.store import get_study, get_trial
@@ -128,6 +128,18 @@ def test_tags_are_replaced_as_a_whole_and_shown_with_the_trial(caddie: Caddie, d
         assert {(audit.action, audit.subject) for audit in list_audits(session)} == {
             ("trial.tag", "studies/sweep/trials/0")
         }
+
+
+def test_tags_are_added_and_taken_whatever_others_there_are(caddie: Caddie, url: str) -> None:
+    caddie.tag("sweep", 0, ["hers", "old"])
+    assert caddie.change_tags("sweep", 0, add=["mine", "old"], remove=["old", "none"]) == ["hers", "mine"]
+    assert caddie.change_tags("sweep", 0) == ["hers", "mine"]
+    many = [f"t{number}" for number in range(MOST_TAGS - 1)]
+    with pytest.raises(ApiError, match="remove some first") as refused:
+        caddie.change_tags("sweep", 0, add=many)
+    assert refused.value.status == 409 and caddie.trial("sweep", 0).tags == ["hers", "mine"]
+    answer = httpx.patch(f"{url}{TRIALS}/0/tags", json={"add": ["A"]})
+    assert (answer.status_code, answer.json()["problems"][0]["field"]) == (422, "add.0")
 
 
 WRONG_TAGS = ["", "A", " a", "a b", "-a", "a\0", "é", "\ud800", "<b>", "a" * 65]

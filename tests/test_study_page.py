@@ -16,15 +16,17 @@ import pytest
 from browser import Browser
 from crowds import crowd_of
 from selenium.webdriver.common.keys import Keys
+from sqlalchemy import update
 from sweep import Sweep, result_of
 
 from api.overview import BEST, MOST
-from orchestrator import store
+from orchestrator import seeds, store
 from orchestrator.access import Role
 from orchestrator.audit import list_audits
 from orchestrator.database import Database
-from orchestrator.lifecycle import Outcome
+from orchestrator.lifecycle import Outcome, StudyState
 from orchestrator.study import AttemptResult, NewStudy, NewTrial
+from orchestrator.tables import StudyRow
 from orchestrator.tokens import create_token
 from worker.report import TrialResult
 
@@ -89,6 +91,30 @@ def test_a_study_is_paused_and_resumed_by_buttons_that_ask_first(browser: Browse
     assert browser.complaints() == []
 
 
+@pytest.mark.browser
+def test_a_further_seed_has_a_row_of_its_own_and_news_of_it_do_not_fetch_the_page(
+    browser: Browser, sweep: Sweep, url: str
+) -> None:
+    with sweep.database.write() as session:
+        trial = store.get_trial(session, sweep.study.id, 2)
+        seeds.add_seed(session, sweep.study.id, trial.id, 42, sweep.now, origin="submitted", why="asked for")
+    sweep.claim(trial.spec.gang)  # what was queued first
+    browser.show(f"{url}/studies/demo")
+    browser.until("document.querySelector('#link.live') !== null")
+    claim = sweep.claim(trial.spec.gang)
+    row = f"[data-attempt='{claim.lease.attempt_id}']"
+    browser.until(f'document.querySelector("{row}") !== null')
+    assert browser.texts(f"{row} .note") == ["seed 42 · 1 rank"]
+    assert "2 running, 1 further seed, 0 queued" in " ".join(browser.texts(".facts .note"))
+    fetched = "performance.getEntriesByType('resource').filter((one) => one.name.endsWith('/live')).length"
+    browser.until(f"(window.before = {fetched}) > 0")
+    for last in (3, 6, 9):
+        sweep.measure(claim, 1, last)
+        browser.until(f'document.querySelector("{row} progress").value == {last * 4 / 120}')
+    assert browser.driver.execute_script(f"return {fetched} - window.before") <= 1
+    assert browser.complaints() == []
+
+
 def test_a_study_that_is_stopped_can_only_be_archived(url: str) -> None:
     page = {"Accept": "text/html"}
     stopped = httpx.post(f"{url}/studies/demo/state/stop", headers=page)
@@ -103,6 +129,26 @@ def test_a_study_that_is_stopped_can_only_be_archived(url: str) -> None:
     assert offered.findall(httpx.get(f"{url}/studies/demo").text) == ["/studies/demo/state/unarchive"]
     assert "/studies/demo" not in httpx.get(f"{url}/").text
     assert "/studies/demo" in httpx.get(f"{url}/?archived=true").text
+
+
+def test_a_study_that_is_complete_says_nothing_of_what_is_to_come(
+    small_database: Database, serve: Callable[..., str], new_study: Callable[..., NewStudy], now: datetime
+) -> None:
+    with small_database.write() as session:
+        study = store.create_study(session, new_study("demo").model_copy(update={"max_trials": 3}), now)
+    url = serve(small_database, dashboard=False)
+    going = httpx.get(f"{url}/studies/demo").text
+    assert "3 to come" in going and "will appear here" in going
+    with small_database.write() as session:
+        session.execute(update(StudyRow).values(proposed=3))
+        store.move_study(session, study.id, StudyState.COMPLETE, now, "all proposed trials are finished")
+    text = httpx.get(f"{url}/studies/demo").text
+    assert not re.search("to come</span>|will appear here|will make|yet", text)
+    offered = re.findall("/studies/demo/(?:state/[a-z]+|new)", text)
+    assert offered == ["/studies/demo/state/archive", "/studies/demo/new"]
+    with small_database.write() as session:
+        session.execute(update(StudyRow).values(proposed=2))
+    assert "/state/resume" in httpx.get(f"{url}/studies/demo").text
 
 
 def test_a_page_says_what_refusing_has_saved(url: str) -> None:

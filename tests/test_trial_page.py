@@ -8,16 +8,17 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from browser import Browser
-from sweep import FAILED, QUEUED, RUNNING, Sweep
+from sweep import FAILED, INFEASIBLE, QUEUED, RUNNING, Sweep
 
 from api.bars import bytes_bar, curve_picture, predicted_bytes
 from api.pictures import Loop, block_colour, loops, tying_picture
 from api.schemas import RunOut
 from api.timeline import attempt_lanes
+from api.trial_page import SHOWN_LINES
 from orchestrator import seeds, store
 from orchestrator.lifecycle import Outcome, RunState
 from orchestrator.logs import add_lines
-from orchestrator.study import Attempt, Run
+from orchestrator.study import Attempt, AttemptResult, Run
 from worker.recipes import read_yaml
 from worker.report import LogLine
 from worker.sharing import SharingConfig
@@ -159,6 +160,35 @@ def test_a_further_seed_of_a_complete_trial_is_followed(browser: Browser, sweep:
     assert browser.complaints() == []
 
 
+@pytest.mark.browser
+def test_a_log_goes_on_where_it_was_when_its_page_comes_back(browser: Browser, sweep: Sweep, url: str) -> None:
+    browser.show(f"{url}/studies/demo/trials/{RUNNING}")
+    browser.until("document.querySelector('#link.live') !== null")
+    log(sweep, sweep.running.lease.attempt_id, 1, 3)
+    browser.until("document.querySelectorAll('#log span').length == 3")
+    browser.driver.execute_script(
+        "window.dispatchEvent(new PageTransitionEvent('pagehide'));"
+        "window.dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))"
+    )
+    log(sweep, sweep.running.lease.attempt_id, 4, 5)
+    browser.until("document.querySelectorAll('#log span').length >= 5")
+    assert [line.split()[-1] for line in browser.texts("#log span")] == [f"<b>{n}</b>" for n in range(1, 6)]
+    assert browser.complaints() == []
+
+
+def test_a_log_goes_on_after_the_attempts_that_its_end_no_longer_shows(sweep: Sweep, url: str) -> None:
+    first = sweep.running.lease.attempt_id
+    log(sweep, first, 1, 3)
+    sweep.end(sweep.running, AttemptResult(Outcome.LOST, "its host is gone"))
+    again = sweep.claim(sweep.running.spec.gang)
+    assert again.trial_number == RUNNING
+    second = again.lease.attempt_id
+    log(sweep, second, 1, SHOWN_LINES + 5)
+    text = httpx.get(f"{url}/studies/demo/trials/{RUNNING}").text
+    assert re.search(rf'data-after="{first}:\d+,{second}:{SHOWN_LINES + 5}"', text)
+    assert text.count("said &lt;b&gt;") == SHOWN_LINES
+
+
 def log(sweep: Sweep, attempt_id: int, first: int, last: int) -> None:
     said = [LogLine(number=n, elapsed_seconds=n / 2, line=f"said <b>{n}</b>") for n in range(first, last + 1)]
     with sweep.database.write() as session:
@@ -198,6 +228,26 @@ def test_the_spec_is_a_file_that_says_exactly_what_was_trained(sweep: Sweep, url
     shown = httpx.get(f"{url}/studies/demo/trials/2").text
     assert f"curl -fsS -o demo-2.yaml {url}/studies/demo/trials/2/spec.yaml\n" in shown
     assert "python -m worker demo-2.yaml --out demo-2\ncaddie submit demo demo-2.yaml --allow-duplicate<" in shown
+    assert "train it again, at another seed." in shown
+    assert "train it again, as another trial." in httpx.get(f"{url}/studies/demo/trials/{QUEUED}").text
+    assert "caddie submit" not in httpx.get(f"{url}/studies/demo/trials/{INFEASIBLE}").text
+
+
+def test_a_trial_of_several_seeds_shows_their_mean_and_every_seeds_score(sweep: Sweep, url: str) -> None:
+    one = httpx.get(f"{url}/studies/demo/trials/2").text
+    assert "one seed" in one and "±" not in one
+    with sweep.database.write() as session:
+        trial = store.get_trial(session, sweep.study.id, 2)
+        seeds.add_seed(session, sweep.study.id, trial.id, 42, sweep.now, origin="submitted", why="asked for")
+    sweep.claim(trial.spec.gang)  # what was queued first
+    assert trial.result is not None
+    sweep.finish(sweep.claim(trial.spec.gang), val_bpb=trial.result.val_bpb + 0.02)
+    shown = httpx.get(f"{url}/studies/demo/trials/2").text
+    hero, note = re.findall(r'<dd class="hero"[^>]*>(.*?)</dd>\s*<dd class="note">(.*?)</dd>', shown)[0]
+    assert hero == f"{trial.result.val_bpb + 0.01:.4f}"
+    assert re.match(rf"± 0\.\d{{4}}, mean of 2 seeds; its own {trial.result.val_bpb:.4f}, ", note)
+    cells = re.findall(r'succeeded</span></td><td class="n">([\d.]+)</td>', shown)
+    assert cells == [f"{trial.result.val_bpb:.4f}", f"{trial.result.val_bpb + 0.02:.4f}"]
 
 
 def test_attempts_lie_on_one_axis_as_long_as_the_longest(now: datetime) -> None:

@@ -95,11 +95,16 @@ function draw() {
   drawCourse(data);
 }
 
-/** What the gangs do now, put into the rows that are there. */
+/** What the gangs do now, put into the rows that are there. One that has no row is asked for once: of many, some have none. */
+const met = new Set();
 function showActivity(gangs) {
   for (const gang of gangs) {
-    const row = root.querySelector(`[data-trial="${gang.trial}"]`);
-    if (!row) { update(); continue; }
+    const row = root.querySelector(`[data-attempt="${gang.attempt_id}"]`);
+    if (!row) {
+      if (!met.has(gang.attempt_id)) update();
+      met.add(gang.attempt_id);
+      continue;
+    }
     row.querySelector("[data-phase]").textContent = gang.phase;
     if (gang.metrics.fraction !== undefined) row.querySelector("progress").value = gang.metrics.fraction;
     const loss = gang.metrics.val_bpb !== undefined ? ` · ${gang.metrics.val_bpb.toFixed(3)} BPB` : gang.metrics.train_loss !== undefined ? ` · loss ${gang.metrics.train_loss.toFixed(3)}` : "";

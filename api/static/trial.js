@@ -78,7 +78,7 @@ function nameOf(attempt) {
 }
 
 function followLog() {
-  const lines = follow(`${trials}/${trial}/logs/stream${log.dataset.after ? `?after=${log.dataset.after}` : ""}`, {
+  const lines = follow(`${trials}/${trial}/logs/stream?after=${log.dataset.after}`, {
     message: write,
     end: () => lines.close(),
   });
