@@ -170,7 +170,8 @@ def cluster_parts(cluster: ClusterOut) -> list[Grid | str]:
         Grid(columns, [_lane_row(lane) for lane in cluster.lanes]),
         *left_out,
         *[
-            f"{waiting.study}: {waiting.runs} runs wait for {waiting.shape.ranks} {waiting.shape.device}"
+            f"{waiting.study}: {waiting.runs} {'run waits' if waiting.runs == 1 else 'runs wait'} for"
+            f" {waiting.shape.ranks} {waiting.shape.device}"
             + ("" if waiting.waited_seconds is None else f", the longest for {seconds_text(waiting.waited_seconds)}")
             for waiting in cluster.queue
         ],

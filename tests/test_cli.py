@@ -524,6 +524,10 @@ JSON_TOO = (
 )  # fmt: skip
 
 
+def test_work_takes_a_device_for_ranks_alone(caddie: Run, sweep: None) -> None:
+    assert "--ranks" in caddie("work", "sweep", "--device", "gpu").refusal(2)
+
+
 def test_whatever_prints_data_prints_one_json_document_too(caddie: Run, sweep: None) -> None:
     for rank in (1, 2):
         caddie("submit", "sweep", "--set", f"sharing.lora.rank={rank}")
