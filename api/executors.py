@@ -51,7 +51,9 @@ ExecutorsOf = Annotated[Executors, Depends(_executors)]
 def ask(study: StudyName, body: AskIn, executors: ExecutorsOf, principal: PrincipalOf) -> AskOut | Response:
     """A run of the study for this executor, under a lease: the first in line, or else a new proposal.
 
-    Each ask gives out another run. One whose answer was lost goes back to the queue once its lease has run out. 204: the study does not run, its budget or its proposals are used up, or what is left runs already.
+    Each ask gives out another run. One whose answer was lost goes back to the queue once its lease has run out.
+
+    204: the study does not run, its budget or its proposals are used up, or what is left runs already.
     """
     ttl = timedelta(seconds=body.lease_seconds)
     claim = executors.ask(study, body.gang, body.executor, ttl, _clock, principal.name)
