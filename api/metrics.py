@@ -167,7 +167,8 @@ def _families(figures: Figures, gpu_hour_dollars: float) -> Iterator[Metric]:
         waited.add_metric((str(gang.ranks), gang.device), figures.waited_seconds.get(gang, 0.0))
     yield from (queued, waited)
     idle = GaugeMetricFamily(
-        "caddie_idle_share", "What gangs waited before attempts that ended in the last ten minutes, of what they held."
+        "caddie_idle_share",
+        "What ranks waited before attempts that ended in the last ten minutes, of the time they were held.",
     )
     if figures.idle_share is not None:
         idle.add_metric((), figures.idle_share)

@@ -188,6 +188,7 @@ def ray_up(tmp_path: Path, data_root: Path) -> Iterator[Up]:
     running.http.close()
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_an_attempt_outlives_its_orchestrator_but_not_its_ray(ray_up: Up) -> None:
     ray_up.post("/v1/studies", study("sweep", max_trials=0))

@@ -13,6 +13,18 @@ export function keep(attempts, measurements) {
   }
 }
 
+/** Keep all that a trial's attempts measured, page by page. */
+export async function keepAll(attempts, path) {
+  let next = null;
+  do {
+    const answer = await fetch(next === null ? path : `${path}?cursor=${next}`);
+    if (!answer.ok) return;
+    const page = await answer.json();
+    keep(attempts, page.items);
+    next = page.next;
+  } while (next !== null);
+}
+
 /** Of attempts by id: [seed, its attempts, the last of them last]. */
 export function bySeed(attempts) {
   const seeds = new Map();

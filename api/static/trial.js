@@ -1,6 +1,6 @@
 // A trial's page: the curves of its seeds beside the best other trial's as they grow, and the rest when its state changes.
 import { colour, onTheme } from "./charts.js";
-import { bySeed, chooseAxis, curves, drawCurves, inks, keep } from "./curves.js";
+import { bySeed, chooseAxis, curves, drawCurves, inks, keep, keepAll } from "./curves.js";
 import { follow, refresh, say, soon } from "./live.js";
 
 const { study, trial, rival, rivalIs } = document.getElementById("trial").dataset;
@@ -38,8 +38,7 @@ function draw() {
 }
 
 async function readRival() {
-  const answer = await fetch(`${trials}/${rival}/measurements`);
-  if (answer.ok) keep(other, (await answer.json()).items);
+  await keepAll(other, `${trials}/${rival}/measurements`);
   drawSoon();
 }
 
@@ -89,8 +88,7 @@ function followLog() {
 function followSeeds(seen) {
   following = true;
   const news = soon(async () => {
-    const answer = await fetch(`${trials}/${trial}/measurements`);
-    if (answer.ok) keep(own, (await answer.json()).items);
+    await keepAll(own, `${trials}/${trial}/measurements`);
     update();
   }, 500);
   follow(`/v1/studies/${encodeURIComponent(study)}/events?after=${seen}`, {
