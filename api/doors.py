@@ -7,6 +7,8 @@ so that a write with one must also come from our own pages and carry their token
 
 import asyncio
 import hmac
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
@@ -20,18 +22,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import pages
 from api.admission import Admission, Credential, Door, is_loopback
-from api.limits import MAX_STREAMS, STREAM, Rate, read_body
+from api.limits import BODY_BYTES, MAX_STREAMS, MAX_STREAMS_EACH, OPEN_BODY_BYTES, STREAM, Rate, read_body
 from api.problems import NotReady, Refusal, problem_of, respond
 from orchestrator.access import LOCAL, Principal, Role
 
 OPEN_PATHS = ("/healthz", "/readyz", "/sign-in")
 READING = ("GET", "HEAD")
+FORM = b"application/x-www-form-urlencoded"
 COOKIE, SECURE_COOKIE = "caddie_sign_in", "__Host-caddie_sign_in"
 HEADERS = (
     (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )  # fmt: skip
 Headers = Mapping[bytes, bytes]
+_CONTROL = re.compile(r"[\0-\x1f\x7f]")
 
 
 class Doors:
@@ -42,7 +46,7 @@ class Doors:
         self._admission = admission
         self._rate = Rate(door.requests_per_second)
         self._patience_seconds = door.patience_seconds
-        self._streams = 0
+        self._streams: Counter[str] = Counter()  # open ones, by whose they are
         listed = [
             (
                 route.path_regex,
@@ -76,15 +80,18 @@ class Doors:
 
     async def _enter(self, scope: Scope, receive: Receive) -> tuple[Credential | None, Receive]:
         """Let a request in: its state then says who it is of. Raises Refusal."""
-        headers: Headers = dict(scope["headers"])
+        headers: Headers = dict(reversed(scope["headers"]))  # the first of a name counts, as for the routes
         path: str = scope["path"]
+        if _CONTROL.search(path):  # a route would match with a newline at the end, and the door's own patterns not
+            raise Refusal("not-found", "there is no such path: it has a control character")
         writes = scope["method"] not in READING
         state: dict[str, Any] = scope.setdefault("state", {})
         state["principal"], state["csrf"] = None, ""
         credential = None
         by_browser = True  # rather than by a program, which no other site can make ask
-        if path.startswith("/assets/") or path in OPEN_PATHS:
-            pass
+        is_open_path = path.startswith("/assets/") or path in OPEN_PATHS
+        if is_open_path:
+            self._rate.take(f"from {address_of(scope)}")
         elif await self._admission.is_open():
             _require_local(scope, headers)
             state["principal"] = LOCAL
@@ -100,7 +107,8 @@ class Doors:
             self._require_role(principal, path, scope["method"])
         if writes and by_browser:
             _require_own_page(headers)
-        body, receive = await read_body(path, headers, receive, self._patience_seconds)
+        most = OPEN_BODY_BYTES if is_open_path else BODY_BYTES
+        body, receive = await read_body(path, headers, receive, self._patience_seconds, most)
         if writes and credential is not None and by_browser:
             _require_csrf(state["csrf"], headers, body)
         return credential, receive
@@ -126,8 +134,12 @@ class Doors:
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send, credential: Credential | None) -> None:
         """Let a stream run for as long as whoever opened it is known: nothing is sent to one who no longer is."""
-        if self._streams >= MAX_STREAMS:
-            many = Refusal("too-many-requests", f"{MAX_STREAMS} streams are open", {"Retry-After": "5"})
+        whose = "" if credential is None else scope["state"]["principal"].name
+        crowded = f"{MAX_STREAMS} streams are open" if self._streams.total() >= MAX_STREAMS else ""
+        if whose and self._streams[whose] >= MAX_STREAMS_EACH:
+            crowded = f"{whose} has {MAX_STREAMS_EACH} streams open, which is all that one token may have"
+        if crowded:
+            many = Refusal("too-many-requests", f"{crowded}: close one", {"Retry-After": "5"})
             await _refuse(scope, many)(scope, receive, send)
             return
         gone = asyncio.Event()
@@ -150,11 +162,12 @@ class Doors:
                 for wait in waits:
                     wait.cancel()
 
-        self._streams += 1
+        self._streams[whose] += 1
         try:
             await self._app(scope, receive_or_gone, send_to_known)
         finally:
-            self._streams -= 1
+            self._streams[whose] -= 1
+            self._streams += Counter()  # keeps those above zero
         if gone.is_set():
             if not started:
                 await _refuse(scope, unknown("what was shown is unknown, expired or revoked"))(scope, receive, send)
@@ -208,9 +221,15 @@ def _extra(route: Any) -> Mapping[str, Any]:
 def _require_local(scope: Scope, headers: Headers) -> None:
     """An open door is for this machine: not for who came through a proxy on it, and not for a page of another site,
     whose name was made to point at this machine. Raises Refusal."""
-    host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
-    if not is_loopback(host) or not is_loopback(address_of(scope)):
+    try:
+        host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
+    except ValueError:
+        host = ""
+    forwarded = any(name in (b"via", b"forwarded") or name.startswith(b"x-forwarded-") for name in headers)
+    if forwarded or not is_loopback(host) or not is_loopback(address_of(scope)):
         detail = "as long as there is no token, Caddie answers this machine alone, under the name localhost"
+        if forwarded:
+            detail += ", and nobody who comes through a proxy"
         raise Refusal("forbidden", f"{detail}: make one with caddie token create NAME --role admin --local")
 
 
@@ -219,15 +238,26 @@ def _require_own_page(headers: Headers) -> None:
     is not on https, may say its origin alone."""
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
     if site is None and origin is not None:
-        site = b"same-origin" if urlsplit(origin).netloc == headers.get(b"host") else b"cross-site"
+        site = b"same-origin" if _names_host(origin, headers.get(b"host", b"")) else b"cross-site"
     if site not in (None, b"same-origin", b"none"):
         raise Refusal("forbidden", "a page of another site may not write here")
 
 
+def _names_host(origin: bytes, host: bytes) -> bool:
+    try:
+        return urlsplit(origin.decode("latin-1")).netloc == host.decode("latin-1")
+    except ValueError:
+        return False
+
+
 def _require_csrf(expected: str, headers: Headers, body: bytes) -> None:
     sent = headers.get(b"x-csrf-token", b"")
-    if not sent and headers.get(b"content-type", b"").startswith(b"application/x-www-form-urlencoded"):
-        sent = parse_qs(body, max_num_fields=1000).get(b"csrf", [b""])[0]
+    if not sent and headers.get(b"content-type", b"").startswith(FORM):
+        try:
+            form = parse_qs(body.decode("latin-1"), max_num_fields=1000)
+        except ValueError as error:
+            raise Refusal("malformed-body", f"the body is not a form: {error}") from None
+        sent = form.get("csrf", [""])[0].encode("utf-8", "replace")
     if not hmac.compare_digest(sent, expected.encode()):
         raise Refusal(
             "forbidden", "send the page's csrf token: in the header X-CSRF-Token, or in the form's field csrf"

@@ -11,10 +11,12 @@ from starlette.types import Message, Receive
 from api.problems import Refusal
 
 BODY_BYTES = 2 << 20
+OPEN_BODY_BYTES = 16 << 10  # where nobody is asked who they are: a sign-in's form has 200
 LARGE_BODIES: tuple[tuple[re.Pattern[str], int], ...] = ((re.compile(r"/v1/attempts/[^/]+/artifact"), 256 << 20),)
 """Paths whose bodies are files: passed on as they come instead of being read first, and never parsed."""
 MAX_DEPTH = 32  # a spec has five levels
 MAX_STREAMS = 500
+MAX_STREAMS_EACH = 50  # of one token
 STREAM = re.compile(r"/v1/(?:studies/[^/]+/)?events|/v1/.*/stream")
 BURST_SECONDS = 2.0
 MOST_COUNTED = 10_000
@@ -38,12 +40,6 @@ class Rate:
             self._left.clear()
         self._left[who] = (left - 1.0, time.monotonic())
 
-    def check(self, who: str) -> None:
-        """Raises Refusal where `take` would; counts nothing."""
-        left = self._refilled(who)
-        if left < 1.0:
-            raise self._refusal(left)
-
     def _refilled(self, who: str) -> float:
         left, at = self._left.get(who, (self._burst, 0.0))
         return min(self._burst, left + (time.monotonic() - at) * self._per_second)
@@ -55,22 +51,26 @@ class Rate:
 
 
 async def read_body(
-    path: str, headers: Mapping[bytes, bytes], receive: Receive, seconds: float
+    path: str, headers: Mapping[bytes, bytes], receive: Receive, seconds: float, most: int = BODY_BYTES
 ) -> tuple[bytes, Receive]:
-    """The body, and a `receive` that gives it once more. Of a large body nothing is read: the bytes are empty, and
-    `receive` raises Refusal where too much comes, or nothing for so many seconds. Raises Refusal."""
+    """The body, of `most` bytes at most, and a `receive` that gives it once more. Of a large one nothing is read: the
+    bytes are empty, and `receive` raises Refusal where too much comes, or nothing for so many seconds. Raises Refusal.
+    """
     if b"content-length" not in headers and b"transfer-encoding" not in headers:
         return b"", receive
-    most = next((size for pattern, size in LARGE_BODIES if pattern.fullmatch(path)), None)
-    _require_length(headers, BODY_BYTES if most is None else most)
-    if most is not None:
-        return b"", _Pieces(receive, most, seconds)
+    large = next((size for pattern, size in LARGE_BODIES if pattern.fullmatch(path)), None)
+    _require_length(headers, large or most)
+    if large is not None:
+        return b"", _Pieces(receive, large, seconds)
     try:
         async with asyncio.timeout(seconds):
-            body, ended = await _read_whole(receive)
+            body, ended = await _read_whole(receive, most)
     except TimeoutError:
         raise _too_slow("the body", seconds) from None
-    require_shallow(body)
+    if b"\0" in body:  # UTF-16, in which brackets could not be counted; JSON and forms are UTF-8
+        raise Refusal("malformed-body", "the body must be UTF-8 without NUL")
+    if b"json" in headers.get(b"content-type", b"").lower():  # nothing else is ever parsed as JSON
+        require_shallow(body)
     again: list[Message] = [ended if ended is not None else {"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -81,8 +81,6 @@ async def read_body(
 
 def require_shallow(body: bytes) -> None:
     """Raises Refusal where JSON nests deeper than anything we read; the parser would recurse as deep as it does."""
-    if b"\0" in body:  # UTF-16, in which the brackets could not be counted; JSON and forms are UTF-8
-        raise Refusal("malformed-body", "the body must be UTF-8 without NUL")
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return
     depth = 0
@@ -120,7 +118,7 @@ class _Pieces:
         return message
 
 
-async def _read_whole(receive: Receive) -> tuple[bytes, Message | None]:
+async def _read_whole(receive: Receive, most: int) -> tuple[bytes, Message | None]:
     """The body, and the message that says so where its sender has gone."""
     pieces, size = [], 0
     while True:
@@ -129,8 +127,8 @@ async def _read_whole(receive: Receive) -> tuple[bytes, Message | None]:
             return b"", message
         pieces.append(message.get("body", b""))
         size += len(pieces[-1])
-        if size > BODY_BYTES:
-            raise _too_large(BODY_BYTES)
+        if size > most:
+            raise _too_large(most)
         if not message.get("more_body", False):
             return b"".join(pieces), None
 

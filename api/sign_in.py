@@ -20,9 +20,12 @@ router = APIRouter(include_in_schema=False)
 
 
 async def _visitor(request: Request, form: FormOf) -> Visitor | None:
-    """Whoever holds the token in the form."""
+    """Whoever holds the token in the form. Raises Refusal where they sign in all the time."""
     admission: Admission = request.app.state.admission
-    return await admission.admit(Credential("token", form.get("token", "").strip()), address_of(request.scope))
+    visitor = await admission.admit(Credential("token", form.get("token", "").strip()), address_of(request.scope))
+    if visitor is not None:
+        admission.sign_ins.take(visitor.principal.name)
+    return visitor
 
 
 @router.get("/sign-in")
@@ -79,6 +82,9 @@ def sign_out(request: Request, database: DatabaseOf) -> Response:
 
 def own_path(place: str) -> str:
     """A path of this server, or the first page for anything else: a link to the sign-in leads nowhere but here."""
-    parts = urlsplit(place)
+    try:
+        parts = urlsplit(place)
+    except ValueError:
+        return "/"
     plain = place.startswith("/") and not place.startswith(("//", "/\\")) and place.isprintable() and "\\" not in place
     return place if plain and not parts.scheme and not parts.netloc else "/"

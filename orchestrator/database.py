@@ -42,6 +42,7 @@ class Database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = _create_engine(self)
         self._writing = self.engine.execution_options(writing=True)
+        self._heads: set[str] | None = None
         # SQLite has one writer. Its own waiters ask again and again, and the last to come may be the first to get it.
         self._turn: AbstractContextManager[Any] = threading.Lock() if self.is_sqlite else nullcontext()
         self._reading = self.engine if self.is_sqlite else self.engine.execution_options(**READ_ONLY)
@@ -74,8 +75,9 @@ class Database:
     def needs_migration(self) -> bool:
         """Whether the schema is not at this version's head."""
         with self.engine.connect() as connection, alembic_config(connection) as config:
-            heads = set(ScriptDirectory.from_config(config).get_heads())
-            return set(MigrationContext.configure(connection).get_current_heads()) != heads
+            if self._heads is None:  # this version's: they are in its files, which need reading once
+                self._heads = set(ScriptDirectory.from_config(config).get_heads())
+            return set(MigrationContext.configure(connection).get_current_heads()) != self._heads
 
     def close(self) -> None:
         self.engine.dispose()

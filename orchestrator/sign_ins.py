@@ -9,19 +9,23 @@ import re
 import secrets
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, insert
+from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from orchestrator.tables import SignInRow
 from orchestrator.tokens import digest
 
 SIGN_IN_DAYS = 7
-_WRITTEN = re.compile(r"(\d{1,9})_([A-Za-z0-9_-]{43})")
+MOST_SIGN_INS = 100  # of one token: programs send the token itself
+WRITTEN = re.compile(r"(\d{1,9})_([A-Za-z0-9_-]{43})")
 
 
 def open_sign_in(session: Session, token_sha256: str, now: datetime) -> str:
-    """A new cookie for whoever has shown the token of this SHA-256. Clears away what has run out."""
+    """A new cookie for whoever has shown the token of this SHA-256. Clears away what has run out, and the oldest where
+    the token has MOST_SIGN_INS."""
     session.execute(delete(SignInRow).where(SignInRow.expires_at <= now))
+    of_token = select(SignInRow.id).where(SignInRow.token_sha256 == token_sha256).order_by(SignInRow.id.desc())
+    session.execute(delete(SignInRow).where(SignInRow.id.in_(of_token.offset(MOST_SIGN_INS - 1))))
     secret = secrets.token_urlsafe(32)
     values = {
         "sha256": digest(secret), "token_sha256": token_sha256, "expires_at": now + timedelta(days=SIGN_IN_DAYS)
@@ -44,7 +48,7 @@ def close_sign_in(session: Session, cookie: str) -> None:
 
 
 def _row(session: Session, cookie: str) -> SignInRow | None:
-    parts = _WRITTEN.fullmatch(cookie)
+    parts = WRITTEN.fullmatch(cookie)
     row = session.get(SignInRow, int(parts[1])) if parts is not None else None
     if parts is None or row is None or not hmac.compare_digest(row.sha256, digest(parts[2])):
         return None

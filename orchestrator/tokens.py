@@ -7,18 +7,18 @@ import re
 import secrets
 from datetime import datetime, timedelta
 
-from sqlalchemy import insert, or_, select, update
+from sqlalchemy import delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from orchestrator.access import NAME, Role, Token
 from orchestrator.errors import Conflict, NotFound
-from orchestrator.tables import TokenRow
+from orchestrator.tables import SignInRow, TokenRow
 from worker.shape import FieldError
 
 RESERVED = ("environment", "local")  # what the audit calls CADDIE_ADMIN_TOKEN, and an open door
 USE_NOTED = timedelta(minutes=1)
-_WRITTEN = re.compile(r"caddie_(\d{1,9})_([A-Za-z0-9_-]{43})")
+WRITTEN = re.compile(r"caddie_(\d{1,9})_([A-Za-z0-9_-]{43})")
 
 
 def create_token(
@@ -46,18 +46,19 @@ def list_tokens(session: Session, after: int = -1, limit: int | None = None) -> 
 
 
 def revoke_token(session: Session, token_id: int, now: datetime) -> Token:
-    """Make a token worthless, for good. Again changes nothing. Raises NotFound."""
+    """Make a token worthless, for good, and clear its sign-ins away. Again changes nothing. Raises NotFound."""
     changed = update(TokenRow).where(TokenRow.id == token_id, TokenRow.revoked_at.is_(None)).values(revoked_at=now)
     session.execute(changed)
     row = session.get(TokenRow, token_id)
     if row is None:
         raise NotFound("token", token_id)
+    session.execute(delete(SignInRow).where(SignInRow.token_sha256 == row.sha256))
     return _token_of(row)
 
 
 def find_token(session: Session, written: str) -> Token | None:
     """The token that was handed out as this text, whether or not it still is usable. Compared in constant time."""
-    parts = _WRITTEN.fullmatch(written)
+    parts = WRITTEN.fullmatch(written)
     row = session.get(TokenRow, int(parts[1])) if parts is not None else None
     if parts is None or row is None or not hmac.compare_digest(row.sha256, digest(parts[2])):
         return None

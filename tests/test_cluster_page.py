@@ -61,7 +61,7 @@ def test_a_window_is_any_of_a_week(url: str) -> None:
 def test_the_axis_has_few_marks_at_whole_times(minutes: int, marks: list[str], now: datetime) -> None:
     cluster = Cluster(
         since=now - timedelta(minutes=minutes), until=now, lanes=(), lanes_left_out=0, attempts=0, truncated=False,
-        joined_seconds=0.0, busy_seconds=0.0, idle_seconds=0.0, ranks_in_use={}, queue=(),
+        joined_seconds=0.0, busy_seconds=0.0, idle_seconds=0.0, idle_share=None, ranks_in_use={}, queue=(),
     )  # fmt: skip
     found = list(_marks(cluster))
     assert [name for _, name in found] == marks

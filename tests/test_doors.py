@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from api.admission import Door
 from api.client import ApiError, Caddie
+from api.limits import MAX_STREAMS_EACH
 from api.sign_in import own_path
 from api.up import require_door
 from orchestrator.access import Role
@@ -24,7 +25,7 @@ from orchestrator.database import Database
 from orchestrator.errors import Conflict, NotFound
 from orchestrator.journal import Journal
 from orchestrator.settings import Settings
-from orchestrator.sign_ins import find_sign_in, open_sign_in
+from orchestrator.sign_ins import MOST_SIGN_INS, find_sign_in, open_sign_in
 from orchestrator.tables import SignInRow, TokenRow
 from orchestrator.tokens import create_token, digest, find_token, has_tokens, list_tokens, note_use, revoke_token
 from worker.shape import FieldError
@@ -215,6 +216,70 @@ def test_a_sign_out_and_a_revoked_token_end_a_sign_in(admin: Caddie, url: str) -
         until(lambda: two.get("/v1/me").status_code == 401, "the other sign-in to end with its token")
 
 
+def test_of_a_tokens_sign_ins_the_latest_are_kept_and_none_once_it_is_revoked(
+    database: Database, now: datetime
+) -> None:
+    with database.write() as session:
+        token, _ = create_token(session, "anna", Role.VIEWER, now)
+        other = open_sign_in(session, "b" * 64, now)
+        cookies = [open_sign_in(session, token.sha256, now) for _ in range(MOST_SIGN_INS + 2)]
+        known = [find_sign_in(session, cookie, now) is not None for cookie in cookies]
+        assert known == [False] * 2 + [True] * MOST_SIGN_INS
+        revoke_token(session, token.id, now)
+        assert [row.token_sha256 for row in session.query(SignInRow)] == ["b" * 64]
+        assert find_sign_in(session, other, now) == "b" * 64
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+def test_who_signs_in_all_the_time_waits(url: str) -> None:
+    with httpx.Client(base_url=url) as client:
+        answers = [client.post("/sign-in", data={"token": ADMIN}).status_code for _ in range(40)]
+    assert set(answers) == {303, 429}
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+def test_a_form_that_cannot_be_read_and_an_origin_that_is_none_are_refused(url: str) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    with browser(url, ADMIN) as client:
+        csrf = csrf_of(client)
+        for body in (b"&".join([b"a=1"] * 1001), b"&".join([b"a=1"] * 1001) + b"&csrf=" + csrf.encode()):
+            assert client.post("/sign-out", content=body, headers=form).status_code == 400
+        for body in ("text=é".encode(), b"csrf=\xff", b"csrf=%ff", b"csrf=%f0%9f"):
+            assert client.post("/sign-out", content=body, headers=form).status_code == 403, body
+        for origin in (b"http://[", b"http://\xff", b"\xff"):
+            assert (
+                client.post("/sign-out", headers={b"Origin": origin, b"X-CSRF-Token": csrf.encode()}).status_code == 403
+            )
+        text = f"text=é&csrf={csrf}".encode()
+        assert client.post("/sign-out", content=text, headers=form).status_code == 303
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+def test_one_token_has_so_many_streams(url: str, admin: Caddie) -> None:
+    made = admin.create_token({"name": "anna", "role": "viewer"})
+    headers = {"Authorization": f"Bearer {made.token}"}
+    with ExitStack() as open_streams, httpx.Client(base_url=url, headers=headers, timeout=30) as client:
+        for _ in range(MAX_STREAMS_EACH):
+            stream = open_streams.enter_context(client.stream("GET", "/v1/events"))
+            assert stream.status_code == 200
+        refused = client.get("/v1/events")
+        assert refused.status_code == 429 and "anna has 50 streams open" in refused.json()["detail"]
+        assert int(refused.headers["retry-after"]) >= 1
+        with admin_stream(url) as other:
+            assert other.status_code == 200
+        stream.close()
+        until(lambda: opens(client), "the closed stream to count no more")
+
+
+def opens(client: httpx.Client) -> bool:
+    with client.stream("GET", "/v1/events") as stream:
+        return stream.status_code == 200
+
+
+def admin_stream(url: str) -> AbstractContextManager[httpx.Response]:
+    return httpx.stream("GET", f"{url}/v1/events", headers={"Authorization": f"Bearer {ADMIN}"}, timeout=30)
+
+
 def test_a_sign_in_holds_in_another_process_and_after_a_restart(
     admin: Caddie, url: str, database: Database, serve: Callable[..., str]
 ) -> None:
@@ -257,7 +322,7 @@ def test_a_page_sends_who_is_not_known_to_the_sign_in_and_back(url: str) -> None
 @pytest.mark.parametrize(
     "place",
     ["//evil.example", "https://evil.example", "/\\evil.example", "\\\\evil.example", "/\t/evil.example", "evil",
-     "javascript:alert(1)", "", "/a\r\nSet-Cookie: x=1", "///evil.example", "/\n/evil.example"],
+     "javascript:alert(1)", "", "//[", "http://[", "/a\r\nSet-Cookie: x=1", "///evil.example", "/\n/evil.example"],
 )  # fmt: skip
 def test_a_sign_in_leads_to_no_other_host(place: str) -> None:
     assert own_path(place) == "/"
@@ -280,6 +345,11 @@ def test_an_open_door_is_for_this_machine_and_shuts_with_the_first_token(
         {"Host": "evil.example"},
         {"Host": f"127.0.0.1.evil.example:{port}"},
         {"X-Forwarded-For": "10.1.2.3"},
+        {"X-Forwarded-For": "127.0.0.1"},
+        {"X-Forwarded-Proto": "https"},
+        {"Forwarded": "for=127.0.0.1"},
+        {"Via": "1.1 proxy"},
+        {"Host": "[::1"},
     ):
         assert httpx.get(f"{url}/v1/me", headers=refused).status_code == 403, refused
     for refused in (
