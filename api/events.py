@@ -71,8 +71,8 @@ def read_curve(session: Session, heard: Heard, trial: Trial) -> News:
     """The next measurements in one event; a `state` where the trial moved on; an `end` once no run of it is open."""
     # The state first: what a gang said before its run ended was committed before that.
     state = store.get_trial(session, trial.study_id, trial.number).state
-    over = is_over(session, trial)
-    doing = (state, *((a.id, a.phase, a.outcome) for a in store.list_attempts(session, trial.id)))
+    runs, attempts = store.list_runs(session, trial.id), store.list_attempts(session, trial.id)
+    doing = (state, *((run.id, run.state) for run in runs), *((a.id, a.phase, a.outcome) for a in attempts))
     measured = list_measurements(session, trial.id, dict(heard.after), BATCH)
     after = dict(heard.after) | {each.attempt_id: each.measurement.number for each in measured}
     cursor = write_cursor(after)
@@ -81,15 +81,10 @@ def read_curve(session: Session, heard: Heard, trial: Trial) -> News:
     if doing != heard.doing:
         news.append(ServerSentEvent(data={"state": state}, event="state"))
     more = len(measured) == BATCH
-    if over and not more:
+    if not more and not any(run.state in OPEN_RUNS for run in runs):  # those at further seeds go on after its result
         news.append(ServerSentEvent(data={"state": state}, event="end", id=cursor))
         return News(news, None)
     return News(news, Heard(tuple(sorted(after.items())), doing), more)
-
-
-def is_over(session: Session, trial: Trial) -> bool:
-    """Whether none of the trial's runs is open: those at further seeds go on when it is complete."""
-    return not any(run.state in OPEN_RUNS for run in store.list_runs(session, trial.id))
 
 
 def write_cursor(after: Mapping[int, int]) -> str:

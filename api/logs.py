@@ -9,13 +9,14 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from sqlalchemy.orm import Session
 
 from api.context import LARGEST_ID, ContextOf, DatabaseOf, StudyName, TrialNumber
-from api.events import LastEventId, is_over, read_cursor, write_cursor
+from api.events import LastEventId, read_cursor, write_cursor
 from api.follow import News
 from api.lines import LogLineOut
 from api.problems import responses
 from api.schemas import Page
 from orchestrator import store
 from orchestrator.errors import NotFound
+from orchestrator.lifecycle import OPEN_RUNS
 from orchestrator.logs import last_lines, list_lines
 from orchestrator.study import Trial
 
@@ -92,7 +93,8 @@ async def stream_logs(
 def _read(session: Session, seen: tuple[tuple[tuple[int, int], ...], int | None], trial: Trial) -> News:
     """The lines that come next, in one event; an `end` once none of the trial's runs is open and all are read."""
     after, tail = dict(seen[0]), seen[1]
-    over = is_over(session, trial)  # first: what a gang said before its run ended was committed before that
+    # The runs first: what a gang said before its run ended was committed before that.
+    over = not any(run.state in OPEN_RUNS for run in store.list_runs(session, trial.id))
     before = after if tail is None else last_lines(session, trial.id)
     lines = list_lines(session, trial.id, after=after, tail=tail, limit=MAX_LINES)
     behind = sorted((before | {logged.attempt_id: logged.said.number for logged in lines}).items())

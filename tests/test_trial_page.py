@@ -177,6 +177,7 @@ def test_a_further_seed_of_a_complete_trial_is_followed(browser: Browser, sweep:
     sweep.measure(claim, 1, 10)
     browser.until("document.getElementById('chart').dataset.points == '40'")
     assert "seed 42" in browser.texts("#chart .legendtext")
+    browser.until("document.querySelectorAll('.timeline .lane-name b').length == 2")
     assert browser.texts(".timeline .lane-name b") == ["seed 1337", "seed 42"]
     assert browser.until("document.querySelector('#chart .xtitle').textContent") == "seconds of training"
     assert browser.complaints() == []

@@ -10,8 +10,6 @@ const MOST_LINES = 2000;
 const own = new Map(); // attempt id -> its measurements
 const other = new Map();
 let drawing = false;
-let ended = false;
-let following = false;
 
 function drawSoon() {
   if (drawing) return;
@@ -43,11 +41,8 @@ async function readRival() {
 }
 
 const update = soon(async () => {
-  const over = ended; // what was asked for before the end may still say that something runs
   await refresh(`/studies/${encodeURIComponent(study)}/trials/${trial}/live`, ["live-head", "live"]);
   draw();
-  const waits = document.querySelector("[data-waits]");
-  if (over && waits && !following) followSeeds(waits.dataset.waits);
 });
 
 /** Lines that come are added below; who reads at the end stays there. */
@@ -84,19 +79,6 @@ function followLog() {
   });
 }
 
-/** Seeds of a trial that has its result go on without its streams: the study's says when there is news. */
-function followSeeds(seen) {
-  following = true;
-  const news = soon(async () => {
-    await keepAll(own, `${trials}/${trial}/measurements`);
-    update();
-  }, 500);
-  follow(`/v1/studies/${encodeURIComponent(study)}/events?after=${seen}`, {
-    message: (event) => { if (String(event.trial) === trial) news(); },
-    activity: (gangs) => { if (gangs.some((one) => String(one.trial) === trial)) news(); },
-  });
-}
-
 chooseAxis(draw);
 onTheme(draw);
 log.scrollTop = log.scrollHeight;
@@ -108,7 +90,6 @@ const source = follow(`${trials}/${trial}/measurements/stream`, {
   end: () => {
     source.close();
     say("done", "ended");
-    ended = true;
     update();
   },
 });
