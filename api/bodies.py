@@ -34,13 +34,10 @@ class Input(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class StudyIn(Input):
-    """A study to create: a base spec (or a recipe), with overrides, and the paths that vary."""
+class StudyBody(Input):
+    """What a study to create and a clone may say alike."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    recipe: str | None = None
-    size: Size = Field(default="full", description="Of the recipe: as published, or tiny, for one CPU core.")
-    base: dict[str, Any] | None = None
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Dotted paths of the base spec, with new values."
     )
@@ -58,6 +55,14 @@ class StudyIn(Input):
     replication: ReplicationConfig | None = None
     spending: SpendingConfig = SpendingConfig()
     gangs: tuple[GangConfig, ...] = Field(default=(), max_length=16)
+
+
+class StudyIn(StudyBody):
+    """A study to create: a base spec (or a recipe), with overrides, and the paths that vary."""
+
+    recipe: str | None = None
+    size: Size = Field(default="full", description="Of the recipe: as published, or tiny, for one CPU core.")
+    base: dict[str, Any] | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -88,11 +93,11 @@ class StudyIn(Input):
 class SpendingChange(Input):
     """What is to change of a study's budget; what is left out stays, and null lifts a limit."""
 
-    gpu_hours: float | None = Field(default=None, gt=0, le=1e6)
-    dollars: float | None = Field(default=None, gt=0, le=1e6)
-    gpu_hour_dollars: float = Field(default=2.5, ge=0, le=1e6)
-    wall_hours: float | None = Field(default=None, gt=0, le=1e6)
-    target_bpb: float | None = Field(default=None, gt=0, le=100)
+    gpu_hours: float | None = Field(default=None, gt=0, le=1e6, strict=True)
+    dollars: float | None = Field(default=None, gt=0, le=1e6, strict=True)
+    gpu_hour_dollars: float = Field(default=2.5, ge=0, le=1e6, strict=True)
+    wall_hours: float | None = Field(default=None, gt=0, le=1e6, strict=True)
+    target_bpb: float | None = Field(default=None, gt=0, le=100, strict=True)
 
     def over(self, spending: SpendingConfig) -> SpendingConfig:
         """The budget with these changes. Raises InvalidSpec, naming each field as the body has it."""
@@ -111,27 +116,8 @@ class StudyChange(Input):
     priority: int | None = Field(default=None, ge=-1000, le=1000, description="Higher before lower; 0 to begin with.")
 
 
-class CloneIn(Input):
+class CloneIn(StudyBody):
     """A new study made from another one: what is left out is as it is there."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    overrides: dict[str, Any] = Field(
-        default_factory=dict, description="Dotted paths of the base spec, with new values."
-    )
-    space: dict[str, Parameter] = Field(default_factory=dict)
-    sampler: SamplerName = "caddie"
-    objectives: tuple[Objective, ...] = ("val_bpb",)
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    max_trials: int = Field(default=100, ge=0, le=1_000_000)
-    cap_bytes: int = Field(default=CAP_BYTES, ge=1, le=2**53)
-    tolerance_bytes: int = Field(default=0, ge=0, le=2**53)
-    cap_train_seconds: float = Field(default=CAP_SECONDS, gt=0)
-    cap_evaluate_seconds: float = Field(default=CAP_SECONDS, gt=0)
-    stopping: StoppingConfig | None = None
-    promotion: PromotionConfig | None = None
-    replication: ReplicationConfig | None = None
-    spending: SpendingConfig = SpendingConfig()
-    gangs: tuple[GangConfig, ...] = Field(default=(), max_length=16)
 
     def definition(self, source: NewStudy) -> NewStudy:
         """The new study. Raises InvalidSpec, naming each field as the body has it."""

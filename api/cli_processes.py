@@ -91,12 +91,15 @@ def work(
     ranks: Annotated[
         int | None, typer.Option(help="Of the gang to ask for (default: the study's first shape).")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or gpu: what those ranks are.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu or gpu: what those ranks are (default: cpu).")] = None,
     name: Annotated[str | None, typer.Option(help="This executor's name (default: the host's).")] = None,
 ) -> None:
     """Train a study's runs on this machine for the API that CADDIE_URL names, without Ray, until there are no more."""
     import logging
     import platform
+
+    if device is not None and ranks is None:
+        raise typer.BadParameter("--device says what --ranks are: give both")
 
     from api.work import work as drain
     from orchestrator.local_launcher import LocalLauncher
@@ -104,7 +107,7 @@ def work(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     settings = Settings.read(os.environ)
-    gang = None if ranks is None else GangConfig.model_validate({"ranks": ranks, "device": device})
+    gang = None if ranks is None else GangConfig.model_validate({"ranks": ranks, "device": device or "cpu"})
     with connect() as caddie:
         for secret in SECRETS:
             os.environ.pop(secret, None)

@@ -1,13 +1,15 @@
 """Commands about studies: `caddie study VERB STUDY`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from api.arguments import limit_of, overrides_of, read_mapping
+from api.client import Caddie
 from api.options import AsJson, Overrides, StudyName, answer, connect
+from api.tables import Grid
 from api.terminal import study_preview_lines
 from api.terminal_studies import (
     activity_table,
@@ -112,44 +114,33 @@ def clone_study(
     answer(made, as_json, f"study {made.name} is {made.state}")
 
 
-@app.command("pareto")
-def pareto(study: StudyName, as_json: AsJson = False) -> None:
-    """The trials that no other beats in both BPB and bytes."""
-    with connect() as caddie:
-        found = caddie.pareto(study)
-    answer(found, as_json, pareto_table(found))
+READS: dict[str, tuple[str, Callable[[Caddie, str], Any], Callable[[Any], Sequence[Grid | str]]]] = {
+    "pareto": (
+        "The trials that no other beats in both BPB and bytes.", Caddie.pareto, lambda found: [pareto_table(found)],
+    ),
+    "importance": (
+        "Which parameters matter, and how the families of tying maps compare.", Caddie.importance, importance_parts,
+    ),
+    "arms": ("What proposed the study's trials, and what came of it.", Caddie.arms, arms_tables),
+    "activity": ("What the study's gangs are doing now.", Caddie.activity, lambda found: [activity_table(found)]),
+    "stopping": (
+        "How often runs were stopped early, and how often that would have been a mistake.", Caddie.stopping,
+        stopping_lines,
+    ),
+}  # fmt: skip
 
 
-@app.command("importance")
-def importance(study: StudyName, as_json: AsJson = False) -> None:
-    """Which parameters matter, and how the families of tying maps compare."""
-    with connect() as caddie:
-        found = caddie.importance(study)
-    answer(found, as_json, *importance_parts(found))
+def _read(fetch: Callable[[Caddie, str], Any], parts: Callable[[Any], Sequence[Grid | str]]) -> Callable[..., None]:
+    def command(study: StudyName, as_json: AsJson = False) -> None:
+        with connect() as caddie:
+            found = fetch(caddie, study)
+        answer(found, as_json, *parts(found))
+
+    return command
 
 
-@app.command("arms")
-def arms(study: StudyName, as_json: AsJson = False) -> None:
-    """What proposed the study's trials, and what came of it."""
-    with connect() as caddie:
-        found = caddie.arms(study)
-    answer(found, as_json, *arms_tables(found))
-
-
-@app.command("activity")
-def activity(study: StudyName, as_json: AsJson = False) -> None:
-    """What the study's gangs are doing now."""
-    with connect() as caddie:
-        found = caddie.activity(study)
-    answer(found, as_json, activity_table(found))
-
-
-@app.command("stopping")
-def stopping(study: StudyName, as_json: AsJson = False) -> None:
-    """How often runs were stopped early, and how often that would have been a mistake."""
-    with connect() as caddie:
-        found = caddie.stopping(study)
-    answer(found, as_json, *stopping_lines(found))
+for _name, (_help, _fetch, _parts) in READS.items():
+    app.command(_name, help=_help)(_read(_fetch, _parts))
 
 
 MOVES = {

@@ -237,8 +237,8 @@ class Caddie(Connection):
         return self._read("POST", f"{_trials(study)}/{number}/runs/{run}/cancel", RunOut)
 
     def measurements(self, study: str, number: int) -> list[MeasurementOut]:
-        path = f"/v1/studies/{_quoted(study)}/trials/{number}/measurements"
-        return self._read("GET", path, Page[MeasurementOut]).items
+        """Everything that the trial's attempts measured."""
+        return list(self._pages(f"{_trials(study)}/{number}/measurements", Page[MeasurementOut]))
 
     def logs(
         self, study: str, number: int, *, attempt: int | None = None, after: int = 0, tail: int | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Path, Query, Request
 from sqlalchemy.orm import Session
 
@@ -25,6 +26,8 @@ from orchestrator.spending import Accounts
 
 LARGEST_ID = 2**31 - 1  # what an INTEGER holds on PostgreSQL
 MAX_PAGE = 500
+MOST_ASKING = 8
+"""Executors at a time: an ask may take seconds, or wait for another that does, and the threads are everyone's."""
 STUDY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -40,6 +43,7 @@ class Context:
     kept: Kept = field(default_factory=Kept)
     calibrations: Calibrations = field(default_factory=Calibrations)
     submissions: Together[Any, Any] = field(default_factory=Together)
+    asking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MOST_ASKING))
     streams: Streams = field(init=False)
 
     def __post_init__(self) -> None:

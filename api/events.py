@@ -4,7 +4,7 @@ Every stream can be taken up again where it broke off: browsers send the id of t
 """
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -21,11 +21,12 @@ from api.schemas import ActivityOut, EventOut, MeasurementOut
 from orchestrator import store
 from orchestrator.activity import list_activity
 from orchestrator.curves import list_measurements
-from orchestrator.lifecycle import OPEN_TRIALS
+from orchestrator.lifecycle import OPEN_RUNS
 from orchestrator.study import Study, Trial
 from worker.shape import FieldError
 
 BATCH = 500
+MOST_ATTEMPTS = 500  # in a cursor: each is a condition, of which SQLite takes a thousand
 # Written once for all who read the same: streams would each write what they are given as values.
 ACTIVITY, MEASURED = TypeAdapter(list[ActivityOut]), TypeAdapter(list[MeasurementOut])
 
@@ -67,21 +68,40 @@ class Heard:
 
 
 def read_curve(session: Session, heard: Heard, trial: Trial) -> News:
-    """The new measurements in one event; a `state` where the trial moved on; once it has ended, an `end`."""
-    # The state first: what a gang said before its trial ended was committed before that.
+    """The next measurements in one event; a `state` where the trial moved on; an `end` once no run of it is open."""
+    # The state first: what a gang said before its run ended was committed before that.
     state = store.get_trial(session, trial.study_id, trial.number).state
-    doing = (state, *((a.id, a.phase, a.outcome) for a in store.list_attempts(session, trial.id)))
-    measured = list_measurements(session, trial.id, dict(heard.after))
+    runs, attempts = store.list_runs(session, trial.id), store.list_attempts(session, trial.id)
+    doing = (state, *((run.id, run.state) for run in runs), *((a.id, a.phase, a.outcome) for a in attempts))
+    measured = list_measurements(session, trial.id, dict(heard.after), BATCH)
     after = dict(heard.after) | {each.attempt_id: each.measurement.number for each in measured}
-    cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(after.items()))
+    cursor = write_cursor(after)
     written = MEASURED.dump_json([MeasurementOut.of(each) for each in measured]).decode()
     news = [ServerSentEvent(raw_data=written, id=cursor)] if measured else []
     if doing != heard.doing:
         news.append(ServerSentEvent(data={"state": state}, event="state"))
-    if state not in OPEN_TRIALS:
+    more = len(measured) == BATCH
+    if not more and not any(run.state in OPEN_RUNS for run in runs):  # those at further seeds go on after its result
         news.append(ServerSentEvent(data={"state": state}, event="end", id=cursor))
         return News(news, None)
-    return News(news, Heard(tuple(sorted(after.items())), doing))
+    return News(news, Heard(tuple(sorted(after.items())), doing), more)
+
+
+def write_cursor(after: Mapping[int, int]) -> str:
+    """Of each attempt the number that was heard last, as an event's id."""
+    return ",".join(f"{attempt_id}:{number}" for attempt_id, number in sorted(after.items()))
+
+
+def read_cursor(name: str, cursor: str | None) -> dict[int, int]:
+    """What write_cursor wrote. Raises FieldError with the name that it was sent under."""
+    if not cursor:
+        return {}
+    pairs = cursor.split(",")
+    sound = len(pairs) <= MOST_ATTEMPTS and all(re.fullmatch(r"[0-9]{1,10}:[0-9]{1,10}", pair) for pair in pairs)
+    after = {int(attempt): int(number) for attempt, number in (pair.split(":") for pair in pairs)} if sound else {}
+    if not sound or max(*after, *after.values()) > LARGEST_ID:
+        raise FieldError(name, cursor, "must be the id of an event of this stream")
+    return after
 
 
 async def _event_cursor(after: Cursor = 0, last_event_id: LastEventId = None) -> int:
@@ -93,11 +113,7 @@ async def _event_cursor(after: Cursor = 0, last_event_id: LastEventId = None) ->
 
 
 async def _curve_cursor(last_event_id: LastEventId = None) -> dict[int, int]:
-    if not last_event_id:
-        return {}
-    if not re.fullmatch(r"\d{1,9}:\d{1,9}(,\d{1,9}:\d{1,9}){0,99}", last_event_id):
-        raise FieldError("Last-Event-ID", last_event_id, "must be the id of an event of this stream")
-    return {int(attempt): int(number) for attempt, number in (pair.split(":") for pair in last_event_id.split(","))}
+    return read_cursor("Last-Event-ID", last_event_id)
 
 
 # Dependencies, because an error is an answer only before the stream has begun.
@@ -139,7 +155,8 @@ async def stream_measurements(
     found: Annotated[Trial, Depends(_trial)],
     after: Annotated[dict[int, int], Depends(_curve_cursor)],
 ) -> AsyncIterator[ServerSentEvent]:
-    """A trial's measurements, then live; a `state` event whenever it moves on, and an `end` once it has ended."""
+    """A trial's measurements, some to an event, then live; a `state` event whenever it moves on, and an `end` once it
+    has ended, with every seed that it runs at."""
     heard, read = Heard(tuple(sorted(after.items()))), partial(read_curve, trial=found)
     async for event in context.streams.follow(("curve", found.id), heard, read, context.closing.is_set):
         yield event

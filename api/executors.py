@@ -5,12 +5,14 @@ import base64
 import binascii
 import re
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Annotated
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from api.context import LARGEST_ID, ContextOf, Now, PrincipalOf, StudyName
+from api.context import LARGEST_ID, ContextOf, Now, PrincipalOf, StudyName, Writer, WriterOf
 from api.desk import AskIn, AskOut, DirectiveOut, HeartbeatIn, ReportIn, TellIn, ToldOut
 from api.plain import PlainRoute
 from api.problems import responses
@@ -48,13 +50,17 @@ ExecutorsOf = Annotated[Executors, Depends(_executors)]
     "/studies/{study}/ask", status_code=201, response_model=AskOut,
     responses={**responses(400, 404, 415, 422), 204: {"description": "There is nothing to do now"}},
 )  # fmt: skip
-def ask(study: StudyName, body: AskIn, executors: ExecutorsOf, principal: PrincipalOf) -> AskOut | Response:
+async def ask(
+    study: StudyName, body: AskIn, executors: ExecutorsOf, context: ContextOf, principal: PrincipalOf
+) -> AskOut | Response:
     """A run of the study for this executor, under a lease: the first in line, or else a new proposal.
 
-    Each ask gives out another run. One whose answer was lost goes back to the queue once its lease has run out. 204: the study does not run, its budget or its proposals are used up, or what is left runs already.
+    Each ask gives out another run; one whose answer was lost goes back to the queue once its lease has run out.
+    204: the study does not run, its budget or its proposals are used up, or what is left runs already.
     """
     ttl = timedelta(seconds=body.lease_seconds)
-    claim = executors.ask(study, body.gang, body.executor, ttl, _clock, principal.name)
+    asked = partial(executors.ask, study, body.gang, body.executor, ttl, _clock, principal.name)
+    claim = await to_thread.run_sync(asked, limiter=context.asking)
     if claim is None:
         return Response(status_code=204)
     return AskOut.of(study, claim, claim.started_at + ttl)
@@ -100,6 +106,7 @@ async def put_artifact(
     request: Request,
     context: ContextOf,
     executors: ExecutorsOf,
+    writer: WriterOf,
     repr_digest: Annotated[str | None, Header(description="sha-256=:base64: of the bytes (RFC 9530).")] = None,
     content_digest: Annotated[str | None, Header(description="The same, where no Repr-Digest is sent.")] = None,
 ) -> ArtifactOut:
@@ -109,7 +116,13 @@ async def put_artifact(
         raise NotFound("folder of artifacts of attempt", lease.attempt_id)
     sha256 = _digest("Content-Digest" if repr_digest is None else "Repr-Digest", repr_digest or content_digest)
     size = await _store(request, context.artifacts, sha256)
+    await run_in_threadpool(_note, writer, lease)
     return ArtifactOut(bytes=size, sha256=sha256)
+
+
+def _note(writer: Writer, lease: Lease) -> None:
+    with writer.write("executor.artifact", f"attempts/{lease.attempt_id}/artifact"):
+        pass
 
 
 async def _store(request: Request, artifacts: ArtifactStore, sha256: str) -> int:

@@ -7,6 +7,7 @@ than one. A reader that is slow, or new, has a cursor of its own, and catches up
 import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi.sse import ServerSentEvent
@@ -40,7 +41,7 @@ class Streams:
 
     database: Database
     _found: dict[tuple[Hashable, Hashable], asyncio.Task[News]] = field(default_factory=dict)
-    """Since the last look, by topic and cursor."""
+    """Since the last look, by topic and cursor; but for what failed or is over, which the next may find otherwise."""
     _reads: Together[tuple[Read, Hashable], News] = field(default_factory=Together)
     _rest: asyncio.Task[None] | None = None
     _woken: int = 0
@@ -68,18 +69,31 @@ class Streams:
                 await self._wait()
 
     async def _look(self, topic: Hashable, cursor: Hashable, read: Read) -> News:
-        task = self._found.get((topic, cursor))
+        self._count_down()
+        place = topic, cursor
+        task = self._found.get(place)
         if task is None:
             task = asyncio.create_task(self._reads.ask((read, cursor), self._read))
-            self._found[topic, cursor] = task
+            self._found[place] = task
+            task.add_done_callback(partial(self._drop, place))
         return await asyncio.shield(task)  # which others wait for too
 
-    async def _wait(self) -> None:
+    def _drop(self, place: tuple[Hashable, Hashable], task: asyncio.Task[News]) -> None:
+        over = task.cancelled() or task.exception() is not None or task.result().cursor is None
+        if over and self._found.get(place) is task:
+            del self._found[place]
+
+    def _count_down(self) -> asyncio.Task[None]:
+        """Until the next look."""
         if self._rest is None:
             self._rest = asyncio.create_task(self._sleep())
+        return self._rest
+
+    async def _wait(self) -> None:
+        rest = self._count_down()
         self._woken += 1
         pause = self._woken // AT_ONCE * PAUSE_SECONDS
-        await asyncio.shield(self._rest)
+        await asyncio.shield(rest)
         await asyncio.sleep(pause)
 
     async def _sleep(self) -> None:
@@ -88,5 +102,12 @@ class Streams:
         self._found.clear()
 
     def _read(self, asked: Sequence[tuple[Read, Hashable]]) -> list[News | Exception]:
+        found: list[News | Exception] = []
         with self.database.read() as session:
-            return [read(session, cursor) for read, cursor in asked]
+            for read, cursor in asked:
+                try:
+                    found.append(read(session, cursor))
+                except Exception as error:  # noqa: BLE001 - it is raised where it was asked
+                    session.rollback()
+                    found.append(error)
+        return found

@@ -1,13 +1,17 @@
 """Single submissions taken in together: those that are new to their study share its few statements and one commit.
 
-The others, with a key or a configuration that the study knows, are submitted one by one as in a batch of one.
+The others, with a key or a configuration that the study knows, are submitted one by one as in a batch of one; and so
+are all, where one of them cannot be added.
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+
+from sqlalchemy.exc import DataError, IntegrityError
 
 from api.bodies import TrialIn
 from api.context import Context, Writer
@@ -17,6 +21,7 @@ from orchestrator import intake, store
 from orchestrator.audit import add_audits
 from orchestrator.calibration import Calibration
 from orchestrator.detail import Detail, get_detail
+from orchestrator.errors import CaddieError
 from orchestrator.points import Domain
 from orchestrator.study import NewTrial, Study
 from worker.spec import TrialSpec
@@ -71,7 +76,8 @@ def _take(context: Context, name: str, cases: Sequence[_Case]) -> None:
     for case in cases:
         _try([case], partial(_judge, study, domain, calibration, case))
     if sound := [case for case in cases if case.outcome is None]:
-        _add(context, study, sound)
+        with suppress(CaddieError, ValueError, IntegrityError, DataError):  # of one, perhaps: each shows alone
+            _add(context, study, sound)
     for case in cases:
         if case.outcome is None:
             _try([case], partial(_alone, context, study, case))
@@ -107,7 +113,11 @@ def _add(context: Context, study: Study, cases: Sequence[_Case]) -> None:
         number, state = trial.number, trial.state
         log.info("trial %d of study %s was submitted: %s", number, study.name, state, extra={"trial_id": trial.id})
         detail = Detail(trial, (run,) if run is not None else ())
-        case.outcome = _taken(context, study, detail, run.id if run is not None else None)
+        _try([case], partial(_answer, context, study, case, detail, run.id if run is not None else None))
+
+
+def _answer(context: Context, study: Study, case: _Case, detail: Detail, run_id: int | None) -> None:
+    case.outcome = _taken(context, study, detail, run_id)
 
 
 def _fresh(cases: Sequence[_Case], hashes: set[str], keys: set[str]) -> list[_Case]:

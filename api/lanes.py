@@ -74,7 +74,8 @@ class WaitingOut(BaseModel):
 
 
 class ClusterOut(BaseModel):
-    """Every gang's lane in a window that ends now. `idle_share` is idle over idle and busy, of all lanes' seconds.
+    """Every gang's lane in a window that ends now. `idle_share` is idle over idle and busy, of all lanes' seconds
+    times their ranks, without what follows an orchestrator's last attempt: nobody knows whether its gangs were kept.
 
     A window with too many attempts begins later than asked for, and is `truncated`; stretches shorter than
     `joined_seconds` are joined to their neighbours.

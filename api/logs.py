@@ -1,6 +1,5 @@
 """What a trial's attempts log, over HTTP: from the end, from a line on, or live."""
 
-import re
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Annotated
@@ -10,17 +9,16 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from sqlalchemy.orm import Session
 
 from api.context import LARGEST_ID, ContextOf, DatabaseOf, StudyName, TrialNumber
-from api.events import LastEventId
+from api.events import LastEventId, read_cursor, write_cursor
 from api.follow import News
 from api.lines import LogLineOut
 from api.problems import responses
 from api.schemas import Page
 from orchestrator import store
 from orchestrator.errors import NotFound
-from orchestrator.lifecycle import OPEN_TRIALS
+from orchestrator.lifecycle import OPEN_RUNS
 from orchestrator.logs import last_lines, list_lines
 from orchestrator.study import Trial
-from worker.shape import FieldError
 
 MAX_LINES = 1000
 """In one answer, or one event."""
@@ -65,11 +63,7 @@ async def _log_cursor(
     last_event_id: LastEventId = None,
 ) -> dict[int, int]:
     name, cursor = ("Last-Event-ID", last_event_id) if last_event_id else ("after", after)
-    if not cursor:
-        return {}
-    if not re.fullmatch(r"\d{1,9}:\d{1,9}(,\d{1,9}:\d{1,9}){0,99}", cursor):
-        raise FieldError(name, cursor, "must be the id of an event of this stream")
-    return {int(attempt): int(line) for attempt, line in (pair.split(":") for pair in cursor.split(","))}
+    return read_cursor(name, cursor)
 
 
 # A dependency, because an error is an answer only before the stream has begun.
@@ -85,7 +79,8 @@ async def stream_logs(
     after: Annotated[dict[int, int], Depends(_log_cursor)],
     tail: Tail = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """The lines of all the trial's attempts, then live, some to an event; an `end` once the trial has ended.
+    """The lines of all the trial's attempts, then live, some to an event; an `end` once the trial has ended, with
+    every seed that it runs at.
 
     With `tail`, and without a cursor, it begins with the last so many lines.
     """
@@ -96,14 +91,14 @@ async def stream_logs(
 
 
 def _read(session: Session, seen: tuple[tuple[tuple[int, int], ...], int | None], trial: Trial) -> News:
-    """The lines that come next, in one event; an `end` once the trial has ended and all are read."""
+    """The lines that come next, in one event; an `end` once none of the trial's runs is open and all are read."""
     after, tail = dict(seen[0]), seen[1]
-    # The state first: what a gang said before its trial ended was committed before that.
-    over = store.get_trial(session, trial.study_id, trial.number).state not in OPEN_TRIALS
+    # The runs first: what a gang said before its run ended was committed before that.
+    over = not any(run.state in OPEN_RUNS for run in store.list_runs(session, trial.id))
     before = after if tail is None else last_lines(session, trial.id)
     lines = list_lines(session, trial.id, after=after, tail=tail, limit=MAX_LINES)
     behind = sorted((before | {logged.attempt_id: logged.said.number for logged in lines}).items())
-    cursor = ",".join(f"{attempt_id}:{number}" for attempt_id, number in behind)
+    cursor = write_cursor(dict(behind))
     news = [ServerSentEvent(data=[LogLineOut.of(logged) for logged in lines], id=cursor)] if lines else []
     if over and not lines:
         return News([ServerSentEvent(data={}, event="end", id=cursor)], None)

@@ -38,7 +38,10 @@ class Metrics:
         own = self.registry = CollectorRegistry()
         ProcessCollector(registry=own)
         self.requests = Counter(
-            "caddie_http_requests", "Requests answered.", ("method", "route", "status"), registry=own
+            "caddie_http_requests",
+            "Requests, by the status they were answered with, or none.",
+            ("method", "route", "status"),
+            registry=own,
         )
         self.seconds = Histogram(
             "caddie_http_request_seconds", "Until the answer began.", ("method", "route"), buckets=BUCKETS, registry=own
@@ -64,13 +67,13 @@ class Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status, streams = time.perf_counter(), 500, False
-        answered = began
+        began, status, streams = time.perf_counter(), "none", False
+        answered: float | None = None
 
         async def note(message: Message) -> None:
             nonlocal status, streams, answered
             if message["type"] == "http.response.start":
-                status, answered = message["status"], time.perf_counter()
+                status, answered = str(message["status"]), time.perf_counter()
                 streams = (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]
                 if streams:
                     self._metrics.streams.inc()
@@ -78,13 +81,18 @@ class Measured:
 
         try:
             await self._app(scope, receive, note)
+        except Exception:  # which is answered further out
+            if answered is None:
+                status, answered = "500", time.perf_counter()
+            raise
         finally:
             if streams:
                 self._metrics.streams.dec()
             method = scope["method"] if scope["method"] in METHODS else "other"
             route = route_of(scope)
-            self._metrics.requests.labels(method, route, str(status)).inc()
-            self._metrics.seconds.labels(method, route).observe(max(answered - began, 0.0))
+            self._metrics.requests.labels(method, route, status).inc()
+            if answered is not None:  # else whoever asked had left
+                self._metrics.seconds.labels(method, route).observe(max(answered - began, 0.0))
 
 
 def route_of(scope: Scope) -> str:
@@ -159,7 +167,8 @@ def _families(figures: Figures, gpu_hour_dollars: float) -> Iterator[Metric]:
         waited.add_metric((str(gang.ranks), gang.device), figures.waited_seconds.get(gang, 0.0))
     yield from (queued, waited)
     idle = GaugeMetricFamily(
-        "caddie_idle_share", "What gangs waited before attempts that ended in the last ten minutes, of what they held."
+        "caddie_idle_share",
+        "What ranks waited before attempts that ended in the last ten minutes, of the time they were held.",
     )
     if figures.idle_share is not None:
         idle.add_metric((), figures.idle_share)

@@ -31,17 +31,21 @@ class CostOut(BaseModel):
 
 class SavingsOut(BaseModel):
     """What was not spent: by trials refused before they ran, as predicted, and by those that were stopped early or not
-    promoted, of what was left of their training. Trials whose seconds nobody knew count as nothing."""
+    promoted, of what was left of their training. Trials whose seconds nobody knew count as nothing, and how many they
+    are is said; points that the search refused, and that never were trials, are not in it."""
 
     refused: CostOut
     refused_trials: int
+    refused_unknown: int
     pruned: CostOut
     pruned_trials: int
+    pruned_unknown: int
 
     @classmethod
     def of(cls, found: "Savings") -> "SavingsOut":
         return cls(
             refused=CostOut.of(found.refused), refused_trials=found.refused_trials,
+            refused_unknown=found.refused_unknown, pruned_unknown=found.pruned_unknown,
             pruned=CostOut.of(found.pruned), pruned_trials=found.pruned_trials,
         )  # fmt: skip
 
@@ -194,7 +198,7 @@ class ParameterOut(BaseModel):
     """One parameter: its share of the variance of ranks by BPB, among the `trials` that have it, of all variance."""
 
     name: str
-    importance: float
+    importance: float | None
     trials: int
 
 

@@ -59,7 +59,7 @@ class StudyOut(BaseModel):
     proposed: int
     submitted: int
     refused: int
-    """Proposals that never became trials."""
+    """Points of the search that no cap let through, which never became trials: an orchestrator counts each once."""
     counts: dict[TrialState, int]
     best_trial: int | None
     best_bpb: float | None

@@ -74,7 +74,7 @@ def change_study(study: StudyName, body: StudyChange, writer: WriterOf) -> Study
     with writer.write("study.change", f"studies/{study}") as session:
         found = amend_study(
             session, study, writer.now, state=body.state and StudyState(body.state), max_trials=body.max_trials,
-            priority=body.priority, spending=body.spending and body.spending.over,
+            priority=body.priority, spending=None if body.spending is None else body.spending.over,
         )  # fmt: skip
         described = describe(session, found, writer.now, Accounts())
     log.info("study %s was changed", study, extra={"study_id": found.id})

@@ -73,17 +73,27 @@ def ledger_tables(ledger: LedgerOut) -> list[Grid]:
     if ledger.savings is not None:
         saved = ledger.savings
         kinds = {
-            f"{saved.refused_trials} refused": saved.refused, f"{saved.pruned_trials} pruned": saved.pruned
-        }  # fmt: skip
-        tables.append(_cost_table("Not spent", "trials", kinds))
+            _saved_text(saved.refused_trials, "refused", saved.refused_unknown): saved.refused,
+            _saved_text(saved.pruned_trials, "pruned", saved.pruned_unknown): saved.pruned,
+        }
+        tables.append(_cost_table("Not spent", "trials", kinds, known=False))
     return tables
 
 
-def _cost_table(title: str, what: str, costs: Mapping[str, CostOut], others: CostOut | None = None) -> Grid:
+def _saved_text(trials: int, how: str, unknown: int) -> str:
+    return f"{trials} {how}" + (f", {unknown} of unknown length" if unknown else "")
+
+
+def _cost_table(
+    title: str, what: str, costs: Mapping[str, CostOut], others: CostOut | None = None, known: bool = True
+) -> Grid:
+    """Costs, a line each; where they need not be `known`, nothing stands for no seconds."""
     columns = (Column(what, left=True, cut=12), Column("seconds"), Column("GPU-seconds"), Column("dollars"))
     shown = {**costs, "others": others} if others is not None and others.seconds else costs
     cells = [
         (name, f"{cost.seconds:,.1f}", f"{cost.gpu_seconds:,.1f}", f"{cost.dollars:,.2f}")
+        if known or cost.seconds
+        else (name, "–", "–", "–")
         for name, cost in shown.items()
     ]
     return Grid(columns, cells, title)

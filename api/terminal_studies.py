@@ -39,15 +39,12 @@ def study_lines(study: StudyOut) -> list[str]:
     new, counts = study.definition, ", ".join(f"{count:,} {state}" for state, count in study.counts.items() if count)
     search = f"{study.proposed:,} of {study.max_trials:,} proposed by {new.sampler}" if new.space else "none"
     best = "none yet" if study.best_bpb is None else f"{study.best_bpb:.4f} BPB, trial {study.best_trial}"
-    budget = (
-        [f"  budget     {spent_text(study)} GPU-hours, {study.spending.left_gpu_hours:.3g} left"]
-        if study.spending
-        else []
-    )
+    left = f", {study.spending.left_gpu_hours:.3g} left; a CPU rank counts as a GPU" if study.spending else ""
+    budget = [f"  budget     {spent_text(study)} GPU-hours{left}"] if study.spending else []
     return [
         f"study {study.name}: {study.state}{f' ({study.reason})' if study.reason else ''}",
         f"  trials     {counts or 'none'}",
-        f"  search     {search}, {study.refused:,} refused; {study.submitted:,} submitted",
+        f"  search     {search}, {study.refused:,} points refused; {study.submitted:,} submitted",
         f"  best       {best}",
         *budget,
         f"  caps       {new.cap_bytes:,} bytes, {new.cap_train_seconds:,.0f} s to train",
@@ -108,7 +105,10 @@ def importance_parts(found: ImportanceOut) -> list[Grid | str]:
         return [f"too few complete trials of {found.study} to tell: {found.trials}"]
     parameters = Grid(
         (Column("parameter", left=True, cut=20), Column("importance"), Column("trials")),
-        [(each.name, f"{each.importance:.0%}", str(each.trials)) for each in found.parameters],
+        [
+            (each.name, "–" if each.importance is None else f"{each.importance:.0%}", str(each.trials))
+            for each in found.parameters
+        ],
         f"Importance in {found.study}, of {found.trials} complete trials",
     )
     families = Grid(
@@ -170,7 +170,8 @@ def cluster_parts(cluster: ClusterOut) -> list[Grid | str]:
         Grid(columns, [_lane_row(lane) for lane in cluster.lanes]),
         *left_out,
         *[
-            f"{waiting.study}: {waiting.runs} runs wait for {waiting.shape.ranks} {waiting.shape.device}"
+            f"{waiting.study}: {waiting.runs} {'run waits' if waiting.runs == 1 else 'runs wait'} for"
+            f" {waiting.shape.ranks} {waiting.shape.device}"
             + ("" if waiting.waited_seconds is None else f", the longest for {seconds_text(waiting.waited_seconds)}")
             for waiting in cluster.queue
         ],

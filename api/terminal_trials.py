@@ -72,8 +72,9 @@ def note_lines(note: NoteOut) -> list[str]:
 def attempts_table(trial: TrialOut) -> Grid:
     """Every run of the trial with each attempt at it, in their order."""
     columns = (
-        Column("run", 6), Column("seed"), Column("rung", 5), Column("attempt"), Column("id"), Column("state", left=True),
-        Column("BPB", 1), Column("seconds"), Column("dollars", 3), Column("gang", 4, left=True, cut=10),
+        Column("run", 6), Column("seed"), Column("rung", 5), Column("attempt"), Column("id"),
+        Column("state", left=True), Column("BPB", 1), Column("seconds"), Column("dollars", 3),
+        Column("gang", 4, left=True, cut=10),
     )  # fmt: skip
     rows = []
     for run in trial.runs:

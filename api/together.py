@@ -32,18 +32,25 @@ class Together(Generic[Ask, Given]):
         return await future
 
     async def _answer(self, answer: Callable[[Sequence[Ask]], Sequence[Given | Exception]]) -> None:
-        while self._waiting:
-            group, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
-            given: Sequence[Given | Exception]
-            try:
-                given = await run_in_threadpool(answer, [what for what, _ in group])
-            except Exception as error:  # noqa: BLE001 - it is raised where each of them was asked
-                given = [error] * len(group)
-            for (_, future), one in zip(group, given, strict=True):
-                if future.done():  # its client has gone
-                    continue
-                if isinstance(one, Exception):
-                    future.set_exception(one)
-                else:
-                    future.set_result(one)
-        self._answering = None
+        group: list[tuple[Ask, asyncio.Future[Given]]] = []
+        try:
+            while self._waiting:
+                group, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+                given: Sequence[Given | Exception]
+                try:
+                    given = await run_in_threadpool(answer, [what for what, _ in group])
+                    assert len(given) == len(group), "each has an answer"
+                except Exception as error:  # noqa: BLE001 - it is raised where each of them was asked
+                    given = [error] * len(group)
+                for (_, future), one in zip(group, given, strict=True):
+                    if future.done():  # its client has gone
+                        continue
+                    if isinstance(one, Exception):
+                        future.set_exception(one)
+                    else:
+                        future.set_result(one)
+        finally:  # nobody waits for an answer that will not come
+            self._answering = None
+            for _, future in (*group, *self._waiting):
+                future.cancel()
+            self._waiting = []

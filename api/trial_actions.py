@@ -101,5 +101,5 @@ def _back(study: str, number: int, place: str = "") -> RedirectResponse:
 
 
 def _number(text: str) -> int | str:
-    """What a form says, as the API would be sent it; text that is no number stays what it is, and is refused by name."""
+    """What a form says, as the API would be sent it; text that is no number stays, and is refused by name."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text

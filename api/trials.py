@@ -23,6 +23,7 @@ from api.context import (
     TrialNumber,
     WriterOf,
 )
+from api.events import read_cursor, write_cursor
 from api.intake import Submission, Taken, take
 from api.plain import PlainRoute
 from api.problems import responses
@@ -54,6 +55,9 @@ from orchestrator.listing import Order, Place, Sort, Wanted, list_page, read_pla
 from orchestrator.seeds import ask_seeds, cancel_seed
 from orchestrator.study import Artifact, Attempt, Origin, Trial, Verdict
 from worker.shape import FieldError
+
+MAX_MEASUREMENTS = 1000
+"""In one answer, each with all that its gang measured at one step."""
 
 log = logging.getLogger(__name__)
 router = APIRouter(
@@ -271,12 +275,23 @@ def get_trial_ledger(study: StudyName, number: TrialNumber, context: ContextOf, 
 
 
 @router.get("/{number}/measurements")
-def list_measurements(study: StudyName, number: TrialNumber, database: DatabaseOf) -> Page[MeasurementOut]:
-    """Everything that a trial's attempts measured, attempt by attempt."""
+def list_measurements(
+    study: StudyName,
+    number: TrialNumber,
+    database: DatabaseOf,
+    limit: Annotated[int, Query(ge=1, le=MAX_MEASUREMENTS, description="How many at the most.")] = MAX_MEASUREMENTS,
+    cursor: Annotated[
+        str | None, Query(max_length=11_000, description="The `next` of the page before, or an event's id.")
+    ] = None,
+) -> Page[MeasurementOut]:
+    """What a trial's attempts measured, attempt by attempt."""
+    after = read_cursor("cursor", cursor)
     with database.read() as session:
         trial = store.get_trial(session, store.get_study(session, study).id, number)
-        measured = curves.list_measurements(session, trial.id)
-    return Page(items=[MeasurementOut.of(progress) for progress in measured])
+        measured = curves.list_measurements(session, trial.id, after, limit + 1)
+    after |= {each.attempt_id: each.measurement.number for each in measured[:limit]}
+    items = [MeasurementOut.of(each) for each in measured[:limit]]
+    return Page(items=items, next=write_cursor(after) if len(measured) > limit else None)
 
 
 ARTIFACT_ANSWERS: dict[int | str, dict[str, Any]] = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
-from sqlalchemy import exists, or_, select
+from sqlalchemy import exists, literal, or_, select, tuple_
 from sqlalchemy.orm import Session, aliased
 
 from orchestrator.rows import progress_of
@@ -10,18 +10,26 @@ from orchestrator.study import Progress
 from orchestrator.tables import AttemptRow, MeasurementRow, RunRow, TrialRow
 
 
-def list_measurements(session: Session, trial_id: int, after: Mapping[int, int] | None = None) -> tuple[Progress, ...]:
+def list_measurements(
+    session: Session, trial_id: int, after: Mapping[int, int] | None = None, limit: int | None = None
+) -> tuple[Progress, ...]:
     """What a trial's attempts measured, attempt by attempt, in the order in which their gangs said it.
 
-    `after` leaves out what the caller has: of each attempt that it names, the messages up to that number.
+    `after` leaves out what the caller has: of each attempt that it names, the messages up to that number. `limit`:
+    only the first so many messages.
     """
+    place = MeasurementRow.attempt_id, MeasurementRow.number
+    found = [RunRow.trial_id == trial_id]
+    for attempt_id, number in (after or {}).items():
+        found.append(or_(MeasurementRow.attempt_id != attempt_id, MeasurementRow.number > number))
     query = (
         select(MeasurementRow, RunRow.id, RunRow.seed).join(AttemptRow, AttemptRow.id == MeasurementRow.attempt_id)
-        .join(RunRow, RunRow.id == AttemptRow.run_id).where(RunRow.trial_id == trial_id)
-        .order_by(MeasurementRow.attempt_id, MeasurementRow.number)
+        .join(RunRow, RunRow.id == AttemptRow.run_id).where(*found).order_by(*place)
     )  # fmt: skip
-    for attempt_id, number in (after or {}).items():
-        query = query.where(or_(MeasurementRow.attempt_id != attempt_id, MeasurementRow.number > number))
+    if limit is not None:
+        beyond = session.execute(query.with_only_columns(*place).distinct().offset(limit).limit(1)).one_or_none()
+        if beyond is not None:
+            query = query.where(tuple_(*place) < tuple_(*map(literal, beyond)))
     grouped: dict[tuple[int, int], tuple[list[MeasurementRow], int, int]] = {}
     for row, run_id, seed in session.execute(query):
         grouped.setdefault((row.attempt_id, row.number), ([], run_id, seed))[0].append(row)

@@ -36,14 +36,15 @@ class Figures:
     seconds: dict[str, float]
     gpu_seconds: dict[str, float]
     idle_share: float | None
-    """What gangs waited before attempts that ended within the last RECENT, of all the time that they held."""
+    """What ranks waited before attempts that ended within the last RECENT, of all the time that they were held. A gang
+    that has had no work since is not in it."""
 
 
 @dataclass(frozen=True)
 class _Ended:
     at: datetime
-    idle_seconds: float
-    held_seconds: float
+    idle_rank_seconds: float
+    held_rank_seconds: float
 
 
 @dataclass
@@ -66,12 +67,12 @@ class Gauges:
                 waited[waiting.shape] = max(waited.get(waiting.shape, 0.0), seconds)
         open_attempts = select(AttemptRow.phase).where(AttemptRow.outcome.is_(None))
         recent = [ended for ended in self._latest.values() if ended.at > now - RECENT]
-        held = sum(ended.held_seconds for ended in recent)
+        held = sum(ended.held_rank_seconds for ended in recent)
         return Figures(
             studies=_by(session, StudyRow.state, StudyState), trials=_by(session, TrialRow.state, TrialState),
             queued=dict(queued), waited_seconds=waited, gangs=dict(Counter(session.scalars(open_attempts))),
             attempts=dict(self._attempts), seconds=dict(self._seconds), gpu_seconds=dict(self._gpu_seconds),
-            idle_share=sum(ended.idle_seconds for ended in recent) / held if held else None,
+            idle_share=sum(ended.idle_rank_seconds for ended in recent) / held if held else None,
         )  # fmt: skip
 
     def _take_ended(self, session: Session) -> None:
@@ -96,7 +97,7 @@ class Gauges:
         for attempt_id, outcome, end, ranks, device, queued, start, phase, since, before in session.execute(query):
             assert outcome is not None and end is not None, "an attempt has both or neither"
             spent = seconds_by_phase(queued, start, phase, since, before, end)
-            self._latest[attempt_id] = _Ended(end, spent.get(IDLE, 0.0), held_seconds(spent))
+            self._latest[attempt_id] = _Ended(end, ranks * spent.get(IDLE, 0.0), ranks * held_seconds(spent))
             self._attempts[outcome] = self._attempts.get(outcome, 0) + 1
             for name, seconds in spent.items():
                 gpu_seconds = seconds * ranks if device == "gpu" and name not in FREE else 0.0

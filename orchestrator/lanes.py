@@ -106,14 +106,13 @@ class Cluster:
     joined_seconds: float
     """Stretches shorter than this may have been joined to their neighbours."""
     busy_seconds: float
+    """Of all lanes, whatever their ranks; so are the idle ones."""
     idle_seconds: float
+    idle_share: float | None
+    """Of the ranks' time: a gang of eight counts as much as eight of one."""
     ranks_in_use: dict[str, int]
     """By kind of device."""
     queue: tuple[Waiting, ...]
-
-    @property
-    def idle_share(self) -> float | None:
-        return _share(self.idle_seconds, self.busy_seconds)
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,10 @@ def read_cluster(session: Session, now: datetime, window: timedelta) -> Cluster:
         since=since, until=now, lanes=tuple(shown), lanes_left_out=len(lanes) - len(shown), attempts=len(stays),
         truncated=since > now - window, joined_seconds=least_seconds,
         busy_seconds=sum(lane.busy_seconds for lane in lanes), idle_seconds=sum(lane.idle_seconds for lane in lanes),
+        idle_share=_share(
+            sum(lane.idle_seconds * lane.shape.ranks for lane in lanes),
+            sum(lane.busy_seconds * lane.shape.ranks for lane in lanes),
+        ),
         ranks_in_use=dict(in_use), queue=list_waiting(session),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from orchestrator.gate import Gate, Passed, Refusal
+from orchestrator.lesson import key_of
 from orchestrator.memory import Memory
 from orchestrator.mix import Candidate, Mix
 from orchestrator.points import Domain
@@ -25,7 +26,8 @@ SMALL_SPACE = 4096  # points that are gone through one by one when samples keep 
 
 @dataclass(frozen=True)
 class Proposed:
-    """A trial to add, or the reason why there is none. `refused` samples were drawn and thrown away on the way."""
+    """A trial to add, or the reason why there is none. `refused` points were drawn on the way that no cap let
+    through: each counts once in the life of its Proposer, and what was tried before, or is no valid spec, does not."""
 
     trial: NewTrial | None
     refused: int
@@ -53,6 +55,7 @@ class Proposer:
         self._domain = Domain(definition.base, definition.space)
         self._memory = Memory(study, self._domain)
         self._candidates = _sampler(study, self._domain)
+        self._refused: set[str] = set()
         self._gave_up: dict[GangConfig, tuple[int, str]] = {}
 
     def propose(self, history: Sequence[Trial], gang: GangConfig) -> Proposed:
@@ -66,18 +69,32 @@ class Proposer:
         memory.learn(history)
         if gang in self._gave_up and self._gave_up[gang][0] == memory.revision:
             return Proposed(None, 0, self._gave_up[gang][1])
-        gate, refused = Gate(memory, gang), Counter[Refusal]()
-        found = _first(self._candidates(gate, self._seed), gate, refused)
-        reasons = refused
+        gate, why, before = Gate(memory, gang), Counter[Refusal](), len(self._refused)
+        found = self._first(self._candidates(gate, self._seed), gate, why)
         if found is None and self._domain.count <= SMALL_SPACE:
-            reasons = Counter[Refusal]()
-            found = _first(self._all_points(), gate, reasons)
+            why.clear()
+            found = self._first(self._all_points(), gate, why)
         elif found is None:
-            found = _first(self._uniform(), gate, refused)
+            found = self._first(self._uniform(), gate, why)
+        refused = len(self._refused) - before
         if found is not None:
-            return Proposed(found, refused.total(), None)
-        self._gave_up[gang] = (memory.revision, self._sentence(reasons))
-        return Proposed(None, refused.total(), self._gave_up[gang][1])
+            return Proposed(found, refused, None)
+        self._gave_up[gang] = (memory.revision, self._sentence(why))
+        return Proposed(None, refused, self._gave_up[gang][1])
+
+    def _first(self, candidates: Iterator[Candidate], gate: Gate, why: Counter[Refusal]) -> NewTrial | None:
+        """The first candidate that may become a trial; those before it are counted by why they may not."""
+        for point, suggestion in candidates:
+            checked = gate.check(point)
+            if isinstance(checked, Passed):
+                return NewTrial(
+                    checked.spec, dict(point), "proposed", checked.prediction, checked.verdict, checked.reason,
+                    suggestion=suggestion,
+                )  # fmt: skip
+            why[checked] += 1
+            if checked not in ("known", "invalid"):
+                self._refused.add(key_of(point))
+        return None
 
     def _seed(self, attempt: int) -> int:
         """A 32-bit seed that differs wherever the study's, the number of trials or the attempt does."""
@@ -99,7 +116,7 @@ class Proposer:
         """How far a walk has come once it found nothing: noted by the trial found elsewhere, or it would stay there."""
         return self._memory.position + WALKED if self._definition.sampler in WALKS else None
 
-    def _sentence(self, refused: Counter[Refusal]) -> str:
+    def _sentence(self, counted: Counter[Refusal]) -> str:
         """Why nothing is left to propose, with the numbers."""
         study = self._definition
         why: dict[Refusal, str] = {
@@ -111,10 +128,10 @@ class Proposer:
             "training": f"certain to train for longer than the cap of {study.cap_train_seconds:,g} s",
             "evaluation": f"certain to be evaluated for longer than the cap of {study.cap_evaluate_seconds:,g} s",
         }
-        counts = ", ".join(f"{refused[kind]} {why[kind]}" for kind in why if refused[kind])
+        counts = ", ".join(f"{counted[kind]} {why[kind]}" for kind in why if counted[kind])
         if self._domain.count <= SMALL_SPACE:
-            return f"the space has no point left to try: of {refused.total()} points {counts}"
-        return f"no new point was found in {refused.total()} samples: {counts}"
+            return f"the space has no point left to try: of {counted.total()} points {counts}"
+        return f"no new point was found in {counted.total()} samples: {counts}"
 
 
 Candidates = Callable[[Gate, Callable[[int], int]], Iterator[Candidate]]
@@ -152,16 +169,3 @@ def _sampled(
     with sampler.taught(gate.memory.selected()):
         for attempt in range(samples):
             yield sampler.ask(seed(attempt)), Suggestion(arm=name)
-
-
-def _first(candidates: Iterator[Candidate], gate: Gate, refused: Counter[Refusal]) -> NewTrial | None:
-    """The first candidate that may become a trial; those before it are counted by why they may not."""
-    for point, suggestion in candidates:
-        checked = gate.check(point)
-        if isinstance(checked, Passed):
-            return NewTrial(
-                checked.spec, dict(point), "proposed", checked.prediction, checked.verdict, checked.reason,
-                suggestion=suggestion,
-            )  # fmt: skip
-        refused[checked] += 1
-    return None

@@ -79,7 +79,7 @@ class Settings:
             data=_path(environment, "CADDIE_DATA", home / "data"),
             host=host,
             port=port,
-            url=environment.get("CADDIE_URL") or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",
+            url=_url(environment, f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"),
             token=environment.get("CADDIE_TOKEN") or None,
             admin_token=_secret(environment, "CADDIE_ADMIN_TOKEN"),
             requests_per_second=int(_number(environment, "CADDIE_REQUESTS_PER_SECOND", 3000, 1, 1_000_000, whole=True)),
@@ -96,6 +96,13 @@ class Settings:
 def _path(environment: Mapping[str, str], name: str, default: Path) -> Path:
     value = environment.get(name)
     return Path(value).expanduser().absolute() if value else default
+
+
+def _url(environment: Mapping[str, str], default: str) -> str:
+    value = environment.get("CADDIE_URL")
+    if value and not re.fullmatch(r"https?://[^\s/]\S*", value):
+        raise FieldError("CADDIE_URL", value, "must be an address such as http://127.0.0.1:8765")
+    return value or default
 
 
 def _secret(environment: Mapping[str, str], name: str) -> str | None:

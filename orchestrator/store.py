@@ -128,7 +128,7 @@ def move_study(session: Session, study_id: int, to: StudyState, now: datetime, r
 
 
 def count_refused(session: Session, study_id: int, refused: int) -> None:
-    """Add proposals that were refused to the study's count."""
+    """Add points that no cap let through to the study's count."""
     session.execute(update(StudyRow).where(StudyRow.id == study_id).values(refused=StudyRow.refused + refused))
 
 

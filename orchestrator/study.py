@@ -180,7 +180,7 @@ class Study:
     proposed: int
     """Proposals that became trials so far."""
     refused: int
-    """Proposals that never became trials: invalid, duplicate, or certain not to fit."""
+    """Points of the search that no cap let through, which never became trials: a Proposer counts each once."""
     reason: str | None
     created_at: datetime
     changed_at: datetime

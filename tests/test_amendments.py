@@ -51,6 +51,7 @@ def test_a_study_is_changed_as_a_whole_or_not_at_all(
         ({"priority": 5, "state": "complete"}, (422, ["state"])),
         ({"priority": 1001}, (422, ["priority"])),
         ({"spending": {"gpu_hours": -1}}, (422, ["spending.gpu_hours"])),
+        ({"spending": {"dollars": True}}, (422, ["spending.dollars"])),
         ({"spending": {"gpu_hour_dollars": 1e-9}}, (422, ["spending.gpu_hour_dollars"])),
         ({"name": "other"}, (422, ["name"])),
     ]
@@ -116,9 +117,9 @@ def _at_once(*calls: Callable[[], object]) -> None:
 def test_changes_at_once_lose_none_of_each_other(caddie: Caddie) -> None:
     for hours in (2, 3, 4):
         _at_once(
-            lambda hours=hours: caddie.change_study("sweep", {"spending": {"gpu_hours": hours}}),
-            lambda hours=hours: caddie.change_study("sweep", {"spending": {"wall_hours": 10 + hours}}),
-            lambda hours=hours: caddie.change_study("sweep", {"spending": {"target_bpb": 1 + hours}}),
+            partial(caddie.change_study, "sweep", {"spending": {"gpu_hours": hours}}),
+            partial(caddie.change_study, "sweep", {"spending": {"wall_hours": 10 + hours}}),
+            partial(caddie.change_study, "sweep", {"spending": {"target_bpb": 1 + hours}}),
         )
         spending = caddie.study("sweep").definition.spending
         assert (spending.gpu_hours, spending.wall_hours, spending.target_bpb) == (hours, 10 + hours, 1 + hours)
@@ -134,8 +135,9 @@ def test_a_change_and_what_happens_to_trials_do_not_wait_for_one_another(
         def cancel(number: int) -> None:
             try:
                 caddie.cancel("sweep", number)
-            except ApiError as error:  # it was stopped first
-                assert error.status == 409
+            except ApiError as error:
+                if error.status != 409:  # it was stopped first
+                    raise
 
         _at_once(
             *[partial(cancel, number) for number in numbers[2:5]],

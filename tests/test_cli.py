@@ -437,7 +437,8 @@ def test_the_ledger_shows_what_a_study_has_cost(caddie: Run, sweep: None, sqlite
         "study": "sweep", "trial": None, "gpu_hour_dollars": 2.5, "attempts": 1,
         "phases": {"queue": nothing, "train": cost}, "wasted": nothing, "void": nothing, "total": cost,
         "gangs": {"gang-1": cost}, "other_gangs": nothing, "trials": {"0": cost}, "other_trials": nothing,
-        "savings": {"refused": nothing, "refused_trials": 0, "pruned": nothing, "pruned_trials": 1},
+        "savings": {"refused": nothing, "refused_trials": 0, "refused_unknown": 0,
+                    "pruned": nothing, "pruned_trials": 1, "pruned_unknown": 1},
     }  # fmt: skip
     assert json.loads(caddie("ledger", "sweep", "0", "--json").out) == {**ledger, "trial": 0, "savings": None}
     shown = [line.split() for line in caddie("ledger", "sweep").out.splitlines()]
@@ -521,6 +522,10 @@ JSON_TOO = (
     "trial tag sweep 0", "trial note sweep 0", "trial measurements sweep 0", "leaderboard sweep", "ledger sweep",
     "ledger sweep 0", "compare sweep 0 1", "cluster", "recipes", "me", "cancel sweep 0", "token list", "audit",
 )  # fmt: skip
+
+
+def test_work_takes_a_device_for_ranks_alone(caddie: Run, sweep: None) -> None:
+    assert "--ranks" in caddie("work", "sweep", "--device", "gpu").refusal(2)
 
 
 def test_whatever_prints_data_prints_one_json_document_too(caddie: Run, sweep: None) -> None:

@@ -117,7 +117,10 @@ def test_a_demo_lies_in_the_users_folder_and_speaks_to_itself(tmp_path: Path, mo
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak), (signal.SIGTERM, 143)],  # the first goes on to the end
+)
 def test_a_demo_that_is_interrupted_leaves_no_process_and_goes_on_later(
     demo: Demo, number: signal.Signals, code: int
 ) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
+from api.events import BATCH
 from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome, StudyState
+from orchestrator.seeds import ask_seeds
 from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
 from worker.report import Measurement, TrialResult
 
@@ -181,3 +183,51 @@ def test_an_earlier_attempts_measurements_are_not_lost_behind_a_later_ones(
         next(source)
         measure(database, again, now, 1)
         assert [(said["attempt_id"], said["number"]) for said in next(source).data] == [(again.lease.attempt_id, 1)]
+
+
+def test_a_stream_goes_on_while_a_complete_trial_runs_at_further_seeds(
+    url: str, database: Database, claim: Claim, study: Study, trial_result: Callable[..., TrialResult], now: datetime
+) -> None:
+    done = AttemptResult(Outcome.SUCCEEDED, result=trial_result())
+    with database.write() as session:
+        leases.finish(session, claim.lease, done, now)
+        ask_seeds(session, study, 0, now, named=(7,), count=0)
+    with database.write() as session:
+        further = leases.claim(session, claim.spec.gang, "host", now, TTL)
+    assert further is not None
+    with (
+        stream(f"{url}/studies/sweep/trials/0/measurements/stream") as source,
+        stream(f"{url}/studies/sweep/trials/0/logs/stream") as lines,
+    ):
+        assert next(source).data == {"state": "complete"}
+        measure(database, further, now, 1)
+        assert [said["number"] for said in next(source).data] == [1]
+        with database.write() as session:
+            leases.finish(session, further.lease, done, now)
+        assert [message.event for message in (*source, *lines)][-1] == "end"
+
+
+def test_measurements_come_page_by_page_and_a_stream_takes_up_any_cursor_that_it_gave(
+    url: str, database: Database, claim: Claim, now: datetime
+) -> None:
+    path, last = f"{url}/studies/sweep/trials/0/measurements", 2**31 - 1
+    measure(database, claim, now, *range(1, BATCH + 2))
+    first = httpx.get(path, params={"limit": 2}).json()
+    assert ([said["number"] for said in first["items"]], first["next"]) == ([1, 2], f"{claim.lease.attempt_id}:2")
+    second = httpx.get(path, params={"limit": BATCH - 1, "cursor": first["next"]}).json()
+    assert ([said["number"] for said in second["items"]][-1], second["next"]) == (BATCH + 1, None)
+    with stream(f"{path}/stream") as source:
+        assert len(next(source).data) == BATCH
+        assert next(source).event == "state"
+        assert [said["number"] for said in next(source).data] == [BATCH + 1]
+        said = Measurement(number=last, step=1, elapsed_seconds=1, metrics={"train_loss": 1})
+        with database.write() as session:
+            leases.record(session, claim.lease, "train", [said], now, TTL)
+        end = next(source).id
+    assert end == f"{claim.lease.attempt_id}:{last}"
+    many = ",".join([end, *(f"{attempt}:{last}" for attempt in range(1000, 1400))])
+    for cursor in (end, many):
+        with stream(f"{path}/stream", headers={"Last-Event-ID": cursor}) as source:
+            assert next(source).event == "state"
+    for wrong in (f"1:{last + 1}", "1:x", ",", many + "," + many):
+        assert httpx.get(path, params={"cursor": wrong}).status_code == 422

@@ -108,7 +108,7 @@ def test_an_executor_without_ray_or_database_drains_a_study(
     assert {(attempt.owner, attempt.gang) for attempt in attempts} == {("executor:lab", "lab")}
     assert all(attempt.artifact is not None and "train" in attempt.phase_seconds for attempt in attempts)
     assert (measured, logged) == ([4] * trials_wanted, ["data"] * trials_wanted)
-    assert audits == ["executor.ask", "executor.tell"] * trials_wanted
+    assert audits == ["executor.ask", "executor.artifact", "executor.tell"] * trials_wanted
     assert caddie.artifact("sharing", 0)
 
 

@@ -101,6 +101,17 @@ def test_gangs_that_came_one_after_the_other_share_a_lane_and_those_beside_each_
     assert cluster.idle_share == pytest.approx(10 / 300)
 
 
+def test_the_idle_share_counts_each_gang_by_its_ranks(
+    database: Database, begin: Callable[..., Claim], end: Callable[..., None], now: datetime
+) -> None:
+    end(begin("one", 0, shape=GangConfig()), 100, train=100.0)
+    end(begin("two", 0), 50, train=50.0)
+    end(begin("two", 80), 100, train=20.0)
+    cluster = look(database, after(now, 100))
+    assert (cluster.busy_seconds, cluster.idle_seconds) == (170, 30)
+    assert cluster.idle_share == pytest.approx(60 / 300)
+
+
 def test_what_waits_in_a_gangs_queue_or_is_stored_behind_the_next_holds_nothing(
     database: Database, begin: Callable[..., Claim], end: Callable[..., None], now: datetime
 ) -> None:

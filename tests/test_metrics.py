@@ -1,14 +1,19 @@
 """Prometheus' view of a server and its database: right numbers, few labels, and a scrape that costs little."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Message, Receive, Scope, Send
 from test_events import stream
 
 from api.app import create_app
+from api.metrics import Measured, Metrics
 from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.gauges import Gauges
@@ -107,6 +112,26 @@ def test_requests_are_counted_by_route_and_never_by_path(http: TestClient) -> No
     assert counted[("GET", "/studies/{study}", "404")] == 20
     assert counted[("GET", "other", "404")] == 20
     assert {method for method, _route, _status in counted} == {"GET", "other"}
+
+
+def test_who_leaves_before_the_answer_is_no_error_and_no_duration(small_database: Database) -> None:
+    async def leave(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        return
+
+    async def fail(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise ValueError("ours")
+
+    async def silence(*_sent: Message) -> Any:
+        raise AssertionError("nobody is there")
+
+    metrics = Metrics(small_database, 1.0)
+    scope: Scope = {"type": "http", "method": "GET", "path": "/nothing"}
+    asyncio.run(Measured(leave, metrics)(scope, silence, silence))
+    with pytest.raises(ValueError, match="ours"):
+        asyncio.run(Measured(fail, metrics)(scope, silence, silence))
+    found = parsed(generate_latest(metrics.registry).decode())
+    assert found["caddie_http_requests_total"] == {("GET", "other", "none"): 1, ("GET", "other", "500"): 1}
+    assert found["caddie_http_request_seconds_count"] == {("GET", "other"): 1}
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)

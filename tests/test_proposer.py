@@ -163,7 +163,6 @@ def test_a_small_space_is_searched_to_its_last_point_and_then_said_to_be_exhaust
 def test_a_space_whose_smallest_point_is_over_the_cap_says_so() -> None:
     proposed = Proposer(make_study(SMALL, cap_bytes=100_000)).propose([], ONE)
     assert proposed.trial is None
-    assert proposed.refused == SAMPLES
     assert proposed.reason is not None
     assert "certain not to fit the cap of 100,000 bytes" in proposed.reason
 
@@ -171,9 +170,10 @@ def test_a_space_whose_smallest_point_is_over_the_cap_says_so() -> None:
 def test_a_continuous_space_where_nothing_fits_is_given_up_after_a_bounded_number_of_samples() -> None:
     proposed = Proposer(make_study(WIDE, cap_bytes=100_000)).propose([], ONE)
     assert proposed.trial is None
-    assert proposed.refused == SAMPLES + UNIFORM_SAMPLES
+    assert 0 < proposed.refused < SAMPLES + UNIFORM_SAMPLES
     assert proposed.reason is not None
     assert f"{SAMPLES + UNIFORM_SAMPLES} samples" in proposed.reason
+    assert f"{proposed.refused} certain not to fit" in proposed.reason  # and the rest are not valid specs
 
 
 def test_asking_again_without_news_refuses_nothing_more() -> None:
@@ -181,6 +181,17 @@ def test_asking_again_without_news_refuses_nothing_more() -> None:
     first, again = proposer.propose([], ONE), proposer.propose([], ONE)
     assert first.refused > 0
     assert again == Proposed(None, 0, first.reason)
+
+
+def test_a_refused_point_counts_once_and_one_that_was_tried_never() -> None:
+    proposer = Proposer(make_study(SMALL, cap_bytes=100_000))
+    assert 0 < proposer.propose([], ONE).refused <= 18  # points of the space
+    assert proposer.propose([], TWO).refused == 0
+    proposer, history = Proposer(make_study(SMALL)), list[Trial]()
+    while (proposed := proposer.propose(history, ONE)).trial is not None:
+        assert proposed.refused == 0
+        history.append(as_trial(len(history), proposed.trial))
+    assert proposed.refused == 0 and "tried already" in str(proposed.reason)
 
 
 def test_what_cannot_fit_is_never_proposed_and_what_may_fit_is() -> None:

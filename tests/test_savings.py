@@ -41,6 +41,7 @@ def test_refused_trials_count_as_predicted_and_stopped_ones_by_what_was_left(
         found = caddie.ledger("sweep").savings
         assert caddie.ledger("sweep", 2).savings is None
     assert found is not None and (found.refused_trials, found.pruned_trials) == (2, 1)
+    assert (found.refused_unknown, found.pruned_unknown) == (1, 0)
     assert (found.refused.seconds, found.refused.gpu_seconds, found.refused.dollars) == (600, 2400, 2.4)
     assert found.pruned.seconds == pytest.approx(180) and found.pruned.dollars == pytest.approx(0.72)
 

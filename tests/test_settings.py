@@ -20,6 +20,9 @@ def test_the_command_line_looks_for_the_api_where_it_listens() -> None:
     assert Settings.read({"CADDIE_PORT": "9000"}).url == "http://127.0.0.1:9000"
     assert Settings.read({"CADDIE_HOST": "0.0.0.0", "CADDIE_PORT": "9000"}).url == "http://127.0.0.1:9000"
     assert Settings.read({"CADDIE_URL": "http://caddie:1"}).url == "http://caddie:1"
+    for wrong in ("foo", "caddie:1", "http://", "ftp://caddie"):
+        with pytest.raises(FieldError, match="CADDIE_URL"):
+            Settings.read({"CADDIE_URL": wrong})
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_a_wrong_variable_is_named_with_its_value_and_what_would_be_right(name: 
 def test_every_known_variable_is_read() -> None:
     numbers = {"CADDIE_PORT": "1", "CADDIE_RANKS": "1", "CADDIE_LEASE_SECONDS": "1", "CADDIE_LAUNCHER": "local"}
     numbers |= {"CADDIE_REQUESTS_PER_SECOND": "1", "CADDIE_ADMIN_TOKEN": "x" * 32}
-    numbers |= {"CADDIE_GPU_HOUR_DOLLARS": "1", "CADDIE_GRACE_SECONDS": "1"}
+    numbers |= {"CADDIE_GPU_HOUR_DOLLARS": "1", "CADDIE_GRACE_SECONDS": "1", "CADDIE_URL": "http://caddie"}
     default = Settings.read({})
     for name in KNOWN:
         assert Settings.read({name: numbers.get(name, "/elsewhere")}) != default, name

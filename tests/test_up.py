@@ -188,6 +188,7 @@ def ray_up(tmp_path: Path, data_root: Path) -> Iterator[Up]:
     running.http.close()
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_an_attempt_outlives_its_orchestrator_but_not_its_ray(ray_up: Up) -> None:
     ray_up.post("/v1/studies", study("sweep", max_trials=0))
@@ -216,7 +217,9 @@ def test_an_attempt_outlives_its_orchestrator_but_not_its_ray(ray_up: Up) -> Non
     ray_up.kill()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak), (signal.SIGTERM, 143)]
+)
 def test_caddie_that_is_asked_to_end_hands_its_attempts_back(local_up: Up, number: signal.Signals, code: int) -> None:
     local_up.post("/v1/studies", study("sweep", max_trials=0))
     local_up.post("/v1/studies/sweep/trials", {"overrides": {"budget.steps": 100_000}})

@@ -1,6 +1,6 @@
 // Trials side by side: their curves in one chart, and the page again when one of them moves on.
 import { onTheme } from "./charts.js";
-import { bySeed, chooseAxis, curves, drawCurves, inks, keep } from "./curves.js";
+import { bySeed, chooseAxis, curves, drawCurves, inks, keepAll } from "./curves.js";
 import { follow, refresh, soon } from "./live.js";
 
 const root = document.getElementById("compare");
@@ -9,10 +9,7 @@ const study = encodeURIComponent(root.dataset.study);
 const numbers = root.dataset.trials.split(",");
 const measured = new Map(numbers.map((number) => [number, new Map()]));
 
-async function read(number) {
-  const answer = await fetch(`/v1/studies/${study}/trials/${number}/measurements`);
-  if (answer.ok) keep(measured.get(number), (await answer.json()).items);
-}
+const read = (number) => keepAll(measured.get(number), `/v1/studies/${study}/trials/${number}/measurements`);
 
 function draw() {
   const colours = inks();

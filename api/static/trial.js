@@ -1,6 +1,6 @@
 // A trial's page: the curves of its seeds beside the best other trial's as they grow, and the rest when its state changes.
 import { colour, onTheme } from "./charts.js";
-import { bySeed, chooseAxis, curves, drawCurves, inks, keep } from "./curves.js";
+import { bySeed, chooseAxis, curves, dash, drawCurves, inks, keep, keepAll } from "./curves.js";
 import { follow, refresh, say, soon } from "./live.js";
 
 const { study, trial, rival, rivalIs } = document.getElementById("trial").dataset;
@@ -10,8 +10,6 @@ const MOST_LINES = 2000;
 const own = new Map(); // attempt id -> its measurements
 const other = new Map();
 let drawing = false;
-let ended = false;
-let following = false;
 
 function drawSoon() {
   if (drawing) return;
@@ -29,7 +27,7 @@ function draw() {
   bySeed(own).forEach(([seed, attempts], i) => attempts.forEach((points, j) => {
     const last = j === attempts.length - 1;
     const more = attempts.length > 1 ? `, attempt ${j + 1}` : "";
-    traces.push(curves(points, { name: `seed ${seed}`, more, legend: last, opacity: last ? 1 : 0.35, colour: colours[i % colours.length] }));
+    traces.push(curves(points, { name: `seed ${seed}`, more, legend: last, opacity: last ? 1 : 0.35, colour: colours[i % colours.length], dash: dash(i) }));
   }));
   const score = Number(document.querySelector("#live-head [data-bpb]")?.dataset.bpb);
   drawCurves(chart, traces, score ? [{ y: score, ink: colour("accent"), text: `${score.toFixed(4)} from the artifact` }] : []);
@@ -38,17 +36,13 @@ function draw() {
 }
 
 async function readRival() {
-  const answer = await fetch(`${trials}/${rival}/measurements`);
-  if (answer.ok) keep(other, (await answer.json()).items);
+  await keepAll(other, `${trials}/${rival}/measurements`);
   drawSoon();
 }
 
 const update = soon(async () => {
-  const over = ended; // what was asked for before the end may still say that something runs
   await refresh(`/studies/${encodeURIComponent(study)}/trials/${trial}/live`, ["live-head", "live"]);
   draw();
-  const waits = document.querySelector("[data-waits]");
-  if (over && waits && !following) followSeeds(waits.dataset.waits);
 });
 
 /** Lines that come are added below; who reads at the end stays there. */
@@ -85,20 +79,6 @@ function followLog() {
   });
 }
 
-/** Seeds of a trial that has its result go on without its streams: the study's says when there is news. */
-function followSeeds(seen) {
-  following = true;
-  const news = soon(async () => {
-    const answer = await fetch(`${trials}/${trial}/measurements`);
-    if (answer.ok) keep(own, (await answer.json()).items);
-    update();
-  }, 500);
-  follow(`/v1/studies/${encodeURIComponent(study)}/events?after=${seen}`, {
-    message: (event) => { if (String(event.trial) === trial) news(); },
-    activity: (gangs) => { if (gangs.some((one) => String(one.trial) === trial)) news(); },
-  });
-}
-
 chooseAxis(draw);
 onTheme(draw);
 log.scrollTop = log.scrollHeight;
@@ -110,7 +90,6 @@ const source = follow(`${trials}/${trial}/measurements/stream`, {
   end: () => {
     source.close();
     say("done", "ended");
-    ended = true;
     update();
   },
 });
