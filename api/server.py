@@ -105,8 +105,9 @@ class Impatient(H11Protocol):
 
     def _is_one_too_many(self) -> bool:
         """By the address that connects, which is a proxy's where there is one: requests say whom it speaks for."""
-        address = self.client and self.client[0]
-        same = sum(1 for other in self.connections if other.client and other.client[0] == address)
+        address = self.client
+        others = (other.client for other in self.connections if isinstance(other, Impatient))
+        same = sum(1 for other in others if other and address and other[0] == address[0])
         return len(self.connections) > MOST_CONNECTIONS or same > MOST_OF_ADDRESS
 
 
