@@ -93,11 +93,11 @@ class StudyIn(StudyBody):
 class SpendingChange(Input):
     """What is to change of a study's budget; what is left out stays, and null lifts a limit."""
 
-    gpu_hours: float | None = Field(default=None, gt=0, le=1e6)
-    dollars: float | None = Field(default=None, gt=0, le=1e6)
-    gpu_hour_dollars: float = Field(default=2.5, ge=0, le=1e6)
-    wall_hours: float | None = Field(default=None, gt=0, le=1e6)
-    target_bpb: float | None = Field(default=None, gt=0, le=100)
+    gpu_hours: float | None = Field(default=None, gt=0, le=1e6, strict=True)
+    dollars: float | None = Field(default=None, gt=0, le=1e6, strict=True)
+    gpu_hour_dollars: float = Field(default=2.5, ge=0, le=1e6, strict=True)
+    wall_hours: float | None = Field(default=None, gt=0, le=1e6, strict=True)
+    target_bpb: float | None = Field(default=None, gt=0, le=100, strict=True)
 
     def over(self, spending: SpendingConfig) -> SpendingConfig:
         """The budget with these changes. Raises InvalidSpec, naming each field as the body has it."""

@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse
 from api.context import Context, ContextOf, Now
 from api.pages import page
 from orchestrator.activity import latest_events
-from orchestrator.lanes import Cluster, Segment, read_cluster
+from orchestrator.lanes import Cluster, Lane, Segment, read_cluster
 
 WINDOWS = {5: "5 min", 30: "30 min", 180: "3 h", 1440: "24 h", 10_080: "7 days"}
 """Minutes that the page offers, and what it calls them."""
@@ -21,6 +21,8 @@ WIDTH = 1000.0
 STEPS = (60, 300, 1800, 4 * 3600, 24 * 3600)
 """Seconds between two marks of the axis: the first of these that makes MARKS at the most."""
 MARKS = 7
+LATEST = 5
+"""Attempts that are listed of a lane."""
 
 router = APIRouter(include_in_schema=False)
 Minutes = Annotated[int, Query(ge=1, le=10_080, description="The length of the window.")]
@@ -55,7 +57,10 @@ def _facts(context: Context, now: datetime, minutes: int) -> dict[str, Any]:
     cluster = found.value
     return {
         "cluster": cluster,
-        "lanes": [(lane, _drawn(lane.segments, cluster), _drawn(lane.beside, cluster)) for lane in cluster.lanes],
+        "lanes": [
+            (lane, _drawn(lane.segments, cluster), _drawn(lane.beside, cluster), _latest(lane))
+            for lane in cluster.lanes
+        ],
         "marks": list(_marks(cluster)),
         "shown": sorted({each.phase for lane in cluster.lanes for each in (*lane.segments, *lane.beside)}),
         "windows": WINDOWS,
@@ -74,6 +79,15 @@ def _drawn(segments: Sequence[Segment], cluster: Cluster) -> list[Stretch]:
         end = min((segment.ended_at - cluster.since).total_seconds(), whole) * WIDTH / whole
         found.append(Stretch(segment, x, max(end - x, 0.5)))
     return found
+
+
+def _latest(lane: Lane) -> list[list[Segment]]:
+    """The lane's latest attempts, the last first, each by what it did: for whoever cannot point at its picture."""
+    attempts: dict[int, list[Segment]] = {}
+    for segment in lane.segments:
+        if segment.attempt_id is not None and segment.trial is not None:
+            attempts.setdefault(segment.attempt_id, []).append(segment)
+    return [*attempts.values()][: -LATEST - 1 : -1]
 
 
 def _marks(cluster: Cluster) -> Iterator[tuple[float, str]]:

@@ -40,7 +40,7 @@ def _column(values: Mapping[str, float | None]) -> tuple[tuple[str, tuple[str, .
 
 
 def _numbers(values: Sequence[float | None]) -> list[str]:
-    return ["–" if value is None else f"{value:.4f}" for value in values]
+    return ["–" if value is None else f"{value:z.4f}" for value in values]
 
 
 def layers(tying_map: Sequence[int], diagnostics: Mapping[str, Any]) -> Table | None:

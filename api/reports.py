@@ -198,7 +198,7 @@ class ParameterOut(BaseModel):
     """One parameter: its share of the variance of ranks by BPB, among the `trials` that have it, of all variance."""
 
     name: str
-    importance: float
+    importance: float | None
     trials: int
 
 

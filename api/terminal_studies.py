@@ -105,7 +105,10 @@ def importance_parts(found: ImportanceOut) -> list[Grid | str]:
         return [f"too few complete trials of {found.study} to tell: {found.trials}"]
     parameters = Grid(
         (Column("parameter", left=True, cut=20), Column("importance"), Column("trials")),
-        [(each.name, f"{each.importance:.0%}", str(each.trials)) for each in found.parameters],
+        [
+            (each.name, "–" if each.importance is None else f"{each.importance:.0%}", str(each.trials))
+            for each in found.parameters
+        ],
         f"Importance in {found.study}, of {found.trials} complete trials",
     )
     families = Grid(

@@ -39,7 +39,8 @@ class ParameterImportance:
     """A parameter's share of the variance of ranks by BPB, from 0 to 1."""
 
     name: str
-    importance: float
+    importance: float | None
+    """None where its values say nothing: all are one, or each is another."""
     trials: int
     """How many have it."""
 
@@ -94,17 +95,18 @@ def _parameters(trials: Sequence[_Scored]) -> list[ParameterImportance]:
         if len(places) < FEWEST:
             continue
         groups = _groups([trials[place].params[name] for place in places])
-        share = _explained(ranks[places], groups) / variance if variance else 0.0
+        explained = _explained(ranks[places], groups)
+        share = None if explained is None else explained / variance if variance else 0.0
         found.append(ParameterImportance(name, share, len(places)))
-    return sorted(found, key=lambda each: (-each.importance, each.name))
+    return sorted(found, key=lambda each: (each.importance is None, -(each.importance or 0.0), each.name))
 
 
-def _explained(ranks: Floats, groups: npt.NDArray[np.intp]) -> float:
-    """The sum of squares between groups, less what groups without any meaning would have."""
+def _explained(ranks: Floats, groups: npt.NDArray[np.intp]) -> float | None:
+    """The sum of squares between groups, less what groups without any meaning would have; None: unknown."""
     sizes = np.bincount(groups)
     freedom = len(ranks) - len(sizes)
     if len(sizes) < 2 or freedom < 1:
-        return 0.0
+        return None
     means = np.bincount(groups, ranks) / sizes
     between = float((sizes * (means - ranks.mean()) ** 2).sum())
     within = float(((ranks - means[groups]) ** 2).sum())

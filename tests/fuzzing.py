@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +113,9 @@ def written(operation: str, body: dict[str, Any], result: dict[str, Any]) -> st.
     return st.fixed_dictionaries({"overrides": OVERRIDES}, optional={"params": params, **optional})
 
 
-def configuration(examples: int, *, systematic: bool, linked: bool) -> SchemathesisConfig:
-    """Systematic cases of every operation, `examples` drawn ones of each, and as many walks along links."""
+def configuration(examples: int, *, drawn: Collection[str], linked: bool) -> SchemathesisConfig:
+    """`examples` drawn cases of every operation, as many walks along links, and systematic cases but for the paths in
+    `drawn`."""
     return SchemathesisConfig.from_dict(
         {
             "seed": 1 if "CI" in os.environ else random.randrange(2**32),
@@ -130,10 +131,14 @@ def configuration(examples: int, *, systematic: bool, linked: bool) -> Schemathe
             "generation": {"max-examples": examples, "deterministic": "CI" in os.environ, "no-shrink": True},
             "phases": {
                 "examples": {"enabled": False},
-                "coverage": {"enabled": systematic},
+                "coverage": {"enabled": True},
                 "stateful": {"enabled": linked},
             },
             "operations": [
+                {
+                    "include-path-regex": f"^({'|'.join(map(re.escape, drawn))})$",
+                    "phases": {"coverage": {"enabled": False}},
+                },
                 {"include-path-regex": STREAMS, "request-timeout": STREAM_SECONDS},
                 # What makes a spec, a space or a cursor valid is said in words: the schema allows more.
                 {"include-path-regex": SPECIFIED, "checks": {"positive_data_acceptance": {"enabled": False}}},

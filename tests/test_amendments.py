@@ -51,6 +51,7 @@ def test_a_study_is_changed_as_a_whole_or_not_at_all(
         ({"priority": 5, "state": "complete"}, (422, ["state"])),
         ({"priority": 1001}, (422, ["priority"])),
         ({"spending": {"gpu_hours": -1}}, (422, ["spending.gpu_hours"])),
+        ({"spending": {"dollars": True}}, (422, ["spending.dollars"])),
         ({"spending": {"gpu_hour_dollars": 1e-9}}, (422, ["spending.gpu_hour_dollars"])),
         ({"name": "other"}, (422, ["name"])),
     ]

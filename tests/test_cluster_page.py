@@ -1,6 +1,7 @@
 """The cluster's page: lanes that grow as gangs work, in a real browser and without one."""
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,6 +43,25 @@ def test_lanes_show_what_gangs_do_and_grow(browser: Browser, sweep: Sweep, url: 
     browser.until("location.search == '?minutes=1440'")
     assert browser.complaints() == []
     assert browser.hosts() == {urlsplit(url).netloc}
+
+
+@pytest.mark.browser
+def test_on_a_phone_the_axis_can_be_read_and_a_lane_without_pointing_at_it(
+    browser: Browser, url: str, screenshots: Path
+) -> None:
+    browser.show(f"{url}/cluster?minutes=30", width=390)
+    browser.driver.execute_script("document.querySelector('.latest').open = true")
+    said = browser.texts(".latest li")
+    assert len(said) == 5 and said[0].startswith("trial 11 of demo: train ")
+    assert "(failed)" in said[1]
+    assert browser.count(".latest li a[href='/studies/demo/trials/11']") == 1
+    ends = browser.driver.execute_script(
+        "return [...document.querySelectorAll('.axis span')].map((one) => one.getBoundingClientRect())"
+        ".filter((one) => one.width).map((one) => [one.left, one.right])"
+    )
+    assert len(ends) > 2 and all(before[1] < after[0] for before, after in pairwise(ends))
+    assert browser.driver.execute_script("return document.documentElement.scrollWidth") == 390
+    browser.picture(screenshots / "cluster-phone.png")
 
 
 def test_a_window_is_any_of_a_week(url: str) -> None:

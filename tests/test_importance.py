@@ -61,7 +61,7 @@ def test_what_moves_the_score_is_important_and_what_does_not_is_not(database: Da
     study = crowd(drawn(300))
     with database.read() as session:
         found = importance(session, study)
-    shares = {each.name: each.importance for each in found.parameters}
+    shares = {each.name: each.importance or 0.0 for each in found.parameters}
     assert list(shares)[:3] == ["rank", FAMILY, "passes"] and found.trials == 301
     assert shares["rank"] > shares[FAMILY] > 0.1 > shares["passes"] > 0.01 > max(shares["noise"], shares["odd"])
     assert sum(shares.values()) < 1
@@ -79,7 +79,8 @@ def test_a_parameter_that_some_trials_have_takes_no_credit_for_what_made_it_appl
     study = crowd(rows)
     with database.read() as session:
         found = {each.name: each for each in importance(session, study).parameters}
-    assert found["on"].importance > 0.7 and found["depth"].importance < 0.02
+    shares = {name: each.importance or 0.0 for name, each in found.items()}
+    assert shares["on"] > 0.7 and shares["depth"] < 0.02
     assert (found["on"].trials, found["depth"].trials) == (200, 100)
 
 
@@ -93,6 +94,19 @@ def test_equal_scores_have_no_important_parameter(database: Database, crowd: Cro
     study = crowd([{"params": {"a": n % 2}, "val_bpb": 2.5} for n in range(20)])
     with database.read() as session:
         assert [each.importance for each in importance(session, study).parameters] == [0.0]
+
+
+def test_nothing_is_known_of_a_parameter_whose_values_are_all_one_or_all_different(
+    database: Database, crowd: Crowd
+) -> None:
+    rng = random.Random(2)
+    rows: Rows = [
+        {"params": {"a": n % 2, "one": 3, "each": f"v{n}"}, "val_bpb": 2 + n % 2 + rng.random()} for n in range(20)
+    ]
+    study = crowd(rows)
+    with database.read() as session:
+        found = [(each.name, each.importance is None) for each in importance(session, study).parameters]
+    assert found == [("a", False), ("each", True), ("one", True)]
 
 
 def test_families_are_compared_by_what_keeps_the_caps(

@@ -11,12 +11,13 @@ from browser import Browser
 from sweep import FAILED, INFEASIBLE, QUEUED, RUNNING, Sweep
 
 from api.bars import bytes_bar, curve_picture, predicted_bytes
+from api.diagnostics import tables
 from api.pictures import Loop, block_colour, loops, tying_picture
 from api.schemas import RunOut
 from api.timeline import attempt_lanes
 from api.trial_page import SHOWN_LINES
 from orchestrator import seeds, store
-from orchestrator.lifecycle import Outcome, RunState
+from orchestrator.lifecycle import Cause, Outcome, RunState
 from orchestrator.logs import add_lines
 from orchestrator.study import Attempt, AttemptResult, Run
 from worker.recipes import read_yaml
@@ -51,6 +52,22 @@ def test_a_trials_page_draws_its_tying_map_and_its_curve_grows(
     assert browser.hosts() == {urlsplit(url).netloc}
 
 
+@pytest.mark.browser
+def test_every_line_has_a_name_and_no_two_seeds_look_alike(browser: Browser, sweep: Sweep, url: str) -> None:
+    sweep.measure(sweep.running, 1, 3)  # before the first validation
+    browser.show(f"{url}/studies/demo/trials/{RUNNING}")
+    browser.until("[...document.querySelectorAll('#chart .legendtext')].some((one) => one.textContent == 'seed 1337')")
+    looks = "new Set([...Array(20).keys()].map((n) => it.inks()[n % 5] + it.dash(n))).size"
+    assert browser.later(f"import('/assets/curves.js').then((it) => {looks})") == 20
+
+
+def test_a_reason_says_its_cause_once(sweep: Sweep, url: str) -> None:
+    sweep.end(sweep.running, AttemptResult(Outcome.FAILED, "Diverged: training diverged", cause=Cause.DIVERGED))
+    text = httpx.get(f"{url}/studies/demo/trials/{RUNNING}").text
+    assert '<p class="reason">Diverged: training diverged</p>' in text
+    assert '<p class="reason">diverged: ArithmeticError' in httpx.get(f"{url}/studies/demo/trials/{FAILED}").text
+
+
 def test_a_trials_page_shows_what_its_diagnostics_say(url: str) -> None:
     finished, waiting = (httpx.get(f"{url}/studies/demo/trials/{number}").text for number in (2, QUEUED))
     for title in ("Scores", "Averages", "Lost to quantisation", "Spread of scales", "Extra recurrence"):
@@ -64,6 +81,11 @@ def test_a_trials_page_shows_what_its_diagnostics_say(url: str) -> None:
     assert finished.count("<circle") == 3
     assert "<circle" not in waiting
     assert re.search(r"header 30\d B", finished)
+
+
+def test_a_loss_that_rounds_to_nothing_has_no_sign() -> None:
+    (table,) = tables({"quantisation_loss": {"embedding": -0.00003, "mlp": -0.0001}})
+    assert table.rows == (("embedding", ("0.0000",)), ("mlp", ("-0.0001",)))
 
 
 def test_layers_of_a_late_tying_are_pale_until_they_run() -> None:

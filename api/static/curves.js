@@ -37,11 +37,12 @@ export function bySeed(attempts) {
 /** Both curves of one attempt. `shown`: name, more (said on hovering), colour, and where they differ opacity, dash, legend. */
 export function curves(points, shown) {
   const name = shown.name;
+  const named = points.some((point) => "val_bpb" in point.metrics) ? "val_bpb" : "train_loss"; // the legend's line
   return [["val_bpb", "y2", "lines+markers"], ["train_loss", "y", "lines"]].map(([metric, axis, mode]) => {
     const has = points.filter((point) => metric in point.metrics);
     return {
       type: "scatter", mode, yaxis: axis, name, legendgroup: name, opacity: shown.opacity ?? 1,
-      showlegend: (shown.legend ?? true) && metric === "val_bpb",
+      showlegend: (shown.legend ?? true) && metric === named,
       x: has.map((point) => (across === "step" ? point.step : point.elapsed_seconds)), y: has.map((point) => point.metrics[metric]),
       text: has.map((point) => (across === "step" ? `${point.elapsed_seconds.toFixed(1)} s` : `step ${point.step}`)),
       hovertemplate: `${name}${shown.more ?? ""}<br>%{y:.4f} ${metric === "val_bpb" ? "BPB" : "nats"}<br>${across} %{x}, %{text}<extra></extra>`,
@@ -64,6 +65,11 @@ export function drawCurves(chart, traces, scores) {
     yaxis: { title: { text: "train loss (nats)" }, domain: [0, 0.46] },
     yaxis2: { title: { text: "BPB" }, domain: [0.54, 1], anchor: "x" },
   }), config);
+}
+
+/** The dash of the line of this place, where its colour has been used by others before it. */
+export function dash(place) {
+  return [undefined, "dash", "dashdot", "longdash"][Math.floor(place / inks().length) % 4];
 }
 
 /** Colours of lines in one chart, first to last. */

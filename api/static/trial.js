@@ -1,6 +1,6 @@
 // A trial's page: the curves of its seeds beside the best other trial's as they grow, and the rest when its state changes.
 import { colour, onTheme } from "./charts.js";
-import { bySeed, chooseAxis, curves, drawCurves, inks, keep, keepAll } from "./curves.js";
+import { bySeed, chooseAxis, curves, dash, drawCurves, inks, keep, keepAll } from "./curves.js";
 import { follow, refresh, say, soon } from "./live.js";
 
 const { study, trial, rival, rivalIs } = document.getElementById("trial").dataset;
@@ -27,7 +27,7 @@ function draw() {
   bySeed(own).forEach(([seed, attempts], i) => attempts.forEach((points, j) => {
     const last = j === attempts.length - 1;
     const more = attempts.length > 1 ? `, attempt ${j + 1}` : "";
-    traces.push(curves(points, { name: `seed ${seed}`, more, legend: last, opacity: last ? 1 : 0.35, colour: colours[i % colours.length] }));
+    traces.push(curves(points, { name: `seed ${seed}`, more, legend: last, opacity: last ? 1 : 0.35, colour: colours[i % colours.length], dash: dash(i) }));
   }));
   const score = Number(document.querySelector("#live-head [data-bpb]")?.dataset.bpb);
   drawCurves(chart, traces, score ? [{ y: score, ink: colour("accent"), text: `${score.toFixed(4)} from the artifact` }] : []);
