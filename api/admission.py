@@ -41,7 +41,7 @@ class Door:
     """Of CADDIE_ADMIN_TOKEN, which is an admin's token without a row."""
     requests_per_second: int = 3000
     patience_seconds: float = 20.0
-    """For the head of a request, for its body, and for each piece of a body that is a file."""
+    """For the head of a request, for its body, for each piece of a body that is a file, and for a client to read on."""
 
 
 @dataclass(frozen=True)

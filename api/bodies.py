@@ -87,7 +87,7 @@ class StudyIn(StudyBody):
             found = problems_of(error)
         except InvalidSpec as error:
             found = tuple(problem.within("base") for problem in error.problems)
-        raise InvalidSpec(tuple(_placed(problem, "base", {"overrides": list(self.overrides)}) for problem in found))
+        raise InvalidSpec(tuple(_placed(problem, "base", {"overrides": self.overrides}) for problem in found))
 
 
 class SpendingChange(Input):
@@ -138,7 +138,7 @@ def _rest_problems(data: Any) -> Iterator[Problem]:
     except (AttributeError, KeyError, TypeError, ValueError):  # which is said already, or has nothing to be judged on
         return
     for problem in rest_problems({**body, "base": changed}):
-        yield _placed(problem, "base", {"overrides": list(overrides)})
+        yield _placed(problem, "base", {"overrides": overrides})
 
 
 class SpecIn(Input):
@@ -158,7 +158,7 @@ class SpecIn(Input):
         """The spec that this body says, in this study. Raises InvalidSpec, naming each field as the body has it."""
         base, params = self._base(study), self._checked_params(study)
         said = [*params, TYING, LAYERS, BLOCKS] if FAMILY in params else [*params]
-        changes = {"overrides": list(self.overrides), "params": said}
+        changes = {"overrides": self.overrides, "params": set(said)}
         prefix = "" if self.spec is None else "spec"
         try:
             if study is None or not params:
@@ -309,8 +309,10 @@ def _why_not(name: str, point: Mapping[str, Any], study: NewStudy) -> str:
 def _placed(problem: Problem, prefix: str, changes: Mapping[str, Collection[str]]) -> Problem:
     """The problem at the place in the body where its value came from: an override names itself, not what it changed."""
     field = problem.field.removeprefix(f"{prefix}.") if prefix else problem.field
+    parts = field.split(".")
+    places = {".".join(parts[: end + 1]) for end in range(len(parts))}
     for name, paths in changes.items():
-        if any(field == path or field.startswith(f"{path}.") for path in paths):
+        if any(place in paths for place in places):
             return Problem(f"{name}.{field}", problem.value, problem.message, problem.kind)
     return problem
 

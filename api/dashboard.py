@@ -18,7 +18,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from api.problems import problem, respond
+from api.pages import CONTENT_POLICY
+from api.problems import NotReady, problem, respond
 from api.program import SECRETS, program
 from orchestrator.database import Database
 from orchestrator.local_launcher import source_roots
@@ -80,9 +81,11 @@ class Dashboard:
                 break
             except httpx.TransportError:  # it has just died, or was about to end
                 if not left:
-                    raise
+                    raise NotReady("Optuna's dashboard did not start; the server's log says why") from None
                 await self._give_up(client)
         kept = {name: answer.headers[name] for name in ANSWERED if name in answer.headers}
+        if kept.get("content-type", "").startswith("text/html"):  # it shares our cookie's origin
+            kept["content-security-policy"] = CONTENT_POLICY
         return StreamingResponse(_body(answer), answer.status_code, kept)
 
     async def _started(self) -> httpx.AsyncClient:

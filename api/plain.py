@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
+from itertools import islice
 from typing import Any
 
 from fastapi import HTTPException
@@ -17,6 +18,8 @@ from starlette.responses import Response
 from worker.spec import InvalidSpec, Problem
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+MOST_PROBLEMS = 50  # what else is wrong is told once those are mended
+MOST_KEYS = 30_000  # a hundred whole specs have half of them; to judge each takes its time
 _UNKEPT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -49,10 +52,15 @@ class _PlainRequest(Request):
 def read_plain(body: bytes) -> Any:
     """What the JSON says. Raises JSONDecodeError, and InvalidBody for keys that come twice and text beyond keeping."""
     twice: list[Problem] = []
+    keys = 0
 
     def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal keys
+        keys += len(pairs)
+        if keys > MOST_KEYS:
+            raise InvalidBody((Problem("body", keys, f"has more than {MOST_KEYS:,} keys, all objects together"),))
         found = dict(pairs)
-        if len(found) < len(pairs):
+        if len(found) < len(pairs) and len(twice) < MOST_PROBLEMS:
             counts = Counter(key for key, _ in pairs)
             twice.extend(
                 Problem(key, found[key], f"is given {count} times in one object: give it once")
@@ -62,7 +70,7 @@ def read_plain(body: bytes) -> Any:
         return found
 
     said = json.loads(body, object_pairs_hook=whole)
-    problems = (*twice, *(_unkept(said) if b"\\u" in body else ()))
+    problems = (*twice, *islice(_unkept(said) if b"\\u" in body else (), MOST_PROBLEMS))
     if problems:
         raise InvalidBody(problems)
     return said

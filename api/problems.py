@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from api.plain import InvalidBody
+from api.plain import MOST_PROBLEMS, InvalidBody
 from api.refusals import FieldProblem, ProblemDetails
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.errors import CaddieError, Conflict, IllegalMove, LeaseLost, NotFound
@@ -72,6 +72,9 @@ def problem(
 ) -> ProblemDetails:
     """A problem of one of TITLES."""
     status, title = TITLES[kind]
+    if len(problems) > MOST_PROBLEMS:
+        detail = f"{len(problems)} problems, of which these are the first {MOST_PROBLEMS}: {detail}"
+        problems = problems[:MOST_PROBLEMS]
     fields = [FieldProblem(field=_text(p.field), value=_plain(p.value), message=_text(p.message)) for p in problems]
     return ProblemDetails(
         type=PREFIX + kind, title=title, status=status, detail=_text(detail), problems=fields, existing=existing
@@ -130,7 +133,7 @@ def _request_problem(error: RequestValidationError) -> ProblemDetails:
     if isinstance(error.body, bytes):
         return problem("unsupported-media-type", "send the header Content-Type: application/json")
     found = tuple(problem for detail in details for problem in _field_problems(detail))
-    return problem("invalid-input", "; ".join(str(one) for one in found), found)
+    return problem("invalid-input", "; ".join(str(one) for one in found[:MOST_PROBLEMS]), found)
 
 
 def _field_problems(detail: Mapping[str, Any]) -> tuple[Problem, ...]:

@@ -4,10 +4,11 @@ import ast
 import asyncio
 import json
 import re
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +22,7 @@ from api.admission import Door
 from api.app import create_app
 from api.limits import BODY_BYTES, MAX_DEPTH, require_shallow
 from api.problems import Refusal, problem_of
+from api.server import MOST_OF_ADDRESS
 from orchestrator import leases, store
 from orchestrator.access import Role
 from orchestrator.database import Database
@@ -104,6 +106,24 @@ def test_where_nobody_is_asked_who_they_are_a_body_is_small(url: str, path: str)
     assert (answer.status_code, answer.json()["type"]) == (413, "urn:caddie:problem:too-large")
 
 
+@only_sqlite
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps(STUDY | {f"k{number}": 0 for number in range(2000)}).encode(),
+        json.dumps(STUDY | {"overrides": {f"k{number}": 0 for number in range(2000)}}).encode(),
+        json.dumps(STUDY | {f"k{number}": 0 for number in range(140_000)}).encode(),
+        b'{"a": [' + b",".join([b'{"a":1,"a":1}'] * 2000) + b"]}",
+        b'{"a": [' + b",".join([b'"\\u0000"'] * 200_000) + b"]}",
+    ],
+    ids=["keys", "overrides", "140,000 keys", "twice", "NUL"],
+)
+def test_a_body_full_of_problems_is_answered_with_the_first_of_them(url: str, body: bytes) -> None:
+    answer = httpx.post(f"{url}/v1/studies", content=body, headers={"Content-Type": "application/json"}, timeout=30)
+    assert (answer.status_code, answer.json()["type"]) == (422, "urn:caddie:problem:invalid-input")
+    assert 1 <= len(answer.json()["problems"]) <= 50 and len(answer.content) < 20_000
+
+
 # Clients that take their time
 
 
@@ -121,6 +141,59 @@ def test_a_client_that_trickles_is_cut_off(database: Database, serve: Callable[.
     assert b" 403 " in early.partition(b"\r\n")[0]
     assert time.monotonic() - began < 15
     assert httpx.get(f"{url}/v1/me").status_code == 200
+
+
+def slow_reader(url: str, target: str) -> socket.socket:
+    """A connection that has asked for this, with little room for what comes."""
+    parts = urlsplit(url)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(20)
+    connection.connect((str(parts.hostname), parts.port or 80))
+    connection.sendall(f"GET {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n\r\n".encode())
+    return connection
+
+
+def received_bytes(connection: socket.socket, pause_seconds: float = 0.0) -> int:
+    """How much comes until the server ends the connection, to one who reads with pauses for the first while."""
+    size, began = 0, time.monotonic()
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            size += len(piece)
+            time.sleep(pause_seconds if time.monotonic() - began < 2 else 0.0)
+    return size
+
+
+@only_sqlite
+def test_a_client_that_does_not_read_is_cut_off_and_a_slow_one_is_not(
+    database: Database, serve: Callable[..., str]
+) -> None:
+    url = serve(database, dashboard=False, door=Door(patience_seconds=0.5))
+    bundle = len(httpx.get(f"{url}/assets/plotly.min.js").content)
+    stuck, slow = (slow_reader(url, "/assets/plotly.min.js") for _ in range(2))
+    with stuck, slow:
+        assert received_bytes(slow, pause_seconds=0.2) > bundle  # while the other reads nothing for over 2 s
+        assert 0 < received_bytes(stuck) < bundle
+
+
+@only_sqlite
+def test_one_address_does_not_take_all_connections(url: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    parts = urlsplit(url)
+    with ExitStack() as opened:
+        for _ in range(MOST_OF_ADDRESS):
+            opened.enter_context(socket.create_connection((str(parts.hostname), parts.port or 80)))
+        refused = httpx.get(f"{url}/healthz")
+        assert (refused.status_code, refused.json()["type"]) == (503, "urn:caddie:problem:not-ready")
+        assert refused.headers["content-type"] == "application/problem+json" and refused.headers["retry-after"] == "1"
+        other = httpx.Client(base_url=url, transport=httpx.HTTPTransport(local_address="127.0.0.2"))
+        with other:
+            assert other.get("/healthz").status_code == 200
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    deadline = time.monotonic() + 10
+    while httpx.get(f"{url}/healthz").status_code != 200:
+        assert time.monotonic() < deadline, "the closed connections to count no more"
 
 
 def test_who_asks_too_often_is_told_when_to_come_again(database: Database, serve: Callable[..., str]) -> None:

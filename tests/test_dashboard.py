@@ -49,6 +49,7 @@ def test_the_dashboard_shows_our_studies_and_writes_nothing(
     page = http.get("/dashboard")
     assert page.status_code == 200
     assert "/static/bundle.js" in page.text
+    assert "default-src 'self'" in page.headers["content-security-policy"]  # it shares our cookie's origin
     assert http.get("/static/bundle.js").status_code == 200
     assert http.head("/dashboard").status_code == 200
 

@@ -271,11 +271,15 @@ class Problem:
         return f"{self.field}: {self.message} (got {self.value!r})"
 
 
+MOST_SAID = 50
+
+
 class InvalidSpec(ValueError):
     """Input that is no TrialSpec. `problems` holds every one found; nothing was built."""
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
-        super().__init__("; ".join(str(problem) for problem in problems))
+        more = f"; and {len(problems) - MOST_SAID} more" if len(problems) > MOST_SAID else ""
+        super().__init__("; ".join(str(problem) for problem in problems[:MOST_SAID]) + more)
         self.problems = problems
 
 
