@@ -70,7 +70,11 @@ def get_study(study: StudyName, context: ContextOf, now: Now) -> StudyOut:
 
 @router.patch("/studies/{study}", responses=responses(400, 404, 409, 415))
 def change_study(study: StudyName, body: StudyChange, writer: WriterOf) -> StudyOut:
-    """Pause, resume or stop a study, or give it another budget or priority. All of the changes are made, or none."""
+    """Pause, resume or stop a study, or give it another budget or priority. All of the changes are made, or none.
+
+    A complete study that may propose more runs again; so does one that its own budget stopped, where this one gives
+    room: what was cancelled then stays cancelled until it is tried again.
+    """
     with writer.write("study.change", f"studies/{study}") as session:
         found = amend_study(
             session, study, writer.now, state=body.state and StudyState(body.state), max_trials=body.max_trials,

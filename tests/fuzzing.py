@@ -3,7 +3,6 @@ itself. In a share of them the path names what exists, and the body is one that 
 that nobody foresaw; the rest is drawn from the document alone."""
 
 import logging
-import os
 import random
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -34,9 +33,7 @@ STREAMS = "(events|stream)$"
 MOST_LISTED = 20
 SPECIFIED = "^/v1/(preview|studies|studies/preview|studies/{study}/(clone|imports|trials|trials/batch))$"
 MOVES = "^/v1/studies/{study}(/(pause|resume|stop|archive|unarchive))?$"
-RELATED = (
-    "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)|.*/(notes|seeds|stream|tell|verdict))$"
-)
+RELATED = "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)|.*/(measurements|notes|seeds|stream|tell|verdict))$"
 
 ODD: tuple[Any, ...] = (
     0,
@@ -113,12 +110,12 @@ def written(operation: str, body: dict[str, Any], result: dict[str, Any]) -> st.
     return st.fixed_dictionaries({"overrides": OVERRIDES}, optional={"params": params, **optional})
 
 
-def configuration(examples: int, *, drawn: Collection[str], linked: bool) -> SchemathesisConfig:
+def configuration(examples: int, *, drawn: Collection[str], linked: bool, dice: bool) -> SchemathesisConfig:
     """`examples` drawn cases of every operation, as many walks along links, and systematic cases but for the paths in
-    `drawn`."""
+    `drawn`. Without `dice` they are the same each time: a change is not judged by chance."""
     return SchemathesisConfig.from_dict(
         {
-            "seed": 1 if "CI" in os.environ else random.randrange(2**32),
+            "seed": random.randrange(2**32) if dice else 1,
             "continue-on-failure": True,
             "request-timeout": 30,
             "max-stream-events": 2,
@@ -128,7 +125,7 @@ def configuration(examples: int, *, drawn: Collection[str], linked: bool) -> Sch
                 "path.study": {"dictionary": "studies", "probability": 0.9},
                 "path.number": {"dictionary": "trials", "probability": 0.9},
             },
-            "generation": {"max-examples": examples, "deterministic": "CI" in os.environ, "no-shrink": True},
+            "generation": {"max-examples": examples, "deterministic": not dice, "no-shrink": True},
             "phases": {
                 "examples": {"enabled": False},
                 "coverage": {"enabled": True},
