@@ -33,7 +33,10 @@ STREAMS = "(events|stream)$"
 MOST_LISTED = 20
 SPECIFIED = "^/v1/(preview|studies|studies/preview|studies/{study}/(clone|imports|trials|trials/batch))$"
 MOVES = "^/v1/studies/{study}(/(pause|resume|stop|archive|unarchive))?$"
-RELATED = "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)|.*/(measurements|notes|seeds|stream|tell|verdict))$"
+RELATED = (
+    "^/v1/(events|tokens|attempts/.*/artifact|studies/{study}/(events|trials)"
+    "|.*/(measurements|notes|seeds|stream|tell|verdict))$"
+)
 
 ODD: tuple[Any, ...] = (
     0,
