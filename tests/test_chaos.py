@@ -51,7 +51,7 @@ def bodies(trials: int, steps: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("trials", "steps", "kills"),
     [
-        pytest.param(8, 10, 6, id="short", marks=pytest.mark.timeout(600)),
+        pytest.param(8, 10, 6, id="short", marks=[pytest.mark.soak, pytest.mark.timeout(600)]),
         pytest.param(66, 30, 30, id="long", marks=[pytest.mark.soak, pytest.mark.timeout(0)]),
     ],
 )

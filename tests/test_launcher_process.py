@@ -77,7 +77,7 @@ def heard(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
     raise AssertionError((folder / "driver.log").read_text()[-3000:])
 
 
-@pytest.mark.parametrize("kind", ["local", "ray"])
+@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.soak)])
 def test_a_killed_driver_takes_its_ranks_and_whatever_they_started_with_it(tmp_path: Path, kind: str) -> None:
     code = f"""
 launcher = make({kind!r})
@@ -115,6 +115,7 @@ tell(outcome=ending.outcome, reason=ending.reason)
         assert heard(process, tmp_path) == {"outcome": "succeeded", "reason": "trained to the end of its budget"}
 
 
+@pytest.mark.soak
 def test_one_ray_launcher_can_follow_another(tmp_path: Path) -> None:
     code = """
 import psutil
