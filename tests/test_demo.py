@@ -149,6 +149,7 @@ def test_a_demo_that_is_interrupted_leaves_no_process_and_goes_on_later(
         assert part in printed
 
 
+@pytest.mark.soak
 def test_a_demo_in_which_nothing_fits_says_so(demo: Demo) -> None:
     ended = demo.start(max_trials=0, cap_bytes=1_000)
     printed, _ = ended.communicate(timeout=100)

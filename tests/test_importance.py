@@ -133,6 +133,7 @@ def test_the_front_is_whoever_no_other_beats_in_both() -> None:
     assert front([]) == []
 
 
+@pytest.mark.soak
 def test_importance_and_the_pareto_set_of_10_000_trials_are_quick(database: Database, crowd: Crowd) -> None:
     rng = random.Random(0)
     rows = [{**row, "artifact_bytes": rng.randrange(10**6, 10**7)} for row in drawn(10_000)]

@@ -27,6 +27,8 @@ RANKS = 2
 ONE, TWO = GangConfig(ranks=1), GangConfig(ranks=2)
 seeds = itertools.count(1)
 both_shapes = pytest.mark.parametrize("gang", [ONE, TWO], ids=["1-rank", "2-ranks"])
+# Where a minute of Ray and torch shows on two ranks what it shows on one.
+the_wider = pytest.mark.parametrize("gang", [pytest.param(ONE, marks=pytest.mark.soak), TWO], ids=["1-rank", "2-ranks"])
 
 pytestmark = pytest.mark.timeout(180)  # Ray takes up to 15 s to start and torch 3 s to import, more on a busy machine
 
@@ -300,7 +302,7 @@ def test_a_gpu_gang_has_no_room_where_there_is_no_gpu(bench: Bench) -> None:
         bench.start("count", GangConfig(ranks=1, device="gpu"))
 
 
-@both_shapes
+@the_wider
 def test_the_real_trainer_gives_the_same_bytes_on_a_gang_that_has_run_before(bench: Bench, gang: GangConfig) -> None:
     changes = {
         "model": {"vocab_size": 512, "width": 32, "heads": 4, "kv_heads": 2},
@@ -326,7 +328,7 @@ def test_the_real_trainer_gives_the_same_bytes_on_a_gang_that_has_run_before(ben
     assert any(loss is not None for loss in losses[0])
 
 
-@both_shapes
+@the_wider
 def test_a_warm_gang_is_used_again_and_one_that_died_idle_is_not(bench: Bench, gang: GangConfig) -> None:
     if bench.kind == "local":
         pytest.skip("a local gang is started cold for each attempt")

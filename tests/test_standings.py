@@ -194,6 +194,7 @@ def test_the_leaderboard_goes_by_means_and_says_how_sure_they_are(caddie: Caddie
     assert study.best_trial == 1 and study.best_bpb == pytest.approx(2.43)
 
 
+@pytest.mark.soak
 def test_a_leaderboard_of_10_000_trials_is_quick(
     database: Database,
     new_study: Callable[..., NewStudy],
