@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Literal
 
-from sqlalchemy import func, select, update
+from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.errors import Conflict, IllegalMove, NotFound
@@ -24,14 +24,12 @@ CHUNK = 500  # ids in one query; databases bound how many parameters a statement
 def list_standings(session: Session, study_id: int, limit: int | None = None) -> list[Standing]:
     """The study's complete trials, each with its seeds; of those with one seed no more than the `limit` best."""
     complete = (TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.COMPLETE)
-    several = (
-        select(RUNS.c.trial_id).join(TRIALS, TRIALS.c.id == RUNS.c.trial_id).where(*complete, RUNS.c.rung == 0)
-        .group_by(RUNS.c.trial_id).having(func.count() > 1)
-    )  # fmt: skip
+    other = RUNS.alias()
     trials = (
         select(TRIALS.c.id, TRIALS.c.number, TRIALS.c.val_bpb, TRIALS.c.feasible, RUNS.c.seed)
         .join(RUNS, RUNS.c.trial_id == TRIALS.c.id).where(*complete, RUNS.c.rung == 0)
-        .order_by(TRIALS.c.feasible.desc(), TRIALS.c.val_bpb, TRIALS.c.number, RUNS.c.id)
+        .where(~exists().where(other.c.trial_id == TRIALS.c.id, other.c.rung == 0, other.c.id != RUNS.c.id))
+        .order_by(TRIALS.c.feasible.desc(), TRIALS.c.val_bpb, TRIALS.c.number, RUNS.c.id).limit(limit)
     )  # fmt: skip
     # Nearly all have one run, whose score the trial has too: there is no JSON to read.
     standings = [
@@ -39,18 +37,22 @@ def list_standings(session: Session, study_id: int, limit: int | None = None) ->
             trial_id, number, seed, val_bpb,
             bpb={seed: val_bpb} if feasible else {}, over=int(not feasible), taken=frozenset((seed,)), waits=False,
         )
-        for trial_id, number, val_bpb, feasible, seed in session.execute(
-            trials.where(TRIALS.c.id.not_in(several)).limit(limit)
-        ).all()
+        for trial_id, number, val_bpb, feasible, seed in session.execute(trials).all()
     ]  # fmt: skip
-    runs: dict[int, list[tuple[int, str, dict[str, float] | None]]] = {}
+    several = (
+        select(TRIALS.c.id, TRIALS.c.number, TRIALS.c.val_bpb).join(RUNS, RUNS.c.trial_id == TRIALS.c.id)
+        .where(*complete, RUNS.c.rung == 0).group_by(TRIALS.c.id).having(func.count() > 1).order_by(TRIALS.c.id)
+    )  # fmt: skip
+    # Asked for once, then by ids: as a subquery it may be run once a row where PostgreSQL's statistics are old.
+    replicated = session.execute(several).all()
+    ids = [trial_id for trial_id, _, _ in replicated]
+    runs: dict[int, list[tuple[int, str, dict[str, float] | None]]] = {trial_id: [] for trial_id in ids}
     query = select(RUNS.c.trial_id, RUNS.c.seed, RUNS.c.state, RUNS.c.scores).order_by(RUNS.c.id)
-    for trial_id, seed, state, scores in session.execute(query.where(RUNS.c.trial_id.in_(several), RUNS.c.rung == 0)):
-        runs.setdefault(trial_id, []).append((seed, state, scores if state == RunState.SUCCEEDED else None))
-    # By their ids: before PostgreSQL has statistics, `several` once more takes it half a minute at 10,000 trials.
-    replicated, ids = select(TRIALS.c.id, TRIALS.c.number, TRIALS.c.val_bpb).where(*complete), list(runs)
-    chunks = (replicated.where(TRIALS.c.id.in_(ids[start : start + CHUNK])) for start in range(0, len(ids), CHUNK))
-    for trial_id, number, val_bpb in (row for chunk in chunks for row in session.execute(chunk)):
+    query = query.where(RUNS.c.rung == 0)
+    chunks = (query.where(RUNS.c.trial_id.in_(ids[start : start + CHUNK])) for start in range(0, len(ids), CHUNK))
+    for trial_id, seed, state, scores in (row for chunk in chunks for row in session.execute(chunk)):
+        runs[trial_id].append((seed, state, scores if state == RunState.SUCCEEDED else None))
+    for trial_id, number, val_bpb in replicated:
         of = runs[trial_id]
         own = of[0][0]
         scored = [(seed, scores) for seed, _, scores in of if scores is not None]
