@@ -18,11 +18,13 @@ from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from claims import NewStudies, NewTrials, Results, claimed
 from hypothesis import settings
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from orchestrator.database import Database
-from orchestrator.study import NewStudy, NewTrial, Prediction
+from orchestrator.store import add_trial, create_study
+from orchestrator.study import Claim, NewStudy, NewTrial, Prediction, Study
 from orchestrator.tables import Base
 from worker import corpus
 from worker.corpus import CorpusPlan, build_corpus, build_demo
@@ -217,7 +219,7 @@ def now() -> datetime:
 
 
 @pytest.fixture
-def new_study() -> Callable[..., NewStudy]:
+def new_study() -> NewStudies:
     """Builds a study that searches LoRA rank × unique blocks over the laptop recipe; keywords replace its fields."""
 
     def build(name: str = "sharing", **fields: Any) -> NewStudy:
@@ -228,7 +230,7 @@ def new_study() -> Callable[..., NewStudy]:
 
 
 @pytest.fixture
-def new_trial() -> Callable[..., NewTrial]:
+def new_trial() -> NewTrials:
     """Builds a trial to add, each with a spec of its own; `changes` are dotted paths, keywords replace its fields."""
     counter = count(1)
 
@@ -245,7 +247,22 @@ def new_trial() -> Callable[..., NewTrial]:
 
 
 @pytest.fixture
-def trial_result() -> Callable[..., TrialResult]:
+def study(database: Database, new_study: NewStudies, now: datetime) -> Study:
+    """One that runs, without trials."""
+    with database.write() as session:
+        return create_study(session, new_study(), now)
+
+
+@pytest.fixture
+def held(database: Database, study: Study, new_trial: NewTrials, now: datetime) -> Claim:
+    """Its trial 0, claimed at `now`."""
+    with database.write() as session:
+        add_trial(session, study.id, new_trial(), now)
+        return claimed(session, now)
+
+
+@pytest.fixture
+def trial_result() -> Results:
     """Builds what an attempt produced; keywords replace its fields."""
 
     def build(**fields: Any) -> TrialResult:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 from track import Track
 
 from api.client import ApiError, Caddie
@@ -14,17 +15,10 @@ from orchestrator import store
 from orchestrator.database import Database
 from orchestrator.errors import OverBudget
 from orchestrator.lifecycle import StudyState
-from orchestrator.study import NewStudy, NewTrial
-from worker.report import TrialResult
 
 
 @pytest.fixture
-def track(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    trial_result: Callable[..., TrialResult],
-    now: datetime,
-) -> Track:
+def track(database: Database, new_study: NewStudies, trial_result: Results, now: datetime) -> Track:
     return Track(database, new_study("sweep", max_trials=3), now, trial_result)
 
 
@@ -40,9 +34,7 @@ def refused(caddie: Caddie, body: dict[str, Any], name: str = "sweep") -> tuple[
     return refusal.value.status, [problem.field for problem in refusal.value.problem.problems]
 
 
-def test_a_study_is_changed_as_a_whole_or_not_at_all(
-    caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]
-) -> None:
+def test_a_study_is_changed_as_a_whole_or_not_at_all(caddie: Caddie, track: Track, new_trial: NewTrials) -> None:
     for _ in range(2):
         track.submit(new_trial())  # proposals
     before = caddie.study("sweep")
@@ -92,7 +84,7 @@ def test_a_stopped_study_gets_no_other_budget_and_can_be_archived(caddie: Caddie
 
 
 def test_a_study_that_its_budget_stopped_runs_again_where_another_gives_room(
-    caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]
+    caddie: Caddie, track: Track, new_trial: NewTrials
 ) -> None:
     for _ in range(2):
         track.submit(new_trial(origin="submitted"))
@@ -126,7 +118,7 @@ def test_changes_at_once_lose_none_of_each_other(caddie: Caddie) -> None:
 
 
 def test_a_change_and_what_happens_to_trials_do_not_wait_for_one_another(
-    caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]
+    caddie: Caddie, track: Track, new_trial: NewTrials
 ) -> None:
     changes: tuple[dict[str, Any], ...] = ({"priority": 3}, {"priority": 4}, {"priority": 5, "state": "stopped"})
     for change in changes:
@@ -147,7 +139,7 @@ def test_a_change_and_what_happens_to_trials_do_not_wait_for_one_another(
     assert caddie.study("sweep").state == "stopped"
 
 
-def test_what_keeps_budgets_sees_another_one(caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]) -> None:
+def test_what_keeps_budgets_sees_another_one(caddie: Caddie, track: Track, new_trial: NewTrials) -> None:
     for _ in range(3):
         track.submit(new_trial(origin="submitted"))
     track.end(track.claimed(), seconds=3600)
@@ -163,9 +155,7 @@ def test_what_keeps_budgets_sees_another_one(caddie: Caddie, track: Track, new_t
     track.claimed()
 
 
-def test_runs_of_a_study_with_a_higher_priority_start_first(
-    caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]
-) -> None:
+def test_runs_of_a_study_with_a_higher_priority_start_first(caddie: Caddie, track: Track, new_trial: NewTrials) -> None:
     track.submit(new_trial(origin="submitted"))
     for name, priority in (("low", -1), ("high", 1)):
         caddie.clone_study("sweep", {"name": name})

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from claims import Results
 from sqlalchemy import event, func, select, update
 
 from api.app import openapi_text
@@ -23,7 +24,6 @@ from orchestrator.lifecycle import Outcome
 from orchestrator.study import Artifact, AttemptResult, Claim
 from orchestrator.tables import ArtifactRow, Base
 from worker.recipes import load_recipe, recipe_names
-from worker.report import TrialResult
 from worker.spec import GangConfig, override, parse_spec
 
 TTL = timedelta(minutes=5)
@@ -94,9 +94,7 @@ def study(http: httpx.Client) -> str:
 
 
 @pytest.fixture
-def finish(
-    database: Database, artifacts: ArtifactStore, trial_result: Callable[..., TrialResult], now: datetime
-) -> Callable[..., Claim]:
+def finish(database: Database, artifacts: ArtifactStore, trial_result: Results, now: datetime) -> Callable[..., Claim]:
     """Claims the first queued run and ends it in success, with an artifact; keywords replace the result's fields."""
 
     def run(**fields: Any) -> Claim:
@@ -442,7 +440,7 @@ def test_a_finished_trial_shows_what_it_did_and_cannot_be_cancelled(
 
 
 def test_a_trial_shows_what_each_of_its_attempts_cost_and_ran_on(
-    http: httpx.Client, database: Database, study: str, trial_result: Callable[..., TrialResult]
+    http: httpx.Client, database: Database, study: str, trial_result: Results
 ) -> None:
     gpus = {"ranks": 4, "device": "gpu"}
     http.post(f"{study}/trials", json={"overrides": {"gang": gpus}})
@@ -475,7 +473,7 @@ def test_a_trial_shows_what_each_of_its_attempts_cost_and_ran_on(
 
 def test_the_artifact_of_a_void_attempt_is_nobodys_model(
     http: httpx.Client, database: Database, study: str, artifacts: ArtifactStore,
-    trial_result: Callable[..., TrialResult], now: datetime,
+    trial_result: Results, now: datetime,
 ) -> None:  # fmt: skip
     http.post(f"{study}/trials", json={"overrides": {"sharing.lora.rank": 1}})
     with database.write() as session:

@@ -1,26 +1,22 @@
 """What proposed a study's trials: the account that the page and the API give of arms and of guided rules."""
 
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
+
+from claims import NewStudies, NewTrials, Results
 
 from orchestrator import leases, store
 from orchestrator.arms import arms
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome
-from orchestrator.study import AttemptResult, NewStudy, NewTrial, Suggestion
-from worker.report import TrialResult
+from orchestrator.study import AttemptResult, Suggestion
 from worker.spec import GangConfig
 
 TTL = timedelta(minutes=1)
 
 
 def test_arms_are_judged_by_new_bests_and_guided_trials_by_the_trial_they_came_from(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
-    now: datetime,
+    database: Database, new_study: NewStudies, new_trial: NewTrials, trial_result: Results, now: datetime
 ) -> None:
     over = 16_000_001
     made: list[tuple[str, Suggestion | None, dict[str, Any]]] = [

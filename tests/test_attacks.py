@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from claims import NewStudies, NewTrials, Results
+from deadline import wait_for
 from fastapi.routing import iter_route_contexts
 
 from api.admission import Door
@@ -27,9 +29,8 @@ from orchestrator import leases, store
 from orchestrator.access import Role
 from orchestrator.database import Database
 from orchestrator.lifecycle import Cause, Outcome
-from orchestrator.study import AttemptResult, NewStudy, NewTrial
+from orchestrator.study import AttemptResult
 from orchestrator.tokens import create_token, digest
-from worker.report import TrialResult
 
 ROOT = Path(__file__).parents[1]
 ONE_KEY = {"Idempotency-Key": "one"}
@@ -191,9 +192,9 @@ def test_one_address_does_not_take_all_connections(url: str) -> None:
         with other:
             assert other.get("/healthz").status_code == 200
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    deadline = time.monotonic() + 10
-    while httpx.get(f"{url}/healthz").status_code != 200:
-        assert time.monotonic() < deadline, "the closed connections to count no more"
+    wait_for(
+        lambda: httpx.get(f"{url}/healthz").status_code == 200, "the closed connections to count no more", seconds=10
+    )
 
 
 def test_who_asks_too_often_is_told_when_to_come_again(database: Database, serve: Callable[..., str]) -> None:
@@ -286,11 +287,7 @@ def test_a_host_that_is_no_hosts_name_is_refused(url: str, host: str) -> None:
 
 @pytest.fixture
 def hostile(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
-    now: datetime,
+    database: Database, new_study: NewStudies, new_trial: NewTrials, trial_result: Results, now: datetime
 ) -> None:
     """A study in which every text that comes from somewhere else is hostile."""
     with database.write() as session:

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from claims import Results
 
 from api.client import ApiError, Caddie
 from orchestrator import leases
@@ -15,7 +16,6 @@ from orchestrator.audit import list_audits
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome
 from orchestrator.study import AttemptResult
-from worker.report import TrialResult
 from worker.spec import GangConfig
 
 STUDY: dict[str, Any] = {
@@ -98,7 +98,7 @@ def test_one_key_sent_by_many_at_once_makes_one_batch(caddie: Caddie, url: str) 
 
 
 def test_a_batch_may_add_seeds_to_a_trial_and_is_replayed_all_the_same(
-    caddie: Caddie, database: Database, trial_result: Callable[..., TrialResult], now: datetime
+    caddie: Caddie, database: Database, trial_result: Results, now: datetime
 ) -> None:
     caddie.submit("sweep", at(1))
     with database.write() as session:

@@ -1,15 +1,15 @@
 """A study's course: its new bests in the order in which they came, and what had been spent by then."""
 
-from collections.abc import Callable
 from datetime import datetime, timedelta
+
+from claims import NewStudies, NewTrials, Results
 
 from orchestrator import leases, store
 from orchestrator.bests import Best, course
 from orchestrator.database import Database
 from orchestrator.ledger import list_spent
 from orchestrator.lifecycle import Cause, Outcome
-from orchestrator.study import AttemptResult, NewStudy, NewTrial
-from worker.report import TrialResult
+from orchestrator.study import AttemptResult
 from worker.spec import GangConfig
 
 TTL = timedelta(minutes=5)
@@ -17,11 +17,7 @@ TWO = GangConfig(ranks=2, device="cpu")
 
 
 def test_a_best_is_better_than_all_before_it_and_keeps_the_caps(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
-    now: datetime,
+    database: Database, new_study: NewStudies, new_trial: NewTrials, trial_result: Results, now: datetime
 ) -> None:
     with database.write() as session:
         study = store.create_study(session, new_study(cap_bytes=200_000), now)

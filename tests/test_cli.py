@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from claims import Results
 from rich.console import Console
 from sqlalchemy import update
 from typer.main import get_command
@@ -34,7 +35,6 @@ from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import AttemptResult, Claim, NewStudy
 from orchestrator.tables import TrialRow
 from worker.recipes import load_recipe
-from worker.report import TrialResult
 from worker.spec import GangConfig, parse_spec
 
 ROOT = Path(__file__).parents[1]
@@ -302,7 +302,7 @@ def claim(sqlite: Database, now: datetime) -> Callable[[], Claim]:
 
 
 @pytest.fixture
-def finish(sqlite: Database, trial_result: Callable[..., TrialResult], now: datetime) -> Callable[..., None]:
+def finish(sqlite: Database, trial_result: Results, now: datetime) -> Callable[..., None]:
     """Ends a claimed run in success; keywords replace its result's fields."""
 
     def run(claimed: Claim, **fields: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from claims import Results
 from relay import Relay, canned
 
 from api.client import ApiError, BadAnswer, Caddie, Unreachable
@@ -19,7 +20,6 @@ from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome
 from orchestrator.study import AttemptResult
-from worker.report import TrialResult
 from worker.spec import GangConfig
 
 STUDY = {"name": "sweep", "recipe": "laptop", "space": {"sharing.lora.rank": {"choice": [0, 2]}}}
@@ -160,7 +160,7 @@ def test_a_stream_that_breaks_is_taken_up_after_the_last_event(caddie: Caddie, u
 
 
 @pytest.fixture
-def model(caddie: Caddie, database: Database, tmp_path: Path, trial_result: Callable[..., TrialResult]) -> bytes:
+def model(caddie: Caddie, database: Database, tmp_path: Path, trial_result: Results) -> bytes:
     """What trial 0 of the study has stored."""
     caddie.create_study(STUDY)
     caddie.submit("sweep", {"params": {}})

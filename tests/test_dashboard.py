@@ -7,11 +7,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from claims import NewStudies, NewTrials
 
 from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome
-from orchestrator.study import AttemptResult, NewStudy, NewTrial
+from orchestrator.study import AttemptResult
 
 TTL = timedelta(minutes=5)
 
@@ -20,8 +21,8 @@ TTL = timedelta(minutes=5)
 def http(
     database: Database,
     serve: Callable[..., str],
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
+    new_study: NewStudies,
+    new_trial: NewTrials,
     trial_result: Callable[..., Any],
     now: datetime,
 ) -> Iterator[httpx.Client]:
@@ -40,11 +41,7 @@ def http(
 
 
 def test_the_dashboard_shows_our_studies_and_writes_nothing(
-    http: httpx.Client,
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    now: datetime,
+    http: httpx.Client, database: Database, new_study: NewStudies, new_trial: NewTrials, now: datetime
 ) -> None:
     page = http.get("/dashboard")
     assert page.status_code == 200

@@ -6,14 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from deadline import wait_for
 
 from api.demo import demo_settings
 from orchestrator import store
@@ -87,13 +87,6 @@ def heard(process: subprocess.Popen[str], pattern: str) -> str:
         if re.search(pattern, line):
             return "".join(lines)
     raise AssertionError("".join(lines))
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"waited a minute for {what}"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from claims import NewTrials, Results
 from sqlalchemy import select, update
 
 from api.doctor import UNASKED, run_doctor
@@ -19,9 +20,8 @@ from orchestrator.database import Database
 from orchestrator.doctor import SETTLED, Finding, Kind, clear, examine
 from orchestrator.lifecycle import Outcome, RunState, TrialState
 from orchestrator.settings import Settings
-from orchestrator.study import Artifact, AttemptResult, Claim, NewStudy, NewTrial, Study
+from orchestrator.study import Artifact, AttemptResult, Claim, Study
 from orchestrator.tables import RunRow, StudyRow
-from worker.report import TrialResult
 from worker.spec import GangConfig
 
 TTL = timedelta(seconds=20)
@@ -34,13 +34,7 @@ def artifacts(tmp_path: Path) -> ArtifactStore:
 
 
 @pytest.fixture
-def study(database: Database, new_study: Callable[..., NewStudy], now: datetime) -> Study:
-    with database.write() as session:
-        return store.create_study(session, new_study(), now)
-
-
-@pytest.fixture
-def claim(database: Database, study: Study, new_trial: Callable[..., NewTrial]) -> Callable[[datetime], Claim]:
+def claim(database: Database, study: Study, new_trial: NewTrials) -> Callable[[datetime], Claim]:
     """Adds a trial, and claims it at a moment."""
 
     def run(at: datetime) -> Claim:
@@ -56,7 +50,7 @@ def claim(database: Database, study: Study, new_trial: Callable[..., NewTrial]) 
 @pytest.fixture
 def keep(
     database: Database, artifacts: ArtifactStore, claim: Callable[[datetime], Claim], now: datetime,
-    trial_result: Callable[..., TrialResult],
+    trial_result: Results,
 ) -> Callable[[bytes], Artifact]:  # fmt: skip
     """Completes a trial with this artifact, put days ago."""
 
@@ -90,7 +84,7 @@ def states(database: Database, study: Study, number: int) -> tuple[TrialState, l
 
 def test_nothing_is_wrong_with_a_sweep_that_runs(
     database: Database, artifacts: ArtifactStore, study: Study, now: datetime,
-    keep: Callable[[bytes], Artifact], claim: Callable[[datetime], Claim], new_trial: Callable[..., NewTrial],
+    keep: Callable[[bytes], Artifact], claim: Callable[[datetime], Claim], new_trial: NewTrials,
 ) -> None:  # fmt: skip
     keep(b"one")
     keep(b"one")
@@ -187,7 +181,7 @@ def test_an_attempt_whose_lease_ran_out_long_ago_is_ended_and_its_run_queued_aga
 
 def test_runs_queued_in_a_stopped_study_are_cancelled(
     database: Database, artifacts: ArtifactStore, study: Study, now: datetime,
-    claim: Callable[[datetime], Claim], new_trial: Callable[..., NewTrial],
+    claim: Callable[[datetime], Claim], new_trial: NewTrials,
 ) -> None:  # fmt: skip
     running = claim(now)
     with database.write() as session:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from claims import NewTrials
 
 from orchestrator import leases, store
 from orchestrator.database import Database
@@ -19,7 +20,7 @@ from orchestrator.doctor import SETTLED, Kind
 from orchestrator.lifecycle import Outcome, TrialState
 from orchestrator.ray_census import CLAIMED, QUIET_SECONDS, examine
 from orchestrator.ray_gang import new_name
-from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
+from orchestrator.study import AttemptResult, Claim, Study
 from worker.spec import GangConfig
 
 HERE = Path(__file__).parent
@@ -28,13 +29,7 @@ LONG_AGO = timedelta(minutes=10)
 
 
 @pytest.fixture
-def study(database: Database, new_study: Callable[..., NewStudy], now: datetime) -> Study:
-    with database.write() as session:
-        return store.create_study(session, new_study(), now)
-
-
-@pytest.fixture
-def claim(database: Database, study: Study, new_trial: Callable[..., NewTrial]) -> Callable[..., Claim]:
+def claim(database: Database, study: Study, new_trial: NewTrials) -> Callable[..., Claim]:
     """Adds a trial, and claims it at a moment, as an owner, for a gang."""
 
     def run(at: datetime, owner: str, gang: str) -> Claim:

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import datetime, timedelta
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from deadline import wait_for
 
 from api.admission import Door
 from api.client import ApiError, Caddie
@@ -32,13 +32,6 @@ from worker.shape import FieldError
 
 ADMIN = "0123456789abcdef0123456789abcdef"
 GONE_SECONDS = 5.0  # a second is promised; this machine may be busy
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + GONE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -147,7 +140,7 @@ def test_a_token_is_made_used_listed_and_revoked_over_the_api(admin: Caddie, url
         with pytest.raises(ApiError, match="takes a role of submitter") as refused:
             anna.create_study({"name": "s", "recipe": "laptop"})
         assert refused.value.kind == "forbidden"
-        until(lambda: admin.tokens()[0].last_used_at is not None, "the use to be noted")
+        wait_for(lambda: admin.tokens()[0].last_used_at is not None, "the use to be noted", GONE_SECONDS)
         assert made.token.split("_", 2)[2] not in admin.tokens()[0].model_dump_json()
         admin.revoke_token(made.id)
 
@@ -158,7 +151,7 @@ def test_a_token_is_made_used_listed_and_revoked_over_the_api(admin: Caddie, url
                 return error.kind == "unauthenticated"
             return False
 
-        until(gone, "the revoked token to open nothing")
+        wait_for(gone, "the revoked token to open nothing", GONE_SECONDS)
     done = [(audit.actor, audit.action, audit.subject) for audit in admin.audit()]
     subject = f"tokens/{made.id}"
     assert done == [("environment", "token.revoke", subject), ("environment", "token.create", subject)]
@@ -182,7 +175,11 @@ def test_an_open_stream_ends_when_its_token_is_revoked(admin: Caddie, url: str) 
         lines = stream.iter_lines()
         assert next(lines).startswith(":")
         admin.revoke_token(made.id)
-        until(lambda: httpx.get(f"{url}/v1/me", headers=headers).status_code == 401, "the token to be forgotten")
+        wait_for(
+            lambda: httpx.get(f"{url}/v1/me", headers=headers).status_code == 401,
+            "the token to be forgotten",
+            GONE_SECONDS,
+        )
         admin.create_study({"name": "secret", "recipe": "laptop"})  # news, which must not reach the stream
         assert "secret" not in "\n".join(lines)
 
@@ -213,7 +210,7 @@ def test_a_sign_out_and_a_revoked_token_end_a_sign_in(admin: Caddie, url: str) -
         assert httpx.get(f"{url}/v1/me", cookies=kept).status_code == 401
         assert two.get("/v1/me").json()["name"] == "anna"
         admin.revoke_token(made.id)
-        until(lambda: two.get("/v1/me").status_code == 401, "the other sign-in to end with its token")
+        wait_for(lambda: two.get("/v1/me").status_code == 401, "the other sign-in to end with its token", GONE_SECONDS)
 
 
 def test_of_a_tokens_sign_ins_the_latest_are_kept_and_none_once_it_is_revoked(
@@ -268,7 +265,7 @@ def test_one_token_has_so_many_streams(url: str, admin: Caddie) -> None:
         with admin_stream(url) as other:
             assert other.status_code == 200
         stream.close()
-        until(lambda: opens(client), "the closed stream to count no more")
+        wait_for(lambda: opens(client), "the closed stream to count no more", GONE_SECONDS)
 
 
 def opens(client: httpx.Client) -> bool:
@@ -365,7 +362,7 @@ def test_an_open_door_is_for_this_machine_and_shuts_with_the_first_token(
             local.create_token({"name": "vera", "role": "viewer"})
         assert early.value.status == 422
         local.create_token({"name": "anna", "role": "admin"})
-    until(lambda: httpx.get(f"{url}/v1/me").status_code == 401, "the door to shut")
+    wait_for(lambda: httpx.get(f"{url}/v1/me").status_code == 401, "the door to shut", GONE_SECONDS)
     assert "--role admin --local" in httpx.get(f"{url}/v1/me").json()["detail"]
     assert httpx.get(f"{url}/healthz").status_code == 200
 

@@ -4,16 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+from claims import NewStudies, NewTrials
+from deadline import wait_for
 
 from orchestrator import store
 from orchestrator.database import Database
-from orchestrator.study import Attempt, NewStudy, NewTrial, Trial
+from orchestrator.study import Attempt, Trial
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"model.width": 48, "quantisation.level": 3, "evaluation.validation_tokens": 2048}
@@ -61,13 +62,6 @@ def scene(tmp_path: Path, data_root: Path, sqlite_template: Path) -> Iterator[Sc
     database.close()
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"waited a minute for {what}"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     ("number", "grace", "steps", "outcome"),
     [
@@ -79,8 +73,8 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 def test_an_orchestrator_that_is_asked_to_end_claims_nothing_and_lets_attempts_end_within_the_grace(
     scene: Scene,
     now: datetime,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
+    new_study: NewStudies,
+    new_trial: NewTrials,
     number: signal.Signals,
     grace: str,
     steps: int,

@@ -9,14 +9,15 @@ from typing import Any
 
 import httpx
 import pytest
+from claims import NewStudies, NewTrials, Results
 
 from api.events import BATCH
 from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome, StudyState
 from orchestrator.seeds import ask_seeds
-from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
-from worker.report import Measurement, TrialResult
+from orchestrator.study import AttemptResult, Claim, Study
+from worker.report import Measurement
 
 TTL = timedelta(minutes=5)
 
@@ -55,7 +56,7 @@ def take(source: Iterator[Message], count: int) -> list[Message]:
 
 
 @pytest.fixture
-def study(database: Database, new_study: Callable[..., NewStudy], now: datetime) -> Study:
+def study(database: Database, new_study: NewStudies, now: datetime) -> Study:
     with database.write() as session:
         return store.create_study(session, new_study("sweep"), now)
 
@@ -66,7 +67,7 @@ def url(database: Database, study: Study, serve: Callable[..., str]) -> str:
 
 
 @pytest.fixture
-def claim(database: Database, study: Study, new_trial: Callable[..., NewTrial], now: datetime) -> Claim:
+def claim(database: Database, study: Study, new_trial: NewTrials, now: datetime) -> Claim:
     """A running trial's claim."""
     with database.write() as session:
         store.add_trial(session, study.id, new_trial(), now)
@@ -115,7 +116,7 @@ def test_a_stream_goes_on_after_the_event_that_its_reader_saw_last(
 
 
 def test_a_studys_stream_has_no_events_of_another(
-    url: str, database: Database, new_study: Callable[..., NewStudy], now: datetime
+    url: str, database: Database, new_study: NewStudies, now: datetime
 ) -> None:
     with database.write() as session:
         other = store.create_study(session, new_study("other"), now)
@@ -143,7 +144,7 @@ def test_a_studys_stream_says_what_its_gangs_do(url: str, database: Database, cl
 
 
 def test_a_trials_measurements_come_once_and_the_stream_ends_with_the_trial(
-    url: str, database: Database, claim: Claim, trial_result: Callable[..., TrialResult], now: datetime
+    url: str, database: Database, claim: Claim, trial_result: Results, now: datetime
 ) -> None:
     path = f"{url}/studies/sweep/trials/0/measurements"
     measure(database, claim, now, 1, 2)
@@ -186,7 +187,7 @@ def test_an_earlier_attempts_measurements_are_not_lost_behind_a_later_ones(
 
 
 def test_a_stream_goes_on_while_a_complete_trial_runs_at_further_seeds(
-    url: str, database: Database, claim: Claim, study: Study, trial_result: Callable[..., TrialResult], now: datetime
+    url: str, database: Database, claim: Claim, study: Study, trial_result: Results, now: datetime
 ) -> None:
     done = AttemptResult(Outcome.SUCCEEDED, result=trial_result())
     with database.write() as session:

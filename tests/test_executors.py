@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from claims import NewStudies, Results
 from relay import Relay, canned
 from sqlalchemy import select, update
 
@@ -24,7 +25,7 @@ from orchestrator.doctor import examine
 from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.logs import list_lines
-from orchestrator.study import NewStudy, Study
+from orchestrator.study import Study
 from orchestrator.tables import ATTEMPTS, AuditRow
 from worker.inventory import count_parameters
 from worker.recipes import load_recipe
@@ -40,7 +41,7 @@ TINY = {
 
 
 @pytest.fixture
-def create(database: Database, new_study: Callable[..., NewStudy]) -> Callable[..., Study]:
+def create(database: Database, new_study: NewStudies) -> Callable[..., Study]:
     def run(**fields: Any) -> Study:
         base = override(load_recipe("laptop"), {"data.dataset": "count", "budget.steps": 3})
         with database.write() as session:
@@ -64,7 +65,7 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def result_for(spec: TrialSpec, build: Callable[..., TrialResult], **fields: Any) -> TrialResult:
+def result_for(spec: TrialSpec, build: Results, **fields: Any) -> TrialResult:
     parameters = count_parameters(spec.model, spec.sharing)
     own = {"model_bytes": len(MODEL), "code_bytes": 100, "artifact_bytes": len(MODEL) + 100}
     return build(parameters=parameters, artifact_sha256=hashlib.sha256(MODEL).hexdigest(), **{**own, **fields})
@@ -180,7 +181,7 @@ def test_a_report_sent_again_is_kept_once(caddie: Caddie, create: Callable[..., 
 
 
 def test_a_success_is_told_after_its_artifact_and_again_with_the_same_answer(
-    caddie: Caddie, create: Callable[..., Study], trial_result: Callable[..., TrialResult]
+    caddie: Caddie, create: Callable[..., Study], trial_result: Results
 ) -> None:
     create()
     asked = asked_by(caddie)
@@ -200,7 +201,7 @@ def test_a_success_is_told_after_its_artifact_and_again_with_the_same_answer(
 
 
 def test_a_lost_lease_answers_409_everywhere_and_changes_nothing(
-    caddie: Caddie, create: Callable[..., Study], database: Database, trial_result: Callable[..., TrialResult]
+    caddie: Caddie, create: Callable[..., Study], database: Database, trial_result: Results
 ) -> None:
     create()
     asked = asked_by(caddie)
@@ -248,7 +249,7 @@ def test_a_failure_and_a_preemption_go_back_to_the_queue_and_the_first_counts(
 
 
 def test_an_attempt_that_the_studys_rule_stops_is_told_so_until_it_ends(
-    caddie: Caddie, create: Callable[..., Study], trial_result: Callable[..., TrialResult]
+    caddie: Caddie, create: Callable[..., Study], trial_result: Results
 ) -> None:
     create(max_trials=3, stopping={"rule": "median", "min_runs": 2, "after_fraction": 0.1, "spare": 1e-9})
 
@@ -298,7 +299,7 @@ def test_no_orchestrator_may_have_an_executors_name(database: Database) -> None:
 
 
 def test_an_ask_over_the_budget_proposes_once_and_goes_on_when_a_run_has_ended(
-    caddie: Caddie, create: Callable[..., Study], trial_result: Callable[..., TrialResult]
+    caddie: Caddie, create: Callable[..., Study], trial_result: Results
 ) -> None:
     create(max_trials=20, spending={"gpu_hours": 1})
     first = asked_by(caddie)

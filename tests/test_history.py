@@ -1,15 +1,15 @@
-from collections.abc import Callable
 from datetime import datetime
+
+from claims import NewStudies, NewTrials
 
 from orchestrator import store
 from orchestrator.database import Database
 from orchestrator.history import History
 from orchestrator.lifecycle import TrialState
-from orchestrator.study import NewStudy, NewTrial
 
 
 def test_a_history_follows_the_table_though_it_reads_finished_trials_once(
-    database: Database, now: datetime, new_study: Callable[..., NewStudy], new_trial: Callable[..., NewTrial]
+    database: Database, now: datetime, new_study: NewStudies, new_trial: NewTrials
 ) -> None:
     with database.write() as session:
         study = store.create_study(session, new_study(), now)

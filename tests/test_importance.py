@@ -7,6 +7,7 @@ from time import process_time
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 from crowds import crowd_of
 
 from api.client import Caddie
@@ -14,8 +15,6 @@ from orchestrator.database import Database
 from orchestrator.families import FAMILY
 from orchestrator.importance import importance
 from orchestrator.pareto import Point, front, scored
-from orchestrator.study import NewStudy, NewTrial
-from worker.report import TrialResult
 
 Rows = list[dict[str, Any]]
 Crowd = Callable[[Rows], int]
@@ -23,11 +22,7 @@ Crowd = Callable[[Rows], int]
 
 @pytest.fixture
 def crowd(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
-    now: datetime,
+    database: Database, new_study: NewStudies, new_trial: NewTrials, trial_result: Results, now: datetime
 ) -> Crowd:
     """Builds a study of these complete trials, and one more; its id."""
 

@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from claims import NewStudies
 
 from api.bodies import TrialIn
 from api.context import Context, Writer
@@ -13,14 +14,13 @@ from orchestrator import store
 from orchestrator.database import Database
 from orchestrator.errors import Conflict, IllegalMove, NotFound
 from orchestrator.lifecycle import StudyState
-from orchestrator.study import NewStudy
 from worker.spec import InvalidSpec
 
 Send = Callable[..., Submission]
 
 
 @pytest.fixture
-def context(database: Database, new_study: Callable[..., NewStudy], now: datetime) -> Context:
+def context(database: Database, new_study: NewStudies, now: datetime) -> Context:
     with database.write() as session:
         for name in ("one", "two"):
             store.create_study(session, new_study(name), now)

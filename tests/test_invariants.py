@@ -10,6 +10,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from claims import ONE_CPU, TTL, NewStudies, NewTrials, Results, measured
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -37,45 +38,10 @@ from orchestrator.store import (
     list_trials,
     move_study,
 )
-from orchestrator.study import AttemptResult, Claim, Lease, NewStudy, NewTrial, Study, Trial
+from orchestrator.study import AttemptResult, Claim, Lease, NewStudy, Study, Trial
 from orchestrator.tables import ArtifactRow, AttemptRow
-from worker.report import Measurement, TrialResult
+from worker.report import TrialResult
 from worker.spec import GangConfig
-
-NewStudies = Callable[..., NewStudy]
-NewTrials = Callable[..., NewTrial]
-Results = Callable[..., TrialResult]
-
-TTL = timedelta(seconds=60)
-ONE_CPU = GangConfig()
-
-
-@pytest.fixture
-def study(database: Database, new_study: NewStudies, now: datetime) -> Study:
-    with database.write() as session:
-        return create_study(session, new_study(), now)
-
-
-@pytest.fixture
-def held(database: Database, study: Study, new_trial: NewTrials, now: datetime) -> Claim:
-    """Trial 0, claimed at `now`."""
-    with database.write() as session:
-        add_trial(session, study.id, new_trial(), now)
-        return claimed(session, now)
-
-
-def claimed(session: Session, now: datetime, gang: GangConfig = ONE_CPU) -> Claim:
-    won = claim(session, gang, "a", now, TTL)
-    assert won is not None
-    return won
-
-
-def measured(*numbers: int) -> list[Measurement]:
-    return [
-        Measurement(number=n, step=10 * n, elapsed_seconds=float(n), metrics={"train_loss": 4 / n, "lr": 1.0})
-        for n in numbers
-    ]
-
 
 # Invariants, in races and in random play
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from claims import NewStudies, NewTrials, Results
 from crowds import crowd_of
 
 from api.client import ApiError, Caddie
@@ -17,8 +18,6 @@ from orchestrator.labels import MOST_NOTES, MOST_TAGS, add_note
 from orchestrator.lifecycle import TrialState
 from orchestrator.listing import Order, Sort, read_place
 from orchestrator.store import get_study, get_trial
-from orchestrator.study import NewStudy, NewTrial
-from worker.report import TrialResult
 
 TRIALS = "/v1/studies/sweep/trials"
 
@@ -27,9 +26,9 @@ TRIALS = "/v1/studies/sweep/trials"
 def url(
     database: Database,
     serve: Callable[..., str],
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
+    new_study: NewStudies,
+    new_trial: NewTrials,
+    trial_result: Results,
     now: datetime,
 ) -> str:
     """A study of twelve trials: scores fall and rise again, and every third trial has failed without one."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import pytest
+from claims import NewTrials
 from fastapi.testclient import TestClient
 from sqlalchemy import insert
 
@@ -12,7 +13,7 @@ from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.lanes import MAX_ATTEMPTS, MAX_SEGMENTS, Cluster, read_cluster
 from orchestrator.lifecycle import Cause, Outcome
-from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
+from orchestrator.study import AttemptResult, Claim, Study
 from orchestrator.tables import ATTEMPTS
 from worker.spec import GangConfig
 
@@ -25,13 +26,7 @@ def after(now: datetime, seconds: float) -> datetime:
 
 
 @pytest.fixture
-def study(database: Database, new_study: Callable[..., NewStudy], now: datetime) -> Study:
-    with database.write() as session:
-        return store.create_study(session, new_study(), now)
-
-
-@pytest.fixture
-def begin(database: Database, study: Study, new_trial: Callable[..., NewTrial], now: datetime) -> Callable[..., Claim]:
+def begin(database: Database, study: Study, new_trial: NewTrials, now: datetime) -> Callable[..., Claim]:
     """Claims a new run for this gang, so many seconds after `now`."""
 
     def run(gang: str, seconds: float, owner: str = "host", shape: GangConfig = TWO) -> Claim:
@@ -125,7 +120,7 @@ def test_what_waits_in_a_gangs_queue_or_is_stored_behind_the_next_holds_nothing(
 
 
 def test_the_queue_says_for_how_long_each_shape_has_waited(
-    database: Database, study: Study, new_trial: Callable[..., NewTrial], now: datetime
+    database: Database, study: Study, new_trial: NewTrials, now: datetime
 ) -> None:
     with database.write() as session:
         for seconds in (0, 30):

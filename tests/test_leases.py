@@ -8,8 +8,8 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from claims import ONE_CPU, TTL, NewTrials, Results, claimed, measured
 from sqlalchemy import func, select, update
-from sqlalchemy.orm import Session
 
 from orchestrator.curves import list_measurements
 from orchestrator.database import Database
@@ -29,57 +29,22 @@ from orchestrator.lifecycle import Cause, Outcome, RunState, StudyState, TrialSt
 from orchestrator.store import (
     add_trial,
     cancel_trial,
-    create_study,
     get_trial,
     list_attempts,
     list_events,
     list_runs,
     move_study,
 )
-from orchestrator.study import Artifact, Attempt, AttemptResult, Claim, Lease, NewStudy, NewTrial, Study
+from orchestrator.study import Artifact, Attempt, AttemptResult, Claim, Lease, Study
 from orchestrator.tables import ArtifactRow, AttemptRow, MeasurementRow, RunRow, TrialRow
-from worker.report import Measurement, TrialResult
 from worker.spec import BudgetConfig, GangConfig
 
-NewStudies = Callable[..., NewStudy]
-NewTrials = Callable[..., NewTrial]
-Results = Callable[..., TrialResult]
-
-TTL = timedelta(seconds=60)
 SECOND = timedelta(seconds=1)
-ONE_CPU = GangConfig()
 TWO_CPUS = GangConfig(ranks=2)
 TRIED = {
     Cause.CRASH: 3, Cause.OUT_OF_MEMORY: 2, Cause.HANG: 3, Cause.LIMIT: 3, Cause.DIVERGED: 1, Cause.BAD_INPUT: 1,
     Cause.ERROR: 3,
 }  # fmt: skip
-
-
-@pytest.fixture
-def study(database: Database, new_study: NewStudies, now: datetime) -> Study:
-    with database.write() as session:
-        return create_study(session, new_study(), now)
-
-
-@pytest.fixture
-def held(database: Database, study: Study, new_trial: NewTrials, now: datetime) -> Claim:
-    """Trial 0, claimed at `now`."""
-    with database.write() as session:
-        add_trial(session, study.id, new_trial(), now)
-        return claimed(session, now)
-
-
-def claimed(session: Session, now: datetime, gang: GangConfig = ONE_CPU) -> Claim:
-    won = claim(session, gang, "a", now, TTL)
-    assert won is not None
-    return won
-
-
-def measured(*numbers: int) -> list[Measurement]:
-    return [
-        Measurement(number=n, step=10 * n, elapsed_seconds=float(n), metrics={"train_loss": 4 / n, "lr": 1.0})
-        for n in numbers
-    ]
 
 
 def everything(database: Database) -> list[Sequence[Any]]:

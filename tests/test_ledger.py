@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import pytest
+from claims import NewTrials, Results
 from sqlalchemy import update
 
 from orchestrator import leases, store
@@ -12,9 +13,8 @@ from orchestrator.database import Database
 from orchestrator.errors import LeaseLost
 from orchestrator.ledger import MOST, PHASES, UNKNOWN, Ledger, ledger
 from orchestrator.lifecycle import Outcome
-from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
+from orchestrator.study import AttemptResult, Claim, Study
 from orchestrator.tables import AttemptRow
-from worker.report import TrialResult
 from worker.spec import GangConfig
 
 TTL = timedelta(seconds=20)
@@ -28,15 +28,7 @@ def seconds(count: float) -> timedelta:
 
 
 @pytest.fixture
-def study(database: Database, new_study: Callable[..., NewStudy], now: datetime) -> Study:
-    with database.write() as session:
-        return store.create_study(session, new_study(), now)
-
-
-@pytest.fixture
-def claim(
-    database: Database, study: Study, new_trial: Callable[..., NewTrial], now: datetime
-) -> Callable[[GangConfig], Claim]:
+def claim(database: Database, study: Study, new_trial: NewTrials, now: datetime) -> Callable[[GangConfig], Claim]:
     """Adds a trial for this shape of gang, WAITED seconds before `now`, and claims the first that waits for one."""
 
     def run(gang: GangConfig) -> Claim:
@@ -82,7 +74,7 @@ def ledger_of(database: Database, study: Study, at: datetime, number: int | None
 
 def test_an_attempts_seconds_lie_in_the_phases_it_went_through(
     database: Database, claim: Callable[..., Claim], enter: Callable[..., None], finish: Callable[..., None],
-    trial_result: Callable[..., TrialResult],
+    trial_result: Results,
 ) -> None:  # fmt: skip
     held = claim(GangConfig())
     assert spent(database, held) == {"queue": WAITED}
@@ -108,7 +100,7 @@ def test_a_lost_lease_changes_nothing_in_the_ledger(
 
 def test_a_studys_ledger_adds_up_its_attempts_by_phase(
     database: Database, study: Study, claim: Callable[..., Claim], enter: Callable[..., None],
-    finish: Callable[..., None], trial_result: Callable[..., TrialResult], now: datetime,
+    finish: Callable[..., None], trial_result: Results, now: datetime,
 ) -> None:  # fmt: skip
     for _ in range(2):
         done = claim(FOUR_GPUS)

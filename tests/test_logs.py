@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from claims import NewStudies, NewTrials
 from test_events import stream, take
 
 from api.client import Caddie
@@ -19,7 +20,7 @@ from orchestrator.lifecycle import OPEN_TRIALS, Cause, Outcome
 from orchestrator.local_launcher import LocalLauncher
 from orchestrator.logs import list_lines
 from orchestrator.loop import Loop
-from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
+from orchestrator.study import AttemptResult, Claim, Study
 from worker.recipes import load_recipe
 from worker.report import LogLine
 from worker.spec import override
@@ -29,14 +30,14 @@ TICKS = 600
 
 
 @pytest.fixture
-def study(database: Database, new_study: Callable[..., NewStudy], now: datetime) -> Study:
+def study(database: Database, new_study: NewStudies, now: datetime) -> Study:
     base = override(load_recipe("laptop"), {"data.dataset": "count", "budget.steps": 3})
     with database.write() as session:
         return store.create_study(session, new_study("sweep", base=base), now)
 
 
 @pytest.fixture
-def submit(database: Database, study: Study, new_trial: Callable[..., NewTrial], now: datetime) -> Callable[..., None]:
+def submit(database: Database, study: Study, new_trial: NewTrials, now: datetime) -> Callable[..., None]:
     def run(dataset: str = "count") -> None:
         with database.write() as session:
             store.add_trial(session, study.id, new_trial({"data.dataset": dataset}, origin="submitted"), now)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials
 from sqlalchemy import select
 
 from orchestrator import leases, store
@@ -116,9 +117,7 @@ def pause() -> Callable[[float], Any]:
 
 
 @pytest.fixture
-def scene(
-    database: Database, tmp_path: Path, now: datetime, new_study: Callable[..., NewStudy]
-) -> Iterator[Callable[..., Scene]]:
+def scene(database: Database, tmp_path: Path, now: datetime, new_study: NewStudies) -> Iterator[Callable[..., Scene]]:
     made: list[Scene] = []
 
     def build(**fields: Any) -> Scene:
@@ -198,7 +197,7 @@ def test_killed_around_any_step_every_trial_still_ends_exactly_once(
 
 @ON_SQLITE
 def test_a_cancel_frees_the_gang_and_nothing_is_recorded_afterwards(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0, dataset="hang")
     trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
@@ -216,7 +215,7 @@ def test_a_cancel_frees_the_gang_and_nothing_is_recorded_afterwards(
 
 @ON_SQLITE
 def test_a_stop_hands_attempts_back_and_the_next_orchestrator_goes_on_at_once(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
@@ -242,7 +241,7 @@ def test_a_stop_hands_attempts_back_and_the_next_orchestrator_goes_on_at_once(
     ],
 )
 def test_a_failure_is_tried_again_unless_it_would_end_the_same_way(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial], dataset: str, attempts: int,
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials, dataset: str, attempts: int,
     cause: Cause,
 ) -> None:  # fmt: skip
     stage = scene(max_trials=0)
@@ -262,7 +261,7 @@ def test_a_failure_is_tried_again_unless_it_would_end_the_same_way(
     ],
 )
 def test_a_gang_that_outlives_its_limits_is_killed_and_its_run_tried_again(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial], limits: dict[str, float],
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials, limits: dict[str, float],
     cause: Cause, reason: str,
 ) -> None:  # fmt: skip
     stage = scene(max_trials=0)
@@ -284,7 +283,7 @@ def test_a_gang_that_outlives_its_limits_is_killed_and_its_run_tried_again(
 
 @ON_SQLITE
 def test_the_limit_of_an_attempt_goes_on_under_the_orchestrator_that_takes_it_over(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     trial = stage.submit(new_trial({"data.dataset": "hang", "limits.attempt_seconds": 3600}, origin="submitted"))
@@ -348,7 +347,7 @@ def test_two_orchestrators_on_one_study_execute_no_run_twice(scene: Callable[...
 
 @ON_SQLITE
 def test_an_expired_attempt_is_dropped_by_the_orchestrator_that_was_away(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
@@ -366,7 +365,7 @@ def test_an_expired_attempt_is_dropped_by_the_orchestrator_that_was_away(
 
 @ON_SQLITE
 def test_a_run_cancelled_while_its_gang_starts_is_released(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
@@ -389,7 +388,7 @@ def test_a_run_cancelled_while_its_gang_starts_is_released(
 
 @ON_SQLITE
 def test_an_outage_longer_than_a_lease_costs_nothing(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     trial = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
@@ -403,7 +402,7 @@ def test_an_outage_longer_than_a_lease_costs_nothing(
 
 @ON_SQLITE
 def test_a_gang_that_cannot_start_fails_its_own_attempt_alone(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     running = stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
@@ -418,7 +417,7 @@ def test_a_gang_that_cannot_start_fails_its_own_attempt_alone(
 
 @ON_SQLITE
 def test_a_result_whose_artifact_cannot_be_stored_waits_until_there_is_room(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     trial = stage.submit(new_trial({"data.dataset": "count"}, origin="submitted"))
@@ -436,7 +435,7 @@ def test_a_result_whose_artifact_cannot_be_stored_waits_until_there_is_room(
 
 @ON_SQLITE
 def test_what_ended_since_the_last_look_is_recorded_before_a_stop(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     trial = stage.submit(new_trial({"data.dataset": "count"}, origin="submitted"))
@@ -459,9 +458,7 @@ def test_a_study_goes_on_for_one_shape_when_another_has_nothing_left(scene: Call
 
 
 @ON_SQLITE
-def test_runs_that_nothing_here_can_hold_are_told_of_once(
-    scene: Callable[..., Scene], new_trial: Callable[..., NewTrial]
-) -> None:
+def test_runs_that_nothing_here_can_hold_are_told_of_once(scene: Callable[..., Scene], new_trial: NewTrials) -> None:
     stage = scene(max_trials=0)
     stage.submit(new_trial({"gang.device": "gpu"}, origin="submitted"))
     loop = stage.orchestrator()
@@ -474,7 +471,7 @@ def test_runs_that_nothing_here_can_hold_are_told_of_once(
 
 @ON_SQLITE
 def test_whatever_ends_the_loop_hands_the_attempts_back(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     stage.submit(new_trial({"data.dataset": "hang"}, origin="submitted"))
@@ -522,7 +519,7 @@ def test_what_died_with_its_orchestrator_is_queued_again_as_soon_as_that_is_back
 
 @ON_SQLITE
 def test_narrow_runs_pass_a_wide_one_only_for_so_long(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0)
     loop = stage.orchestrator(ranks=2)
@@ -556,7 +553,7 @@ def let_come_to(stage: Scene, tenth: int) -> None:
             (stage.folder / str(number)).touch()
 
 
-def submit_paced(stage: Scene, new_trial: Callable[..., NewTrial], *finals: float) -> list[int]:
+def submit_paced(stage: Scene, new_trial: NewTrials, *finals: float) -> list[int]:
     """Trials that will score this in the end."""
     return [
         stage.submit(new_trial({"data.dataset": "paced", "optimizer.matrix_lr": final / 10}, origin="submitted")).number
@@ -566,7 +563,7 @@ def submit_paced(stage: Scene, new_trial: Callable[..., NewTrial], *finals: floa
 
 @ON_SQLITE
 def test_a_hopeless_run_is_stopped_where_the_study_says_and_the_trial_says_why(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0, stopping={"after_fraction": 0.5, "min_runs": 3, "spare": 0.001})
     loop = stage.orchestrator()
@@ -592,7 +589,7 @@ def test_a_hopeless_run_is_stopped_where_the_study_says_and_the_trial_says_why(
 
 @ON_SQLITE
 def test_an_orchestrator_killed_before_it_told_a_run_to_stop_leaves_it_to_the_next(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0, stopping={"after_fraction": 0.5, "min_runs": 2, "spare": 0.001})
     gone = stage.orchestrator()
@@ -670,7 +667,7 @@ def test_a_study_starts_no_run_that_its_budget_cannot_pay_and_stops_once_nothing
 
 @ON_SQLITE
 def test_a_study_stops_at_its_target_and_what_runs_goes_on(
-    scene: Callable[..., Scene], pause: Any, new_trial: Callable[..., NewTrial]
+    scene: Callable[..., Scene], pause: Any, new_trial: NewTrials
 ) -> None:
     stage = scene(max_trials=0, spending={"target_bpb": 2.0})
     loop = stage.orchestrator()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from claims import NewStudies
 
 from orchestrator import store
 from orchestrator.artifacts import ArtifactStore
@@ -15,7 +16,7 @@ from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome, StudyState, TrialState
 from orchestrator.loop import Loop
 from orchestrator.ray_launcher import RayLauncher
-from orchestrator.study import NewStudy, NewTrial, Study
+from orchestrator.study import NewTrial, Study
 from worker.recipes import load_recipe
 from worker.spec import override
 
@@ -83,9 +84,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayLauncher]:
 
 
 @pytest.fixture
-def scene(
-    database: Database, tmp_path: Path, launcher: RayLauncher, new_study: Callable[..., NewStudy]
-) -> Iterator[Scene]:
+def scene(database: Database, tmp_path: Path, launcher: RayLauncher, new_study: NewStudies) -> Iterator[Scene]:
     stage = Scene(database, tmp_path, launcher, new_study)
     yield stage
     stage.loop.hand_back(datetime.now(UTC))

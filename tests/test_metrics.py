@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials
 from fastapi.testclient import TestClient
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,7 +19,7 @@ from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.gauges import Gauges
 from orchestrator.lifecycle import Cause, Outcome
-from orchestrator.study import AttemptResult, NewStudy, NewTrial
+from orchestrator.study import AttemptResult
 
 TTL = timedelta(minutes=5)
 Samples = dict[tuple[str, ...], float]
@@ -47,10 +48,7 @@ def scrape(http: TestClient) -> dict[str, Samples]:
 
 
 def test_what_the_database_holds_is_counted(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    http: TestClient,
+    database: Database, new_study: NewStudies, new_trial: NewTrials, http: TestClient
 ) -> None:
     now = datetime.now(UTC) - timedelta(seconds=100)
     shape = {"gang.ranks": 2, "gang.device": "gpu"}
@@ -81,7 +79,7 @@ def test_what_the_database_holds_is_counted(
 
 
 def test_an_ended_attempt_counts_once_however_often_it_is_looked_at(
-    database: Database, new_study: Callable[..., NewStudy], new_trial: Callable[..., NewTrial], now: datetime
+    database: Database, new_study: NewStudies, new_trial: NewTrials, now: datetime
 ) -> None:
     with database.write() as session:
         study = store.create_study(session, new_study(), now)

@@ -1,7 +1,7 @@
 """The migration history: it builds exactly the tables that the code describes, on both databases."""
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from claims import Results
 from sqlalchemy import Connection, Engine, insert, inspect, select, text, update
 from sqlalchemy.engine.interfaces import ReflectedIndex
 from sqlalchemy.exc import IntegrityError
@@ -16,7 +17,6 @@ from sqlalchemy.exc import IntegrityError
 from orchestrator.database import Database, alembic_config
 from orchestrator.study import Scores
 from orchestrator.tables import AttemptRow, Base, MeasurementRow, RunRow, StudyRow, TrialRow
-from worker.report import TrialResult
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_runs_from_before_were_queued_when_they_were_made(empty: Database, now: 
 
 
 def test_results_from_before_are_judged_by_the_one_cap_there_was(
-    empty: Database, trial_result: Callable[..., TrialResult], now: datetime
+    empty: Database, trial_result: Results, now: datetime
 ) -> None:
     with empty.engine.connect() as connection, connection.begin(), alembic_config(connection) as config:
         command.upgrade(config, "0004")

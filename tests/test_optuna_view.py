@@ -12,6 +12,7 @@ from wsgiref.util import setup_testing_defaults
 import httpx
 import optuna
 import pytest
+from claims import NewStudies, NewTrials, Results
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -36,8 +37,8 @@ from orchestrator.optuna_view import (
 from orchestrator.points import Domain
 from orchestrator.proposer import Proposer
 from orchestrator.space import Parameter, as_category
-from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Study
-from worker.report import Measurement, TrialResult
+from orchestrator.study import AttemptResult, Claim, Study
+from worker.report import Measurement
 from worker.spec import GangConfig, override, parse_spec
 
 TTL = timedelta(minutes=5)
@@ -50,8 +51,8 @@ class Sweep:
 
     database: Database
     study: Study
-    new_trial: Callable[..., NewTrial]
-    trial_result: Callable[..., TrialResult]
+    new_trial: NewTrials
+    trial_result: Results
     now: datetime
 
     def add(self, **fields: Any) -> int:
@@ -90,11 +91,7 @@ class Sweep:
 
 @pytest.fixture
 def sweep(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
-    now: datetime,
+    database: Database, new_study: NewStudies, new_trial: NewTrials, trial_result: Results, now: datetime
 ) -> Sweep:
     space = {
         "sharing.lora.rank": {"choice": [0, 2, 4, 8]},
@@ -223,10 +220,7 @@ def test_constraints_stand_under_both_keys(every_state: Sweep) -> None:
 
 
 def test_an_infeasible_trial_violates_its_constraint_by_its_predicted_bytes(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    now: datetime,
+    database: Database, new_study: NewStudies, new_trial: NewTrials, now: datetime
 ) -> None:
     with database.write() as session:
         study = store.create_study(session, new_study(cap_bytes=100_000), now)
@@ -420,9 +414,7 @@ def test_optunas_dashboard_shows_the_study(every_state: Sweep) -> None:
     assert {each["name"] for each in detail["union_search_space"]} == set(every_state.study.definition.space)
 
 
-def test_a_trial_has_only_the_parameters_that_are_active_in_it(
-    sweep: Sweep, new_study: Callable[..., NewStudy]
-) -> None:
+def test_a_trial_has_only_the_parameters_that_are_active_in_it(sweep: Sweep, new_study: NewStudies) -> None:
     rank, layers = "sharing.lora.rank", "sharing.virtual_layers"
     space = {
         "sharing.tying": {"families": ["cycle", "free"]},

@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from deadline import wait_for
 
 from orchestrator.database import Database
 from orchestrator.owner import CHECK_EVERY, Owner
@@ -36,13 +36,6 @@ def holder(url: str, name: str) -> Iterator[tuple[subprocess.Popen[str], bool]]:
             process.kill()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def owner(database: Database) -> Iterator[Owner]:
     owner = Owner(database, "one")
@@ -60,7 +53,7 @@ def test_a_name_is_held_by_one_process_and_free_once_that_is_killed(
         assert other.take()
         other.release()
         process.kill()
-        wait_for(owner.take)
+        wait_for(owner.take, "the name")
 
 
 def test_a_name_that_was_released_is_free(database_url: str, owner: Owner) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from claims import Results
 
 from api.client import ApiError, Caddie
 from api.program import program
 from orchestrator.database import Database
 from worker.inventory import count_parameters
 from worker.recipes import load_recipe
-from worker.report import TrialResult
 from worker.spec import override, parse_spec
 
 STUDY: dict[str, Any] = {
@@ -35,7 +35,7 @@ def caddie(url: str) -> Iterator[Caddie]:
 
 
 @pytest.fixture
-def made(trial_result: Callable[..., TrialResult]) -> Callable[..., dict[str, Any]]:
+def made(trial_result: Results) -> Callable[..., dict[str, Any]]:
     """A spec of the laptop recipe at this LoRA rank with a result of its own; keywords replace the result's fields."""
 
     def build(rank: int, **fields: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 from track import ONE_CPU, Track
 
 from api.client import ApiError, Caddie
@@ -16,17 +17,11 @@ from orchestrator.leases import MAX_ATTEMPTS
 from orchestrator.lifecycle import Cause, Outcome, StudyState, TrialState
 from orchestrator.rungs import Ladder
 from orchestrator.store import add_trial, cancel_trial
-from orchestrator.study import AttemptResult, NewStudy, NewTrial
-from worker.report import TrialResult
+from orchestrator.study import AttemptResult
 
 
 @pytest.fixture
-def track(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    trial_result: Callable[..., TrialResult],
-    now: datetime,
-) -> Track:
+def track(database: Database, new_study: NewStudies, trial_result: Results, now: datetime) -> Track:
     return Track(database, new_study("sweep", max_trials=0), now, trial_result)
 
 
@@ -50,7 +45,7 @@ def retry(track: Track, number: int = 0) -> None:
 # Retry
 
 
-def test_a_retried_trial_has_all_its_attempts_again(track: Track, new_trial: Callable[..., NewTrial]) -> None:
+def test_a_retried_trial_has_all_its_attempts_again(track: Track, new_trial: NewTrials) -> None:
     track.submit(new_trial(origin="submitted"))
     for _ in range(2):
         for _ in range(MAX_ATTEMPTS):
@@ -66,9 +61,7 @@ def test_a_retried_trial_has_all_its_attempts_again(track: Track, new_trial: Cal
         assert [attempt.number for attempt in store.list_attempts(session, trial.id)] == [*range(1, 8)]
 
 
-def test_a_retry_after_running_out_of_memory_goes_on_with_smaller_parts(
-    track: Track, new_trial: Callable[..., NewTrial]
-) -> None:
+def test_a_retry_after_running_out_of_memory_goes_on_with_smaller_parts(track: Track, new_trial: NewTrials) -> None:
     track.submit(new_trial({"data.micro_batch_sequences": 8}, origin="submitted"))
     for _ in range(2):
         fail(track, Cause.OUT_OF_MEMORY)
@@ -77,9 +70,7 @@ def test_a_retry_after_running_out_of_memory_goes_on_with_smaller_parts(
     assert track.claimed().spec.data.micro_batch_sequences == 2
 
 
-def test_a_cancelled_trial_is_retried_and_whoever_held_it_has_lost_it(
-    track: Track, new_trial: Callable[..., NewTrial]
-) -> None:
+def test_a_cancelled_trial_is_retried_and_whoever_held_it_has_lost_it(track: Track, new_trial: NewTrials) -> None:
     track.submit(new_trial(origin="submitted"))
     claim = track.claimed()
     with track.database.write() as session:
@@ -92,9 +83,7 @@ def test_a_cancelled_trial_is_retried_and_whoever_held_it_has_lost_it(
     assert track.states() == [TrialState.COMPLETE]
 
 
-def test_a_retry_reopens_a_complete_study_and_is_refused_in_a_stopped_one(
-    track: Track, new_trial: Callable[..., NewTrial]
-) -> None:
+def test_a_retry_reopens_a_complete_study_and_is_refused_in_a_stopped_one(track: Track, new_trial: NewTrials) -> None:
     track.submit(new_trial(origin="submitted"))
     fail(track, Cause.DIVERGED)
     for to, state in ((StudyState.COMPLETE, StudyState.RUNNING), (StudyState.STOPPED, StudyState.STOPPED)):
@@ -109,7 +98,7 @@ def test_a_retry_reopens_a_complete_study_and_is_refused_in_a_stopped_one(
         assert track.current().state is state
 
 
-def test_what_keeps_finished_trials_sees_that_one_was_retried(track: Track, new_trial: Callable[..., NewTrial]) -> None:
+def test_what_keeps_finished_trials_sees_that_one_was_retried(track: Track, new_trial: NewTrials) -> None:
     history = History(track.study.id)
     track.submit(new_trial(origin="submitted"))
     fail(track, Cause.DIVERGED)
@@ -124,11 +113,7 @@ def test_what_keeps_finished_trials_sees_that_one_was_retried(track: Track, new_
 
 
 def test_a_ladder_sees_what_a_retried_run_has_come_to(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
-    now: datetime,
+    database: Database, new_study: NewStudies, new_trial: NewTrials, trial_result: Results, now: datetime
 ) -> None:
     new = new_study(promotion={"rungs": [{"budget": {"steps": 30}}], "keep": 0.5, "spare": 0}, max_trials=9)
     track = Track(database, new, now, trial_result)
@@ -152,7 +137,7 @@ def test_a_ladder_sees_what_a_retried_run_has_come_to(
 
 
 def test_a_trial_is_retried_over_http_and_others_are_refused_by_state(
-    caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]
+    caddie: Caddie, track: Track, new_trial: NewTrials
 ) -> None:
     for _ in range(2):
         track.submit(new_trial(origin="submitted"))
@@ -172,7 +157,7 @@ def test_a_trial_is_retried_over_http_and_others_are_refused_by_state(
 
 
 def test_a_complete_trial_runs_at_the_seeds_asked_for_or_the_next_of_the_list(
-    caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]
+    caddie: Caddie, track: Track, new_trial: NewTrials
 ) -> None:
     track.submit(new_trial({"seed": 314}, origin="submitted"))
     with pytest.raises(ApiError) as refused:
@@ -197,9 +182,7 @@ def test_a_complete_trial_runs_at_the_seeds_asked_for_or_the_next_of_the_list(
         caddie.add_seeds("sweep", 0, [8])
 
 
-def test_one_seed_of_a_complete_trial_is_cancelled_alone(
-    caddie: Caddie, track: Track, new_trial: Callable[..., NewTrial]
-) -> None:
+def test_one_seed_of_a_complete_trial_is_cancelled_alone(caddie: Caddie, track: Track, new_trial: NewTrials) -> None:
     track.submit(new_trial(origin="submitted"))
     own = track.runs(0)[0]
     with pytest.raises(ApiError, match="cancel the trial"):

@@ -1,6 +1,6 @@
 """Further seeds: who earns them, how they are added and run, and where that leaves a trial."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -9,6 +9,7 @@ from threading import Barrier, Event
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 
 from orchestrator import leases, seeds, store
 from orchestrator.artifacts import ArtifactStore
@@ -21,10 +22,10 @@ from orchestrator.local_launcher import LocalLauncher
 from orchestrator.loop import Loop
 from orchestrator.replicates import contenders_needed, earned
 from orchestrator.standing import Standing, ranked, spread_of
-from orchestrator.study import AttemptResult, NewStudy, NewTrial, ReplicationConfig, Study, Trial
+from orchestrator.study import AttemptResult, NewTrial, ReplicationConfig, Study, Trial
 from orchestrator.supply import Supply
 from worker.recipes import load_recipe
-from worker.report import Measurement, TrialResult
+from worker.report import Measurement
 from worker.spec import GangConfig, override
 
 TTL = timedelta(seconds=60)
@@ -117,7 +118,7 @@ def test_seeds_come_in_the_order_of_the_list_whoever_earns_them() -> None:
 
 
 @pytest.fixture
-def study(database: Database, new_study: Callable[..., NewStudy], now: datetime) -> Study:
+def study(database: Database, new_study: NewStudies, now: datetime) -> Study:
     with database.write() as session:
         return store.create_study(session, new_study(max_trials=20, replication=TERMS.model_dump()), now)
 
@@ -125,7 +126,7 @@ def study(database: Database, new_study: Callable[..., NewStudy], now: datetime)
 class Bench:
     """Runs that are claimed and ended by hand."""
 
-    def __init__(self, database: Database, study: Study, now: datetime, results: Callable[..., TrialResult]) -> None:
+    def __init__(self, database: Database, study: Study, now: datetime, results: Results) -> None:
         self.database, self.study, self.now, self.results = database, study, now, results
 
     def end(self, ended: AttemptResult | None = None, **fields: Any) -> int:
@@ -166,11 +167,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(database: Database, study: Study, now: datetime, trial_result: Callable[..., TrialResult]) -> Bench:
+def bench(database: Database, study: Study, now: datetime, trial_result: Results) -> Bench:
     return Bench(database, study, now, trial_result)
-
-
-NewTrials = Callable[..., NewTrial]
 
 
 def test_a_seed_is_added_once_and_runs_before_proposals_and_after_submissions(
@@ -330,7 +328,7 @@ def loop(database: Database, tmp_path: Path) -> Iterator[Loop]:
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_a_study_ends_with_seeds_for_whom_it_may_still_be_and_with_all_for_its_incumbent(
-    loop: Loop, database: Database, new_study: Callable[..., NewStudy], new_trial: NewTrials, now: datetime
+    loop: Loop, database: Database, new_study: NewStudies, new_trial: NewTrials, now: datetime
 ) -> None:
     base = override(load_recipe("laptop"), {"data.dataset": "scores"})
     with database.write() as session:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState as OptunaState
@@ -19,12 +20,10 @@ from orchestrator.lifecycle import Outcome, StudyState, TrialState
 from orchestrator.optuna_view import StudyView
 from orchestrator.rungs import Finished, Ladder, Promotion, promote
 from orchestrator.shortening import Rung, share_of, shortened
-from orchestrator.study import Claim, NewStudy, NewTrial, PromotionConfig, Study
+from orchestrator.study import Claim, NewStudy, PromotionConfig, Study
 from worker.recipes import load_recipe
-from worker.report import TrialResult
 from worker.spec import BudgetConfig, GangConfig, override, parse_spec, problems_of
 
-NewStudies = Callable[..., NewStudy]
 TWO = {"rungs": [{"budget": {"steps": 10}}, {"budget": {"steps": 30}}], "spare": 0.0}
 ONE = {"rungs": [{"budget": {"steps": 10}}], "spare": 0.0}
 LR = "optimizer.matrix_lr"
@@ -180,9 +179,7 @@ def went_on(rungs: Ladder) -> list[int]:
 
 
 @pytest.fixture
-def track(
-    database: Database, now: datetime, new_study: NewStudies, trial_result: Callable[..., TrialResult]
-) -> Callable[..., Track]:
+def track(database: Database, now: datetime, new_study: NewStudies, trial_result: Results) -> Callable[..., Track]:
     def build(promotion: dict[str, Any] = TWO, **fields: Any) -> Track:
         base = override(load_recipe("laptop"), {"budget": {"steps": 120}, "schedule": {"warmdown_fraction": 0.4}})
         new = new_study(base=base, promotion=promotion, **{"space": SPACE, "sampler": "random", **fields})
@@ -272,7 +269,7 @@ def test_rungs_on_fewer_ranks_wait_for_gangs_of_theirs(track: Callable[..., Trac
     assert there.claimed(best.spec.gang).spec == best.spec
 
 
-def test_a_submitted_trial_has_its_own_budget(track: Callable[..., Track], new_trial: Callable[..., NewTrial]) -> None:
+def test_a_submitted_trial_has_its_own_budget(track: Callable[..., Track], new_trial: NewTrials) -> None:
     there = track()
     there.submit(new_trial({"budget.steps": 77}, origin="submitted"))
     claim = there.claimed()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 from track import ONE_CPU, Track
 
 from api.client import Caddie
@@ -12,19 +13,15 @@ from orchestrator.lifecycle import Outcome
 from orchestrator.rungs import Ladder
 from orchestrator.savings import savings
 from orchestrator.store import add_trial
-from orchestrator.study import NewStudy, NewTrial, Prediction
-from worker.report import TrialResult
+from orchestrator.study import Prediction
 from worker.spec import GangConfig
 
-NewTrials = Callable[..., NewTrial]
 SEEN = Prediction(100_000, 40_000, 120_000, 110_000, 130_000, train_seconds=500.0, evaluate_seconds=100.0)
 GPUS = {"gang.ranks": 4, "gang.device": "gpu"}
 
 
 @pytest.fixture
-def track(
-    database: Database, new_study: Callable[..., NewStudy], trial_result: Callable[..., TrialResult], now: datetime
-) -> Track:
+def track(database: Database, new_study: NewStudies, trial_result: Results, now: datetime) -> Track:
     new = new_study("sweep", promotion={"rungs": [{"budget": {"steps": 30}}], "keep": 0.5}, max_trials=20)
     return Track(database, new, now, trial_result)
 

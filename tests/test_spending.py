@@ -7,6 +7,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 from pydantic import ValidationError
 from sqlalchemy import event, update
 from track import TTL, Track
@@ -17,21 +18,17 @@ from orchestrator.errors import OverBudget
 from orchestrator.lifecycle import Outcome
 from orchestrator.records import import_trial
 from orchestrator.spending import Account, Accounts, Purses, limit_hours
-from orchestrator.study import NewStudy, NewTrial, SpendingConfig
+from orchestrator.study import SpendingConfig
 from orchestrator.tables import AttemptRow
 from worker.inventory import count_parameters
 from worker.recipes import load_recipe
-from worker.report import TrialResult
 from worker.spec import GangConfig, override
 
 HOUR = 3600.0
-NewTrials = Callable[..., NewTrial]
 
 
 @pytest.fixture
-def track(
-    database: Database, now: datetime, new_study: Callable[..., NewStudy], trial_result: Callable[..., TrialResult]
-) -> Callable[..., Track]:
+def track(database: Database, now: datetime, new_study: NewStudies, trial_result: Results) -> Callable[..., Track]:
     def build(budget: dict[str, Any] | None = None, **spending: Any) -> Track:
         base = override(load_recipe("laptop"), {"budget": budget or {"steps": 120, "seconds": None}})
         return Track(database, new_study(base=base, spending=spending), now, trial_result)
@@ -71,9 +68,7 @@ def test_the_nearer_limit_counts() -> None:
         ("gpu_hour_dollars", 1e-300), ("target_bpb", 1e300),
     ],
 )  # fmt: skip
-def test_a_number_that_no_study_needs_is_refused_by_name(
-    field: str, value: float, new_study: Callable[..., NewStudy]
-) -> None:
+def test_a_number_that_no_study_needs_is_refused_by_name(field: str, value: float, new_study: NewStudies) -> None:
     with pytest.raises(ValidationError, match=f"spending.{field}"):
         new_study(spending={field: value})
 

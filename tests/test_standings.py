@@ -10,6 +10,7 @@ from time import process_time
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 from sqlalchemy import insert, select
 
 from api.client import ApiError, Caddie
@@ -17,9 +18,8 @@ from api.studies import leaderboard
 from orchestrator import leases, store
 from orchestrator.database import Database
 from orchestrator.lifecycle import Cause, Outcome, RunState, TrialState
-from orchestrator.study import AttemptResult, NewStudy, NewTrial
+from orchestrator.study import AttemptResult
 from orchestrator.tables import RunRow, TrialRow
-from worker.report import TrialResult
 from worker.spec import GangConfig
 
 TTL = timedelta(seconds=60)
@@ -44,7 +44,7 @@ def caddie(url: str) -> Iterator[Caddie]:
 
 
 @pytest.fixture
-def end(database: Database, trial_result: Callable[..., TrialResult], now: datetime) -> Callable[..., None]:
+def end(database: Database, trial_result: Results, now: datetime) -> Callable[..., None]:
     """Claims the first queued run and ends it in success; `nats` sets both scores."""
 
     def run(nats: float = 4.0, **fields: Any) -> None:
@@ -196,11 +196,7 @@ def test_the_leaderboard_goes_by_means_and_says_how_sure_they_are(caddie: Caddie
 
 @pytest.mark.soak
 def test_a_leaderboard_of_10_000_trials_is_quick(
-    database: Database,
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
-    now: datetime,
+    database: Database, new_study: NewStudies, new_trial: NewTrials, trial_result: Results, now: datetime
 ) -> None:
     with database.write() as session:
         study = store.create_study(session, new_study(), now)

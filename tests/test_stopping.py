@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event
@@ -13,8 +14,8 @@ from track import Track
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome, TrialState
 from orchestrator.stopping import Curve, Stopping, regret, threshold, value_at
-from orchestrator.study import Claim, NewStudy, NewTrial, StoppingConfig
-from worker.report import Measurement, TrialResult
+from orchestrator.study import Claim, StoppingConfig
+from worker.report import Measurement
 
 NEW = Measurement(number=1, step=1, elapsed_seconds=1.0, metrics={"fraction": 0.5, "val_bpb": 2.0})
 
@@ -85,9 +86,7 @@ def test_no_run_is_stopped_too_early_or_beside_too_few(
 
 
 @pytest.fixture
-def track(
-    database: Database, now: datetime, new_study: Callable[..., NewStudy], trial_result: Callable[..., TrialResult]
-) -> Callable[..., Track]:
+def track(database: Database, now: datetime, new_study: NewStudies, trial_result: Results) -> Callable[..., Track]:
     def build(**stopping: Any) -> Track:
         return Track(database, new_study(stopping={"min_runs": 3, "spare": 0.001, **stopping}), now, trial_result)
 
@@ -95,7 +94,7 @@ def track(
 
 
 def test_a_hopeless_run_is_stopped_at_the_stated_share_and_not_before(
-    track: Callable[..., Track], new_trial: Callable[..., NewTrial]
+    track: Callable[..., Track], new_trial: NewTrials
 ) -> None:
     there = track()
     stopping = Stopping(there.database)
@@ -113,7 +112,7 @@ def test_a_hopeless_run_is_stopped_at_the_stated_share_and_not_before(
 
 
 def test_few_finished_runs_and_those_of_other_rungs_stop_nothing(
-    track: Callable[..., Track], new_trial: Callable[..., NewTrial]
+    track: Callable[..., Track], new_trial: NewTrials
 ) -> None:
     there = track(min_runs=4)
     stopping = Stopping(there.database)
@@ -129,7 +128,7 @@ def test_few_finished_runs_and_those_of_other_rungs_stop_nothing(
 
 
 def test_a_look_costs_one_query_a_study_and_none_without_a_new_score(
-    track: Callable[..., Track], new_trial: Callable[..., NewTrial]
+    track: Callable[..., Track], new_trial: NewTrials
 ) -> None:
     there = track()
     stopping = Stopping(there.database)
@@ -151,7 +150,7 @@ def test_a_look_costs_one_query_a_study_and_none_without_a_new_score(
 
 
 def test_spared_runs_train_on_and_show_what_stopping_would_have_cost(
-    track: Callable[..., Track], new_trial: Callable[..., NewTrial]
+    track: Callable[..., Track], new_trial: NewTrials
 ) -> None:
     there = track(spare=1.0)
     stopping = Stopping(there.database)
@@ -174,7 +173,7 @@ def test_spared_runs_train_on_and_show_what_stopping_would_have_cost(
 
 
 def test_the_share_that_is_spared_is_drawn_from_the_study_and_the_run(
-    track: Callable[..., Track], new_trial: Callable[..., NewTrial]
+    track: Callable[..., Track], new_trial: NewTrials
 ) -> None:
     there = track(spare=0.5)
     for final in (2.0, 2.1, 2.2):
@@ -195,12 +194,12 @@ def test_the_share_that_is_spared_is_drawn_from_the_study_and_the_run(
     ]
 
 
-def start(there: Track, new_trial: Callable[..., NewTrial]) -> Claim:
+def start(there: Track, new_trial: NewTrials) -> Claim:
     there.submit(new_trial(origin="submitted"))
     return there.claimed()
 
 
-def finish(there: Track, new_trial: Callable[..., NewTrial], final: float) -> None:
+def finish(there: Track, new_trial: NewTrials, final: float) -> None:
     claim = start(there, new_trial)
     there.measure(claim, dict(straight(final)))
     there.end(claim, final)

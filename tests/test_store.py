@@ -1,12 +1,13 @@
 """The store's contract for studies, events and sessions, on SQLite and PostgreSQL."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from threading import Barrier, Event
 
 import pytest
+from claims import ONE_CPU, TTL, NewStudies, NewTrials, Results
 from sqlalchemy import text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
@@ -30,24 +31,10 @@ from orchestrator.store import (
     list_trials,
     move_study,
 )
-from orchestrator.study import AttemptResult, NewStudy, NewTrial, Study
+from orchestrator.study import AttemptResult, Study
 from orchestrator.tables import StudyRow, TrialRow
-from worker.report import TrialResult
-from worker.spec import GangConfig
 
-NewStudies = Callable[..., NewStudy]
-NewTrials = Callable[..., NewTrial]
-Results = Callable[..., TrialResult]
-
-TTL = timedelta(seconds=60)
 MINUTE = timedelta(minutes=1)
-ONE_CPU = GangConfig()
-
-
-@pytest.fixture
-def study(database: Database, new_study: NewStudies, now: datetime) -> Study:
-    with database.write() as session:
-        return create_study(session, new_study(max_trials=10), now)
 
 
 @pytest.fixture

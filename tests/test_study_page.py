@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from browser import Browser
+from claims import NewStudies, NewTrials, Results
 from crowds import crowd_of
 from selenium.webdriver.common.keys import Keys
 from sqlalchemy import update
@@ -25,10 +26,9 @@ from orchestrator.access import Role
 from orchestrator.audit import list_audits
 from orchestrator.database import Database
 from orchestrator.lifecycle import Outcome, StudyState
-from orchestrator.study import AttemptResult, NewStudy, NewTrial
+from orchestrator.study import AttemptResult
 from orchestrator.tables import StudyRow
 from orchestrator.tokens import create_token
-from worker.report import TrialResult
 
 
 @pytest.mark.browser
@@ -132,7 +132,7 @@ def test_a_study_that_is_stopped_can_only_be_archived(url: str) -> None:
 
 
 def test_a_study_that_is_complete_says_nothing_of_what_is_to_come(
-    small_database: Database, serve: Callable[..., str], new_study: Callable[..., NewStudy], now: datetime
+    small_database: Database, serve: Callable[..., str], new_study: NewStudies, now: datetime
 ) -> None:
     with small_database.write() as session:
         study = store.create_study(session, new_study("demo").model_copy(update={"max_trials": 3}), now)
@@ -180,9 +180,9 @@ def test_a_viewer_is_offered_no_buttons_and_a_submitters_form_carries_its_token(
 def test_the_page_of_many_trials_is_small_and_waits_for_nothing(
     small_database: Database,
     serve: Callable[..., str],
-    new_study: Callable[..., NewStudy],
-    new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
+    new_study: NewStudies,
+    new_trial: NewTrials,
+    trial_result: Results,
     now: datetime,
 ) -> None:
     chance = random.Random(5)

@@ -1,6 +1,5 @@
 """The store's contract for trials and their results, on SQLite and PostgreSQL."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -8,6 +7,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from claims import ONE_CPU, TTL, NewStudies, NewTrials, Results
 from sqlalchemy import insert, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -31,24 +31,12 @@ from orchestrator.store import (
     list_trials,
     move_study,
 )
-from orchestrator.study import AttemptResult, NewStudy, NewTrial, Study, Trial
+from orchestrator.study import AttemptResult, NewTrial, Study, Trial
 from orchestrator.tables import RunRow, StudyRow, TrialRow
 from worker.report import Measurement, TrialResult
 from worker.spec import GangConfig
 
-NewStudies = Callable[..., NewStudy]
-NewTrials = Callable[..., NewTrial]
-Results = Callable[..., TrialResult]
-
-TTL = timedelta(seconds=60)
 MINUTE = timedelta(minutes=1)
-ONE_CPU = GangConfig()
-
-
-@pytest.fixture
-def study(database: Database, new_study: NewStudies, now: datetime) -> Study:
-    with database.write() as session:
-        return create_study(session, new_study(max_trials=10), now)
 
 
 def complete(
@@ -137,8 +125,10 @@ def test_a_submission_reopens_a_complete_study_and_leaves_a_paused_one(
 
 
 def test_concurrent_proposers_never_exceed_max_trials_and_leave_no_gap_in_the_numbers(
-    database: Database, study: Study, new_trial: NewTrials, now: datetime
+    database: Database, new_study: NewStudies, new_trial: NewTrials, now: datetime
 ) -> None:
+    with database.write() as session:
+        study = create_study(session, new_study(max_trials=10), now)
     trials = [[new_trial() for _ in range(4)] for _ in range(5)]
     together = Barrier(len(trials))
 
@@ -350,4 +340,4 @@ def test_the_database_refuses_rows_that_belong_to_nothing(database: Database, st
 
 def test_the_database_refuses_more_proposals_than_the_study_takes(database: Database, study: Study) -> None:
     with pytest.raises(IntegrityError, match="ck_studies_proposed"), database.write() as session:
-        session.execute(update(StudyRow).values(proposed=11))
+        session.execute(update(StudyRow).values(max_trials=10, proposed=11))

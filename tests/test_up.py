@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from deadline import wait_for
 
 from orchestrator import store
 from orchestrator.database import Database
@@ -49,7 +50,7 @@ class Up:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "api.cli", "up"], env=self.environment, stdout=log, stderr=log
             )
-        wait_for(lambda: self.answers(), 60, "the API to answer")
+        wait_for(lambda: self.answers(), "the API to answer", 60)
         return time.monotonic() - began
 
     def answers(self) -> bool:
@@ -71,7 +72,7 @@ class Up:
         def found() -> list[psutil.Process]:
             return [child for child in children() if alive(child) and module in child.cmdline()]
 
-        wait_for(lambda: bool(found()), 30, f"a process of {module}")
+        wait_for(lambda: bool(found()), f"a process of {module}", 30)
         return found()[0]
 
     def gang(self) -> set[int]:
@@ -84,7 +85,7 @@ class Up:
         family = self.tree()
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        wait_for(lambda: not any(alive(process) for process in family), 15, "every process of the tree to end")
+        wait_for(lambda: not any(alive(process) for process in family), "every process of the tree to end", 15)
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Ctrl-C or another signal; the exit code, once nothing of the tree is left."""
@@ -93,7 +94,7 @@ class Up:
         if self.process.poll() is None:
             self.process.send_signal(number)
         code = self.process.wait(timeout=60)
-        wait_for(lambda: not any(alive(process) for process in family), 60, "every process of the tree to end")
+        wait_for(lambda: not any(alive(process) for process in family), "every process of the tree to end", 60)
         return code
 
     def get(self, path: str) -> Any:
@@ -112,13 +113,6 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -149,7 +143,7 @@ def local_up(tmp_path: Path, data_root: Path) -> Iterator[Up]:
 def test_every_trial_ends_exactly_once_though_caddie_is_killed_in_the_middle(up: Up) -> None:
     up.post("/v1/studies", study("sweep", max_trials=2))
     submitted = up.post("/v1/studies/sweep/trials", {"overrides": {"sharing.lora.rank": 1}})["number"]
-    wait_for(lambda: measured(up, submitted), 120, "the first measurement")
+    wait_for(lambda: measured(up, submitted), "the first measurement", 120)
 
     up.kill()
     up.start()
@@ -157,9 +151,9 @@ def test_every_trial_ends_exactly_once_though_caddie_is_killed_in_the_middle(up:
     extra = up.post("/v1/studies/sweep/trials", {"overrides": {"sharing.lora.rank": 3, "budget.steps": 100_000}})[
         "number"
     ]
-    wait_for(lambda: measured(up, extra), 180, "the long trial to train")
+    wait_for(lambda: measured(up, extra), "the long trial to train", 180)
     up.post(f"/v1/studies/sweep/trials/{extra}/cancel", status=200)
-    wait_for(lambda: up.get("/v1/studies/sweep")["state"] == "complete", 240, "the study to complete")
+    wait_for(lambda: up.get("/v1/studies/sweep")["state"] == "complete", "the study to complete", 240)
 
     trials = [
         up.get(f"/v1/studies/sweep/trials/{trial['number']}") for trial in up.get("/v1/studies/sweep/trials")["items"]
@@ -194,7 +188,7 @@ def test_an_attempt_outlives_its_orchestrator_but_not_its_ray(ray_up: Up) -> Non
     ray_up.post("/v1/studies", study("sweep", max_trials=0))
     limits = {"budget.steps": None, "budget.seconds": 30}
     ray_up.post("/v1/studies/sweep/trials", {"overrides": limits})
-    wait_for(lambda: measured(ray_up, 0), 120, "the first measurement")
+    wait_for(lambda: measured(ray_up, 0), "the first measurement", 120)
     gang = ray_up.gang()
     assert len(gang) == 1
     log = ray_up.home / "orchestrator.log"
@@ -202,18 +196,18 @@ def test_an_attempt_outlives_its_orchestrator_but_not_its_ray(ray_up: Up) -> Non
         orchestrator = ray_up.child("orchestrator")
         orchestrator.send_signal(number)
         orchestrator.wait(timeout=20)
-        wait_for(lambda times=adopted: log.read_text().count("trial 0 goes on") == times, 60, "its adoption")  # type: ignore[misc]
+        wait_for(lambda times=adopted: log.read_text().count("trial 0 goes on") == times, "its adoption", 60)  # type: ignore[misc]
         assert ray_up.gang() == gang
     assert "left 1 attempts to the next orchestrator" in log.read_text()
-    wait_for(lambda: ray_up.get("/v1/studies/sweep/trials/0")["state"] == "complete", 120, "the trial to complete")
+    wait_for(lambda: ray_up.get("/v1/studies/sweep/trials/0")["state"] == "complete", "the trial to complete", 120)
     assert outcomes(ray_up, 0) == ["succeeded"]
     assert ray_up.gang() == gang, "it is warm"
 
     ray_up.post("/v1/studies/sweep/trials", {"overrides": {"budget.steps": 100_000}})
-    wait_for(lambda: measured(ray_up, 1), 60, "the second trial to train")
+    wait_for(lambda: measured(ray_up, 1), "the second trial to train", 60)
     ray_up.child("orchestrator.ray_head").send_signal(signal.SIGKILL)
-    wait_for(lambda: outcomes(ray_up, 1) == ["lost", None], 60, "its second attempt, on another Ray")
-    wait_for(lambda: len(ray_up.gang() - gang) == 1, 60, "its second gang")
+    wait_for(lambda: outcomes(ray_up, 1) == ["lost", None], "its second attempt, on another Ray", 60)
+    wait_for(lambda: len(ray_up.gang() - gang) == 1, "its second gang", 60)
     ray_up.kill()
 
 
@@ -223,7 +217,7 @@ def test_an_attempt_outlives_its_orchestrator_but_not_its_ray(ray_up: Up) -> Non
 def test_caddie_that_is_asked_to_end_hands_its_attempts_back(local_up: Up, number: signal.Signals, code: int) -> None:
     local_up.post("/v1/studies", study("sweep", max_trials=0))
     local_up.post("/v1/studies/sweep/trials", {"overrides": {"budget.steps": 100_000}})
-    wait_for(lambda: measured(local_up, 0), 60, "the first measurement")
+    wait_for(lambda: measured(local_up, 0), "the first measurement", 60)
     assert len(local_up.tree()) == 3, "the API, the orchestrator and one rank"
 
     assert local_up.stop(number) == code

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import pytest
+from claims import NewStudies, NewTrials, Results
 from sqlalchemy import update
 
 from orchestrator import leases, store
@@ -12,7 +13,7 @@ from orchestrator.lifecycle import Cause, Outcome, RunState, TrialState
 from orchestrator.study import Artifact, Attempt, AttemptResult, Claim, NewStudy, NewTrial, Study, Trial
 from orchestrator.tables import RunRow
 from orchestrator.validity import KNOWN_PROBES, KNOWN_STEPS, LAST_PROBES, MAX_VOID
-from worker.report import Hardware, TrialResult
+from worker.report import Hardware
 from worker.spec import GangConfig
 
 TTL = timedelta(seconds=20)
@@ -51,12 +52,12 @@ class Queue:
 
 
 @pytest.fixture
-def queue(database: Database, new_study: Callable[..., NewStudy], now: datetime) -> Queue:
+def queue(database: Database, new_study: NewStudies, now: datetime) -> Queue:
     return Queue(database, new_study(), now)
 
 
 @pytest.fixture
-def success(trial_result: Callable[..., TrialResult]) -> Callable[..., AttemptResult]:
+def success(trial_result: Results) -> Callable[..., AttemptResult]:
     """A success with this step, on hardware with these fields."""
 
     def build(step_seconds: float = 0.1, probe: float = 0.002, **fields: object) -> AttemptResult:
@@ -68,9 +69,7 @@ def success(trial_result: Callable[..., TrialResult]) -> Callable[..., AttemptRe
 
 
 @pytest.fixture
-def known(
-    queue: Queue, new_trial: Callable[..., NewTrial], success: Callable[..., AttemptResult]
-) -> Callable[..., None]:
+def known(queue: Queue, new_trial: NewTrials, success: Callable[..., AttemptResult]) -> Callable[..., None]:
     """Lets so many trials of this configuration succeed in this way."""
 
     def run(times: int, changes: dict[str, object] | None = None, **fields: object) -> None:
@@ -82,9 +81,7 @@ def known(
 
 
 @pytest.fixture
-def judged(
-    queue: Queue, new_trial: Callable[..., NewTrial], success: Callable[..., AttemptResult]
-) -> Callable[..., AttemptResult]:
+def judged(queue: Queue, new_trial: NewTrials, success: Callable[..., AttemptResult]) -> Callable[..., AttemptResult]:
     """What becomes of a success of one more trial."""
 
     def run(changes: dict[str, object] | None = None, **fields: object) -> AttemptResult:
@@ -95,7 +92,7 @@ def judged(
 
 
 def test_a_success_that_was_slower_than_its_kind_is_void_and_goes_back_to_the_queue_without_charge(
-    queue: Queue, known: Callable[..., None], new_trial: Callable[..., NewTrial], success: Callable[..., AttemptResult]
+    queue: Queue, known: Callable[..., None], new_trial: NewTrials, success: Callable[..., AttemptResult]
 ) -> None:
     known(KNOWN_STEPS, step_seconds=0.11)
     held = queue.claim(new_trial({**SAME, "seed": 99}, origin="submitted"))
@@ -122,7 +119,7 @@ def test_a_success_that_was_slower_than_its_kind_is_void_and_goes_back_to_the_qu
 
 
 def test_what_is_slow_every_time_stands_in_the_end_and_says_so(
-    queue: Queue, known: Callable[..., None], new_trial: Callable[..., NewTrial], success: Callable[..., AttemptResult]
+    queue: Queue, known: Callable[..., None], new_trial: NewTrials, success: Callable[..., AttemptResult]
 ) -> None:
     known(KNOWN_STEPS)
     held = queue.claim(new_trial({**SAME, "seed": 99}, origin="submitted"))
@@ -183,7 +180,7 @@ def test_probes_are_compared_with_the_last_attempts_alone(
 
 
 def test_a_run_with_a_smaller_micro_batch_is_not_compared_with_whole_ones(
-    queue: Queue, known: Callable[..., None], new_trial: Callable[..., NewTrial], success: Callable[..., AttemptResult]
+    queue: Queue, known: Callable[..., None], new_trial: NewTrials, success: Callable[..., AttemptResult]
 ) -> None:
     known(KNOWN_STEPS)
     held = queue.claim(new_trial({**SAME, "seed": 99}, origin="submitted"))
@@ -193,7 +190,7 @@ def test_a_run_with_a_smaller_micro_batch_is_not_compared_with_whole_ones(
 
 @pytest.mark.parametrize("outcome", sorted(set(Outcome) - {Outcome.SUCCEEDED, Outcome.VOID}))
 def test_only_a_success_is_judged(
-    queue: Queue, known: Callable[..., None], new_trial: Callable[..., NewTrial],
+    queue: Queue, known: Callable[..., None], new_trial: NewTrials,
     success: Callable[..., AttemptResult], outcome: Outcome,
 ) -> None:  # fmt: skip
     known(KNOWN_STEPS)
@@ -203,8 +200,8 @@ def test_only_a_success_is_judged(
 
 
 def test_a_result_without_hardware_is_not_judged(
-    queue: Queue, known: Callable[..., None], new_trial: Callable[..., NewTrial],
-    trial_result: Callable[..., TrialResult],
+    queue: Queue, known: Callable[..., None], new_trial: NewTrials,
+    trial_result: Results,
 ) -> None:  # fmt: skip
     known(KNOWN_STEPS)
     held = queue.claim(new_trial({**SAME, "seed": 99}, origin="submitted"))
@@ -213,7 +210,7 @@ def test_a_result_without_hardware_is_not_judged(
     assert queue.look(held)[1][0].hardware is None
 
 
-def test_attempts_know_since_when_their_run_was_queued(queue: Queue, new_trial: Callable[..., NewTrial]) -> None:
+def test_attempts_know_since_when_their_run_was_queued(queue: Queue, new_trial: NewTrials) -> None:
     added, waited = queue.now, timedelta(seconds=7)
     with queue.database.write() as session:
         store.add_trial(session, queue.study.id, new_trial(), added)

@@ -1,8 +1,10 @@
 """A study whose runs end as a test says, without gangs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
+
+from claims import Results
 
 from orchestrator import leases, store
 from orchestrator.database import Database
@@ -10,7 +12,7 @@ from orchestrator.lifecycle import Outcome, TrialState
 from orchestrator.spending import Purses
 from orchestrator.study import AttemptResult, Claim, NewStudy, NewTrial, Run, Study, Trial
 from orchestrator.supply import Supply
-from worker.report import Measurement, TrialResult
+from worker.report import Measurement
 from worker.spec import GangConfig
 
 TTL = timedelta(hours=10)
@@ -18,7 +20,7 @@ ONE_CPU = GangConfig()
 
 
 class Track:
-    def __init__(self, database: Database, new: NewStudy, now: datetime, result: Callable[..., TrialResult]) -> None:
+    def __init__(self, database: Database, new: NewStudy, now: datetime, result: Results) -> None:
         self.database, self.now, self.result = database, now, result
         self.supply, self.purses = Supply(database), Purses()
         with database.write() as session:
