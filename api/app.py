@@ -5,7 +5,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.routing import Match
@@ -85,11 +85,10 @@ def create_app(
     app.state.metrics = metrics.Metrics(database, gpu_hour_dollars)
     app.add_middleware(metrics.Measured, metrics=app.state.metrics)
     app.state.templates = pages.load_templates()
-    version_1 = APIRouter(prefix="/v1")
     for module in VERSION_1:
-        version_1.include_router(module.router)
-    for router in (version_1, health.router, metrics.router, *(module.router for module in PAGES)):
-        app.include_router(router)
+        app.include_router(module.router, prefix="/v1")
+    for module in (health, metrics, *PAGES):
+        app.include_router(module.router)
     pages.mount_assets(app)
     if optuna is not None:
         optuna.mount(app)

@@ -154,7 +154,7 @@ launcher.close()
         assert heard(process, tmp_path) == {"outcome": "succeeded"}
 
 
-@pytest.mark.soak  # as long; the short run of test_chaos.py joins a cluster and kills a node, too
+@pytest.mark.soak  # as long
 def test_a_cluster_is_joined_by_address_and_a_node_that_goes_loses_its_attempts(tmp_path: Path) -> None:
     code = """
 from ray.cluster_utils import Cluster
