@@ -210,7 +210,6 @@ def doctor(database: Database, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)  # a cluster, two launchers, and half a minute of silence
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_the_doctor_removes_the_gang_of_a_killed_orchestrator_and_leaves_a_warm_one(
     database: Database, claim: Callable[..., Claim], doctor: Callable[..., dict[str, Any]],

@@ -22,13 +22,11 @@ from worker.report import Measurement
 from worker.spec import GangConfig, override, parse_spec
 
 HERE = Path(__file__).parent
-PATIENCE_SECONDS = 100.0
+PATIENCE_SECONDS = 200.0  # a pair that starts cold takes ten, on a quiet machine
 RANKS = 3  # a warm gang of one and one of two, side by side: a pair that starts cold takes ten seconds of CPU
 ONE, TWO = GangConfig(ranks=1), GangConfig(ranks=2)
 seeds = itertools.count(1)
 both_shapes = pytest.mark.parametrize("gang", [ONE, TWO], ids=["1-rank", "2-ranks"])
-
-pytestmark = pytest.mark.timeout(180)  # Ray takes up to 15 s to start and torch 3 s to import, more on a busy machine
 
 
 @dataclass

@@ -14,7 +14,6 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-pytestmark = pytest.mark.timeout(240)  # each starts Ray, some twice
 
 PREAMBLE = """
 import json, sys

@@ -24,7 +24,7 @@ TTL = timedelta(seconds=60)
 PATIENCE_SECONDS = 150.0
 RANKS = 2
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.parametrize("backend", ["sqlite"], indirect=True)]
+pytestmark = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 
 
 class Scene:

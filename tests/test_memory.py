@@ -170,7 +170,6 @@ def cold(spec: TrialSpec, data_root: Path, folder: Path) -> Trace:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)  # 15 s of a core's time
 def test_a_job_gives_the_same_bits_on_a_rank_that_has_run_others_and_stopped_some(
     small_data_root: Path, tmp_path: Path
 ) -> None:
@@ -221,7 +220,6 @@ def test_a_job_changes_nothing_for_its_process_but_torchs_generator(small_data_r
 
 @told
 @pytest.mark.soak
-@pytest.mark.timeout(300)  # 10 s of a core's time
 def test_real_trials_in_turn_leave_memory_flat(small_data_root: Path) -> None:
     recipes = ["laptop", "ebls", "naive-baseline", "depth-recurrence"]
     held = levels(small_data_root, recipes, trials=16)
