@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from api.context import STUDY_NAME
 from orchestrator.check import rest_problems
@@ -24,14 +24,12 @@ from orchestrator.study import (
 )
 from worker.recipes import Size, load_recipe, require_full
 from worker.report import TrialResult
-from worker.shape import FieldError
+from worker.shape import FieldError, Frozen
 from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, override, parse_spec, problems_of
 
 
-class Input(BaseModel):
-    """A body that refuses unknown keys, NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+class Input(Frozen):
+    """A body that refuses what a Frozen does."""
 
 
 class StudyBody(Input):
@@ -70,7 +68,7 @@ class StudyIn(StudyBody):
         try:
             return handler(data)
         except ValidationError as error:
-            raise InvalidSpec((*problems_of(error), *_rest_problems(data))) from None
+            raise InvalidSpec((*problems_of(error, cls, "body"), *_rest_problems(data))) from None
 
     def definition(self) -> NewStudy:
         """The study that this body defines. Raises InvalidSpec, naming each field as the body has it."""
@@ -104,7 +102,8 @@ class SpendingChange(Input):
         try:
             return SpendingConfig.model_validate({**spending.model_dump(), **self.model_dump(exclude_unset=True)})
         except ValidationError as error:
-            raise InvalidSpec(tuple(problem.within("spending") for problem in problems_of(error))) from None
+            found = problems_of(error, SpendingConfig)
+            raise InvalidSpec(tuple(problem.within("spending") for problem in found)) from None
 
 
 class StudyChange(Input):

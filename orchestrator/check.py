@@ -132,7 +132,8 @@ def _value_problems(base: Mapping[str, Any], path: str, parameter: Parameter) ->
         except InvalidSpec as error:
             own = [problem for problem in error.problems if problem.kind != "rule"]
             if own and own[0].kind == "unknown":
-                yield Problem(f"space.{path}", path, "is not a path of a trial's spec", "unknown")
+                message = f"is not a path of a trial's spec: {own[0].field} {own[0].message}"
+                yield Problem(f"space.{path}", path, message, "unknown")
                 return
             yield from (Problem(f"space.{path}", value, problem.message, "value") for problem in own)
 
