@@ -30,7 +30,7 @@ from api.schemas import ActivityOut
 from api.watch import watch_study
 from orchestrator import leases, store
 from orchestrator.database import Database
-from orchestrator.lifecycle import Outcome, StudyState
+from orchestrator.lifecycle import Cause, Outcome, StudyState
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import AttemptResult, Claim, NewStudy
 from orchestrator.tables import TrialRow
@@ -312,6 +312,18 @@ def finish(sqlite: Database, trial_result: Results, now: datetime) -> Callable[.
     return run
 
 
+@pytest.fixture
+def fail(sqlite: Database, now: datetime) -> Callable[..., None]:
+    """Ends a claimed run for good, as bad input would."""
+
+    def run(claimed: Claim, reason: str = "no such dataset") -> None:
+        with sqlite.write() as session:
+            failed = AttemptResult(Outcome.FAILED, cause=Cause.BAD_INPUT, reason=reason)
+            leases.finish(session, claimed.lease, failed, now)
+
+    return run
+
+
 def test_a_study_is_created_listed_and_steered(caddie: Run, sweep: None) -> None:
     for move, state in (("pause", "paused"), ("resume", "running"), ("stop", "stopped")):
         assert caddie("study", move, "sweep").out == f"study sweep is {state}\n"
@@ -320,6 +332,19 @@ def test_a_study_is_created_listed_and_steered(caddie: Run, sweep: None) -> None
     assert (study["name"], study["state"]) == ("sweep", "stopped")
     assert "cannot" in caddie("study", "resume", "sweep").refusal(2)
     assert "sweep" in caddie("study", "create", "study.yaml").refusal(2)
+
+
+def test_a_list_of_studies_counts_failures_and_all_that_was_refused(
+    caddie: Run, sweep: None, sqlite: Database, claim: Callable[[], Claim], fail: Callable[..., None]
+) -> None:
+    caddie("submit", "sweep")
+    fail(claim())
+    assert caddie("submit", "sweep", "--set", "model.width=3072").out.startswith("trial 1 of sweep: infeasible")
+    with sqlite.write() as session:
+        store.count_refused(session, store.get_study(session, "sweep").id, 2)  # points of the search
+    names, row = (line.split() for line in caddie("study", "list").out.splitlines())
+    listed = dict(zip(names, row, strict=False))  # two names are two words, and come after these
+    assert [listed[name] for name in ("trials", "open", "complete", "failed", "refused")] == ["2", "0", "0", "1", "3"]
 
 
 def test_a_study_is_changed_cloned_and_put_away(caddie: Run, sweep: None) -> None:
