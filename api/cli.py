@@ -90,11 +90,14 @@ def main() -> None:
 
 def _explain(error: TyperException) -> None:
     """What is wrong with the words of a command. One without any has printed its help."""
-    message, context = error.format_message(), getattr(error, "ctx", None)
+    message, context = error.format_message().replace(": Value error, ", ": "), getattr(error, "ctx", None)
     if not message.strip():
         sys.exit(error.exit_code)
     help_at = f" ({context.command_path} --help says more)" if context else ""
-    _fail(f"{message.rstrip('.')}{help_at}", error.exit_code)
+    wrong = error.__cause__  # Typer itself does not always say which value it was
+    value = repr(wrong.errors()[0]["input"]) if isinstance(wrong, ValidationError) else ""
+    got = f", got {value}" if value not in message else ""
+    _fail(f"{message.rstrip('.')}{got}{help_at}", error.exit_code)
 
 
 def _nearest(error: ApiError) -> str:

@@ -9,17 +9,18 @@ from api.terminal import tying_text
 
 
 def leaderboard_table(rows: Sequence[LeaderboardRow], title: str) -> Grid:
-    """The leaderboard: mean BPB, half its 95% interval, and of how many seeds."""
+    """The leaderboard: mean BPB, half its 95% interval, of how many seeds; and the BPB before quantisation, of one."""
     columns = (
-        Column("rank"), Column("trial"), Column("BPB"), Column("±"), Column("n"), Column("bytes"), Column("params", 3),
-        Column("tying map", left=True, cut=9), Column("LoRA", 2), Column("ranks", 5), Column("sec", 4),
+        Column("rank"), Column("trial"), Column("BPB"), Column("±"), Column("n"), Column("before", 1), Column("bytes"),
+        Column("params", 3), Column("tying map", left=True, cut=9), Column("LoRA", 2), Column("ranks", 5),
+        Column("sec", 4),
     )  # fmt: skip
     cells = [
         (
             "over" if row.rank is None else str(row.rank), str(row.number),
             f"{row.val_bpb if row.mean_bpb is None else row.mean_bpb:.4f}", _half(row), str(row.seeds),
-            f"{row.artifact_bytes:,}", f"{row.parameters:,}", tying_text(row.tying_map), str(row.lora_rank),
-            str(row.ranks), f"{row.train_seconds:.1f}",
+            f"{row.val_bpb_prequant:.4f}", f"{row.artifact_bytes:,}", f"{row.parameters:,}",
+            tying_text(row.tying_map), str(row.lora_rank), str(row.ranks), f"{row.train_seconds:.1f}",
         )
         for row in rows
     ]  # fmt: skip

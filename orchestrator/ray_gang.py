@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def create(name: str, node: str, trainer: str, *, orphan_seconds: float | None) 
     selector = [{NODE_LABEL: node}] * shape.ranks
     lifetime = None if orphan_seconds is None else "detached"
     group = placement_group([bundle] * shape.ranks, "STRICT_PACK", name, lifetime, bundle_label_selector=selector)
+    orphan = None if orphan_seconds is None else (orphan_seconds, partial(remove_named, name))
     actor_class: Any = ray.remote(RayRank)
     try:
         actors = [
@@ -90,7 +92,7 @@ def create(name: str, node: str, trainer: str, *, orphan_seconds: float | None) 
                 # `serve` waits for torch and `ended` for an attempt while others answer; jobs have their own thread.
                 max_concurrency=16,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-            ).remote(rank, shape, trainer, name, orphan_seconds)
+            ).remote(rank, shape, trainer, orphan)
             for rank in range(shape.ranks)
         ]
     except BaseException:

@@ -23,13 +23,13 @@ class RayRank:
     group and a thread hold stays between them. A mailbox is kept until its attempt is forgotten.
 
     Rank 0 takes jobs in the order in which it gets them, and the other ranks follow it. A detached gang that nobody has
-    asked anything for `orphan_seconds` belongs to nobody, and removes itself.
+    asked anything for some seconds belongs to nobody, and removes itself: `orphan` is how many, and how.
     """
 
     def __init__(
-        self, rank: int, gang: GangConfig, trainer: str, name: str = "", orphan_seconds: float | None = None
+        self, rank: int, gang: GangConfig, trainer: str, orphan: tuple[float, Callable[[], None]] | None = None
     ) -> None:
-        self._rank, self._gang, self._trainer, self._name = rank, gang, trainer, name
+        self._rank, self._gang, self._trainer = rank, gang, trainer
         self._mailboxes: dict[int, MemoryMailbox] = {}
         self._ended: dict[int, threading.Event] = {}
         self._jobs: dict[int, Callable[[], None]] = {}
@@ -45,8 +45,8 @@ class RayRank:
         self._heard_at = time.monotonic()
         # Daemons: a process that Ray ends must not wait for training.
         threading.Thread(target=self._work, name="train", daemon=True).start()
-        if orphan_seconds is not None:
-            threading.Thread(target=self._watch, args=(orphan_seconds,), name="watch", daemon=True).start()
+        if orphan is not None:
+            threading.Thread(target=self._watch, args=orphan, name="watch", daemon=True).start()
 
     def serve(self) -> int:
         """The port of the gang's rendezvous, opened here, on rank 0. Waits for torch."""
@@ -195,10 +195,10 @@ class RayRank:
         self._mailboxes[attempt_id].close(Closing(outcome="declined", reason=why))
         self._ended[attempt_id].set()
 
-    def _watch(self, orphan_seconds: float) -> None:
-        while time.monotonic() - self._heard_at < orphan_seconds:
+    def _watch(self, seconds: float, remove: Callable[[], None]) -> None:
+        while time.monotonic() - self._heard_at < seconds:
             time.sleep(WATCH_SECONDS)
         try:
-            importlib.import_module("orchestrator.ray_gang").remove_named(self._name)  # any of them: others may be gone
+            remove()  # any of them: others may be gone
         finally:
             os._exit(1)

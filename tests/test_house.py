@@ -1,8 +1,10 @@
 """The rules of CONTRIBUTING.md that a program can hold: what imports what, and how large things may grow."""
 
 import ast
+import fnmatch
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ CONTRACT = (
     "worker.sharing",
     "worker.source",
     "worker.spec",
+    "worker.trainer",
     "worker.tying",
 )
 MAX_FILE_LINES = 400
@@ -102,6 +105,15 @@ def test_a_file_stays_short_and_so_do_its_functions(path: Path) -> None:
 
 def test_no_file_is_a_drawer() -> None:
     assert not [path for path in sources() if path.stem in DRAWERS]
+
+
+@pytest.mark.parametrize("package", ["api", "orchestrator", "worker"])
+def test_the_design_names_every_module_of_a_package_and_no_other(package: str) -> None:
+    (row,) = (line for line in (ROOT / "DESIGN.md").read_text().splitlines() if line.startswith(f"| `{package}/` |"))
+    named = re.findall(r"`([\w*]+)`", row)
+    modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    assert [name for name in named if not fnmatch.filter(modules, name)] == []
+    assert [name for name in modules if not any(fnmatch.fnmatch(name, pattern) for pattern in named)] == []
 
 
 def test_no_test_folder_hides_a_package() -> None:
