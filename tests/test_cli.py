@@ -429,7 +429,7 @@ def test_the_leaderboard_is_best_first(
         finish(claim(), val_bpb=score)
     board = json.loads(caddie("leaderboard", "sweep", "--json").out)
     assert [(row["rank"], row["number"], row["val_bpb"]) for row in board["rows"]] == [(1, 1, 2.25), (2, 0, 2.5)]
-    title, names, first, second = caddie("leaderboard", "sweep").out.splitlines()
+    title, names, first, second, _ = caddie("leaderboard", "sweep").out.splitlines()
     columns = ("rank", "trial", "BPB", "±", "n", "before", "bytes", "params", "tying", "map", "LoRA", "ranks", "sec")
     assert (title, tuple(names.split())) == ("Leaderboard of sweep", columns)
     same = ["–", "1", "2.4000", "120,000", "100,000", "012012"]
