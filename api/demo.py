@@ -169,7 +169,8 @@ def _report(console: Console, settings: Settings, caddie: Caddie, name: str) -> 
     board = caddie.leaderboard(name)
     table = leaderboard_table(board.rows, f"Leaderboard (cap {board.cap_bytes:,} bytes, code included)")
     refused = caddie.trials(name, state=[TrialState.INFEASIBLE])
-    show("", *([table] if board.rows else []), *leaderboard_notes(board), console=console)
+    console.print()
+    show(*([table] if board.rows else []), *leaderboard_notes(board), console=console)
     show(
         *(f"trial {trial.number} was refused before training: {trial.reason}" for trial in refused),
         _best(caddie, name, board.rows),

@@ -716,10 +716,9 @@ def test_a_watch_of_which_nothing_came_says_why_and_exits_1(
         mine = store.get_study(session, "mine")
         store.move_study(session, mine.id, StudyState.PAUSED, now, "no dataset")
     said = caddie("watch", "mine")
-    assert (said.code, said.out.splitlines()[-2]) == (
-        1,
-        "study mine is paused (no dataset): 2 trials, the best trial 0 with 2.5000 BPB",
-    )
+    assert said.code == 1
+    assert "study mine is paused (no dataset): 2 trials, the best trial 0 with 2.5000 BPB\n" in said.out
+    assert caddie("submit", "mine", "--wait").code == 1
 
 
 def test_a_watch_shows_every_ending_once_in_whatever_order_they_are_seen(
