@@ -1,11 +1,24 @@
-"""Bytes against a cap, and scores by bytes, drawn on the server as SVG. Pure functions."""
+"""Bytes against a cap, scores by bytes, and trials by state, as the server draws them. Pure functions."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
 from orchestrator.compression import prior_of
+from orchestrator.lifecycle import TrialState
 from worker.report import TrialResult
 from worker.spec import TrialSpec
+
+
+STACK = (
+    TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.QUEUED, TrialState.FAILED,
+    TrialState.CANCELLED, TrialState.INFEASIBLE,
+)  # fmt: skip
+"""The order in which trials pass through states, and in which progress bars stack them."""
+
+
+def stacked(counts: Mapping[TrialState, int]) -> list[tuple[str, int]]:
+    """How many trials are in each state, as a progress bar stacks them."""
+    return [(state.value, counts.get(state, 0)) for state in STACK]
 
 
 def measured_bytes(result: TrialResult) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """`caddie`: the command line. A command about one study is `caddie study VERB STUDY`, one about one trial `caddie trial
 VERB STUDY NUMBER`; what one does daily has a short form besides.
 
-Exits 0 when done, 2 for bad input, 1 for other failures, 130 after Ctrl-C: a failure is one line on stderr.
+Exits 0 when done, 2 for bad input, 1 for other failures, 130 (by Typer) after Ctrl-C: a failure is one line on stderr.
 """
 
 import os
@@ -82,19 +82,20 @@ def main() -> None:
         _fail(f"{error}; is `caddie up` running?", 1)
     except (ClientError, OSError) as error:  # a folder that cannot be made or written to, say
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     else:
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def _explain(error: TyperException) -> None:
     """What is wrong with the words of a command. One without any has printed its help."""
-    message, context = error.format_message(), getattr(error, "ctx", None)
+    message, context = error.format_message().replace(": Value error, ", ": "), getattr(error, "ctx", None)
     if not message.strip():
         sys.exit(error.exit_code)
     help_at = f" ({context.command_path} --help says more)" if context else ""
-    _fail(f"{message.rstrip('.')}{help_at}", error.exit_code)
+    wrong = error.__cause__  # Typer itself does not always say which value it was
+    value = repr(wrong.errors()[0]["input"]) if isinstance(wrong, ValidationError) else ""
+    got = f", got {value}" if value not in message else ""
+    _fail(f"{message.rstrip('.')}{got}{help_at}", error.exit_code)
 
 
 def _nearest(error: ApiError) -> str:

@@ -9,13 +9,15 @@ from api.completion import study_names
 from api.options import AsJson, AsJsonLines, StudyName, answer, connect, print_lines
 from api.terminal_studies import cluster_parts
 from api.terminal_trials import event_line
-from api.watch import watch_study
+from api.watch import came_to_nothing, watch_study
 
 
 def watch(study: StudyName) -> None:
-    """Follow a study until it ends: progress, cost, what each gang does, and the leaders so far."""
+    """Follow a study until it ends: progress, cost, gangs, leaders. Exits 1 if trials failed and none is complete."""
     with connect() as caddie:
-        watch_study(Console(highlight=False), caddie, study)
+        ended = watch_study(Console(highlight=False), caddie, study)
+    if came_to_nothing(ended):
+        raise typer.Exit(1)
 
 
 def events(

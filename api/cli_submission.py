@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,15 @@ from api.terminal import preview_lines, recipes_table
 from api.terminal_trials import trial_lines, trials_table
 from orchestrator.study import CAP_BYTES
 from worker.recipes import overrides_of, require_full
-from worker.spec import override, parse_spec
+from worker.spec import InvalidSpec, Problem, override, parse_spec
+
+ELSEWHERE: Mapping[frozenset[str], str] = {
+    frozenset(
+        {"name", "space", "base", "max_trials"}
+    ): "a study, which caddie study preview and caddie study create take",
+    frozenset({"spec", "recipe", "params", "overrides"}): "a submission, which caddie submit --batch takes, in a list",
+}
+"""What else a file may hold, by keys of which no spec has any."""
 
 
 def recipes(as_json: AsJson = False) -> None:
@@ -37,7 +46,7 @@ def preview(
     from orchestrator.caps import Caps  # NumPy comes with these, and no other command needs it
     from orchestrator.feasibility import judge, predict, shares
 
-    parsed = parse_spec(override(read_spec(spec, size), overrides_of(overrides)))
+    parsed = parse_spec(override(_spec(spec, size), overrides_of(overrides)))
     prediction = predict(parsed)
     found = PreviewOut.of(parsed, prediction, cap_bytes, *judge(prediction, Caps(cap_bytes), parsed), shares(parsed))
     answer(found, as_json, *preview_lines(spec, found))
@@ -112,9 +121,18 @@ def import_results(
 def _body(spec: str | None, overrides: list[str] | None, size: str, allow_duplicate: bool) -> dict[str, Any]:
     changes = overrides_of(overrides)
     if spec is not None:
-        return {"spec": override(read_spec(spec, size), changes), "allow_duplicate": allow_duplicate}
+        return {"spec": override(_spec(spec, size), changes), "allow_duplicate": allow_duplicate}
     require_full(size)
     return {"params": {}, "overrides": changes, "allow_duplicate": allow_duplicate}
+
+
+def _spec(name: str, size: str) -> dict[str, Any]:
+    """As read_spec. Raises InvalidSpec, and says who takes it, where the file holds a study or a submission instead."""
+    found = read_spec(name, size)
+    for keys, what in ELSEWHERE.items():
+        if not keys.isdisjoint(found) and not found.keys() & {"model", "sharing"}:
+            raise InvalidSpec((Problem("file", name, f"holds {what}"),))
+    return found
 
 
 def _bodies(file: Path, spec: str | None, overrides: list[str] | None, allow_duplicate: bool) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from api.client import Wanted
 from api.options import AsJson, AsJsonLines, StudyName, TrialNumber, answer, connect, print_lines, remark, show
@@ -22,7 +23,11 @@ class Trials(TyperGroup):
         words = [word for word in args if not word.startswith("-")]
         if len(words) == 2 and words[1].isdecimal() and words[0] not in self.commands:
             args = ["show", *args]
-        return super().resolve_command(ctx, args)
+        try:
+            return super().resolve_command(ctx, args)
+        except TyperException as error:
+            error.message += " caddie trial STUDY NUMBER shows a trial, caddie trial list STUDY all of them"
+            raise
 
 
 app = typer.Typer(

@@ -89,6 +89,7 @@ def _facts(
         "same": [line for line in lines if not line.differs],
         "results": results(described, spread),
         "classes": _classes(sides),
+        "validation_tokens": {one.spec.evaluation.validation_tokens for one in described},
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse
 
+from api.bars import stacked
 from api.context import ContextOf, Now
 from api.pages import page
 from api.studies import describe
@@ -19,4 +20,4 @@ def show_studies(request: Request, context: ContextOf, now: Now, archived: bool 
         seen = next((event.id for event in latest_events(session, None, 1)), 0)
         listed = [study for study in store.list_studies(session) if (study.archived_at is not None) == archived]
         studies = [describe(session, study, now, context.accounts) for study in reversed(listed)]
-    return page(request, "studies.html", studies=studies, seen=seen, archived=archived)
+    return page(request, "studies.html", studies=[(study, stacked(study.counts)) for study in studies], seen=seen, archived=archived)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse, RedirectResponse
 
+from api.bars import STACK, stacked
 from api.context import Context, ContextOf, Now, StudyName, WriterOf
 from api.kept import Answer
 from api.overview import Overview, overview
@@ -32,11 +33,6 @@ FEW = 1000
 SHOWN = 100
 SHOWN_TRIALS = 20
 SHOWN_EVENTS = 12
-# The order in which trials pass through states, and in which the progress bar stacks them.
-STACK = (
-    TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.QUEUED, TrialState.FAILED,
-    TrialState.CANCELLED, TrialState.INFEASIBLE,
-)  # fmt: skip
 MOVES = {
     "pause": pause_study, "resume": resume_study, "stop": stop_study, "archive": archive_study,
     "unarchive": unarchive_study,
@@ -110,16 +106,18 @@ def _facts_now(session: Session, study: Study, context: Context, now: datetime) 
     }
     gangs = list_activity(session, study.id)
     numbers = {gang.trial for gang in gangs[:SHOWN]}
-    trained = {trial.number: TrialSummary.of(trial) for trial in store.list_trials(session, study.id, numbers=numbers)}
+    training = store.list_trials(session, study.id, numbers=numbers)
+    trained = {trial.number: TrialSummary.of(trial) for trial in training}
     return {
         "study": described,
         "moves": list(_moves(described)),
         "board": leaderboard(session, study, SHOWN),
         "gangs": [(gang, trained[gang.trial]) for gang in gangs[:SHOWN]],
+        "validation_tokens": {trial.spec.evaluation.validation_tokens for trial in training},
         "gangs_more": len(gangs[SHOWN:]),
         "further_seeds": max(len(gangs) - described.counts.get(TrialState.RUNNING, 0), 0),
         "listed": listed,
-        "stack": [(state.value, described.counts.get(state, 0)) for state in STACK],
+        "stack": stacked(described.counts),
         "planned": planned,
         "total": sum(described.counts.values()) + planned,
     }

@@ -9,17 +9,18 @@ from api.terminal import tying_text
 
 
 def leaderboard_table(rows: Sequence[LeaderboardRow], title: str) -> Grid:
-    """The leaderboard: mean BPB, half its 95% interval, and of how many seeds."""
+    """The leaderboard: mean BPB, half its 95% interval, of how many seeds; and the BPB before quantisation, of one."""
     columns = (
-        Column("rank"), Column("trial"), Column("BPB"), Column("±"), Column("n"), Column("bytes"), Column("params", 3),
-        Column("tying map", left=True, cut=9), Column("LoRA", 2), Column("ranks", 5), Column("sec", 4),
+        Column("rank"), Column("trial"), Column("BPB"), Column("±"), Column("n"), Column("before", 1), Column("bytes"),
+        Column("params", 3), Column("tying map", left=True, cut=9), Column("LoRA", 2), Column("ranks", 5),
+        Column("sec", 4),
     )  # fmt: skip
     cells = [
         (
             "over" if row.rank is None else str(row.rank), str(row.number),
             f"{row.val_bpb if row.mean_bpb is None else row.mean_bpb:.4f}", _half(row), str(row.seeds),
-            f"{row.artifact_bytes:,}", f"{row.parameters:,}", tying_text(row.tying_map), str(row.lora_rank),
-            str(row.ranks), f"{row.train_seconds:.1f}",
+            f"{row.val_bpb_prequant:.4f}", f"{row.artifact_bytes:,}", f"{row.parameters:,}",
+            tying_text(row.tying_map), str(row.lora_rank), str(row.ranks), f"{row.train_seconds:.1f}",
         )
         for row in rows
     ]  # fmt: skip
@@ -28,9 +29,10 @@ def leaderboard_table(rows: Sequence[LeaderboardRow], title: str) -> Grid:
 
 def leaderboard_notes(board: LeaderboardOut) -> list[str]:
     """What a reader has to know of the leaderboard's numbers."""
+    notes = ["before is the BPB before quantisation, of the seed that completed the trial."] if board.rows else []
     if board.seed_sd is None:
-        return []
-    notes = [f"± is half a 95% interval, with ~ where one seed has to borrow the SD of all, {board.seed_sd:.5f}."]
+        return notes
+    notes += [f"± is half a 95% interval, with ~ where one seed has to borrow the SD of all, {board.seed_sd:.5f}."]
     fair = [f"trial {row.number} {row.unscreened_bpb:.4f}" for row in board.rows[:3] if row.unscreened_bpb is not None]
     if fair:
         notes.append(f"The first seed chose the trials, and flatters the best. Without it: {', '.join(fair)}.")

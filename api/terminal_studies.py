@@ -15,14 +15,15 @@ def studies_table(studies: Sequence[StudyOut]) -> Grid:
     """Studies, a line each."""
     columns = (
         Column("name", left=True, cut=20), Column("state", left=True), Column("trials"), Column("open", 4),
-        Column("complete", 3), Column("refused", 5), Column("best BPB"), Column("GPU-hours", 6), Column("priority", 7),
-        Column("created", 8),
+        Column("complete", 3), Column("failed", 4), Column("refused", 5), Column("best BPB"), Column("GPU-hours", 6),
+        Column("priority", 7), Column("created", 8),
     )  # fmt: skip
     cells = [
         (
             study.name, study.state, f"{sum(study.counts.values()):,}", str(open_trials(study)),
-            f"{study.counts.get(TrialState.COMPLETE, 0):,}", f"{study.refused:,}", bpb_text(study.best_bpb),
-            spent_text(study), str(study.priority), time_text(study.created_at),
+            f"{study.counts.get(TrialState.COMPLETE, 0):,}", f"{study.counts.get(TrialState.FAILED, 0):,}",
+            f"{study.all_refused:,}", bpb_text(study.best_bpb), spent_text(study), str(study.priority),
+            time_text(study.created_at),
         )
         for study in studies
     ]  # fmt: skip

@@ -1,9 +1,11 @@
 """`caddie watch`: a study followed live until nothing of it is open and nothing more will be proposed."""
 
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,7 +20,7 @@ from api.tables import plain
 from api.terminal import bpb_text, seconds_text, tying_text
 from api.terminal_results import leaderboard_table
 from api.terminal_studies import activity_table, open_trials, spent_text
-from orchestrator.lifecycle import OPEN_TRIALS, StudyState
+from orchestrator.lifecycle import OPEN_TRIALS, StudyState, TrialState
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 120.0
@@ -28,6 +30,8 @@ FIRST_ENDED = 10
 KNOWN_IN_A_ROW = 2 * FIRST_ENDED
 """So many endings that were shown already, latest first, leave none unseen: an ending may be seen after a later one."""
 LEADERS = 3
+FAILURES = 100
+"""Of so many of the trials that failed last, the commonest reason is said."""
 
 
 @dataclass
@@ -54,13 +58,22 @@ class Look:
 
     @property
     def is_last(self) -> bool:
+        if self.study.paused_itself:
+            return not self.study.counts.get(TrialState.RUNNING, 0)
         proposes = self.study.definition.space and self.study.state not in (StudyState.COMPLETE, StudyState.STOPPED)
         return not proposes and not open_trials(self.study)
 
 
-def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:
-    """Show a study live until no trial of it is open and none will be proposed, and return it as it was then.
+def came_to_nothing(study: StudyOut) -> bool:
+    """Whether no trial of it is complete because they failed, or something must be mended before it goes on."""
+    failed, complete = (study.counts.get(state, 0) for state in (TrialState.FAILED, TrialState.COMPLETE))
+    return study.paused_itself or (failed > 0 and complete == 0)
 
+
+def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:
+    """Show a study live until nothing of it goes on by itself, and return it as it was then.
+
+    That is when no trial of it is open and none will be proposed, or when it has paused itself and none is running.
     Where there is no terminal, each trial that ends is a line, and there is nothing else until the study ends.
     """
     shown = Shown()
@@ -76,7 +89,7 @@ def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:
                 break
             time.sleep(POLL_SECONDS)
             look = _patiently(caddie, name, shown, picture)
-    show(*_conclusion(look), console=console)
+    show(*_conclusion(look), *_failures(caddie, look.study), console=console)
     return look.study
 
 
@@ -182,3 +195,14 @@ def _conclusion(look: Look) -> list[str]:
     best = "" if study.best_bpb is None else f", the best trial {study.best_trial} with {bpb_text(study.best_bpb)} BPB"
     why = f" ({study.reason})" if study.reason else ""
     return [f"study {study.name} is {study.state}{why}: {look.done} trials{best}"]
+
+
+def _failures(caddie: Caddie, study: StudyOut) -> list[str]:
+    """How many of its trials failed, and why; nothing where none did."""
+    failed, trials = study.counts.get(TrialState.FAILED, 0), sum(study.counts.values())
+    if not failed:
+        return []
+    latest = caddie.iter_trials(study.name, state=[TrialState.FAILED], sort="-finished_at", page_size=FAILURES)
+    reasons = Counter(" ".join((trial.reason or "").split()) for trial in islice(latest, FAILURES))
+    often = ", most often" if len(reasons) > 1 else ""
+    return [f"{failed} of {trials} trials failed{often}: {next(iter(reasons.most_common(1)), ('–', 0))[0]}"]

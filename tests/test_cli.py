@@ -30,7 +30,7 @@ from api.schemas import ActivityOut
 from api.watch import watch_study
 from orchestrator import leases, store
 from orchestrator.database import Database
-from orchestrator.lifecycle import Outcome, StudyState
+from orchestrator.lifecycle import Cause, Outcome, StudyState
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import AttemptResult, Claim, NewStudy
 from orchestrator.tables import TrialRow
@@ -164,6 +164,8 @@ def test_a_study_preview_says_what_would_be_proposed_and_refused_without_a_serve
         (["binary.yaml"], "data.dataset: is a bytes, which JSON cannot say"),
         (["key.yaml"], "sharing: is a key, and must be text"),
         (["itself.yaml"], "file: is nested too deeply, or in itself"),
+        (["study.yaml"], "file: holds a study, which caddie study preview and caddie study create take (got 'study"),
+        (["trial.yaml"], "file: holds a submission, which caddie submit --batch takes, in a list"),
     ],
 )
 def test_a_bad_spec_is_one_line_that_names_the_field(caddie: Run, tmp_path: Path, words: list[str], says: str) -> None:
@@ -172,6 +174,8 @@ def test_a_bad_spec_is_one_line_that_names_the_field(caddie: Run, tmp_path: Path
     (tmp_path / "binary.yaml").write_text("data: {dataset: !!binary aGk=}")
     (tmp_path / "key.yaml").write_text("sharing: {1: 2}")
     (tmp_path / "itself.yaml").write_text("a: &a [*a]")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    (tmp_path / "trial.yaml").write_text("{recipe: laptop, overrides: {seed: 1}}")
     assert says in caddie("preview", *words).refusal(2)
 
 
@@ -312,6 +316,18 @@ def finish(sqlite: Database, trial_result: Results, now: datetime) -> Callable[.
     return run
 
 
+@pytest.fixture
+def fail(sqlite: Database, now: datetime) -> Callable[..., None]:
+    """Ends a claimed run for good, as bad input would."""
+
+    def run(claimed: Claim, reason: str = "no such dataset") -> None:
+        with sqlite.write() as session:
+            failed = AttemptResult(Outcome.FAILED, cause=Cause.BAD_INPUT, reason=reason)
+            leases.finish(session, claimed.lease, failed, now)
+
+    return run
+
+
 def test_a_study_is_created_listed_and_steered(caddie: Run, sweep: None) -> None:
     for move, state in (("pause", "paused"), ("resume", "running"), ("stop", "stopped")):
         assert caddie("study", move, "sweep").out == f"study sweep is {state}\n"
@@ -320,6 +336,19 @@ def test_a_study_is_created_listed_and_steered(caddie: Run, sweep: None) -> None
     assert (study["name"], study["state"]) == ("sweep", "stopped")
     assert "cannot" in caddie("study", "resume", "sweep").refusal(2)
     assert "sweep" in caddie("study", "create", "study.yaml").refusal(2)
+
+
+def test_a_list_of_studies_counts_failures_and_all_that_was_refused(
+    caddie: Run, sweep: None, sqlite: Database, claim: Callable[[], Claim], fail: Callable[..., None]
+) -> None:
+    caddie("submit", "sweep")
+    fail(claim())
+    assert caddie("submit", "sweep", "--set", "model.width=3072").out.startswith("trial 1 of sweep: infeasible")
+    with sqlite.write() as session:
+        store.count_refused(session, store.get_study(session, "sweep").id, 2)  # points of the search
+    names, row = (line.split() for line in caddie("study", "list").out.splitlines())
+    listed = dict(zip(names, row, strict=False))  # two names are two words, and come after these
+    assert [listed[name] for name in ("trials", "open", "complete", "failed", "refused")] == ["2", "0", "0", "1", "3"]
 
 
 def test_a_study_is_changed_cloned_and_put_away(caddie: Run, sweep: None) -> None:
@@ -400,8 +429,12 @@ def test_the_leaderboard_is_best_first(
         finish(claim(), val_bpb=score)
     board = json.loads(caddie("leaderboard", "sweep", "--json").out)
     assert [(row["rank"], row["number"], row["val_bpb"]) for row in board["rows"]] == [(1, 1, 2.25), (2, 0, 2.5)]
-    shown = caddie("leaderboard", "sweep").out
-    assert shown.index("2.2500") < shown.index("2.5000")
+    title, names, first, second, _ = caddie("leaderboard", "sweep").out.splitlines()
+    columns = ("rank", "trial", "BPB", "±", "n", "before", "bytes", "params", "tying", "map", "LoRA", "ranks", "sec")
+    assert (title, tuple(names.split())) == ("Leaderboard of sweep", columns)
+    same = ["–", "1", "2.4000", "120,000", "100,000", "012012"]
+    assert first.split() == ["1", "1", "2.2500", *same, "2", "1", "9.0"]
+    assert second.split() == ["2", "0", "2.5000", *same, "1", "1", "9.0"]
 
 
 def test_seeds_are_shown_with_their_interval_and_judged_by_the_challenges_rule(
@@ -541,7 +574,11 @@ def test_a_wrong_word_is_one_line_that_says_what_would_be_right(caddie: Run, swe
     assert caddie("study", "show", "swep").refusal(2) == "caddie: no study 'swep'; did you mean sweep?"
     assert "Did you mean 'list'?" in caddie("trial", "lst", "sweep").refusal(2)
     assert "Missing argument 'number' (" in caddie("trial", "show", "sweep").refusal(2)
-    assert "'number'" in caddie("trial", "show", "sweep", "one").refusal(2)
+    assert "'number': Input should be a valid integer, unable to parse string as an integer, got 'one' (" in caddie(
+        "trial", "show", "sweep", "one"
+    ).refusal(2)
+    assert "greater than or equal to 1, got '0' (" in caddie("preview", "laptop", "--cap-bytes", "0").refusal(2)
+    assert "caddie trial STUDY NUMBER shows a trial" in caddie("trial", "sweep").refusal(2)
     assert "No such option: --jsn" in caddie("study", "list", "--jsn").refusal(2)
     assert "query.sort" in caddie("trial", "list", "sweep", "--sort", "size").refusal(2)
 
@@ -654,6 +691,34 @@ def test_without_a_terminal_a_watch_is_a_line_a_trial_and_one_at_the_end(
     assert first == "trial   0  complete   012012 LoRA 1 ranks 1    2.2500 BPB, 120,000 bytes"
     assert second.startswith("trial   1  cancelled  012012 LoRA 2 ranks 1")
     assert last == "study mine is running: 2 trials, the best trial 0 with 2.2500 BPB"
+
+
+def test_a_watch_of_which_nothing_came_says_why_and_exits_1(
+    caddie: Run, url: str, sqlite: Database, tmp_path: Path, now: datetime,
+    claim: Callable[[], Claim], fail: Callable[..., None], finish: Callable[..., None],
+) -> None:  # fmt: skip
+    (tmp_path / "study.yaml").write_text("name: mine\nrecipe: laptop")
+    caddie("study", "create", "study.yaml")
+    for rank, reason in ((1, "no\ndataset"), (2, "no\ndataset"), (3, "diverged")):
+        caddie("submit", "mine", "--set", f"sharing.lora.rank={rank}")
+        fail(claim(), reason)
+    said = caddie("watch", "mine")
+    assert (said.code, said.err) == (1, "")
+    assert said.out.splitlines()[-2:] == [
+        "study mine is running: 3 trials", "3 of 3 trials failed, most often: no dataset"
+    ]  # fmt: skip
+    caddie("trial", "retry", "mine", "0")
+    finish(claim())
+    assert caddie("watch", "mine").code == 0
+
+    caddie("trial", "retry", "mine", "1")  # it stays queued in a study that waits for somebody
+    with sqlite.write() as session:
+        mine = store.get_study(session, "mine")
+        store.move_study(session, mine.id, StudyState.PAUSED, now, "no dataset")
+    said = caddie("watch", "mine")
+    assert said.code == 1
+    assert "study mine is paused (no dataset): 2 trials, the best trial 0 with 2.5000 BPB\n" in said.out
+    assert caddie("submit", "mine", "--wait").code == 1
 
 
 def test_a_watch_shows_every_ending_once_in_whatever_order_they_are_seen(

@@ -51,16 +51,17 @@ export function curves(points, shown) {
   });
 }
 
-/** Draw them in one chart of two panels. `scores`: dotted lines across the upper one, by their value. */
+/** Draw them in one chart of two panels. `scores`: lines across the upper one, the highest named above it, others below. */
 export function drawCurves(chart, traces, scores) {
-  const dotted = { xref: "paper", x0: 0, x1: 1, yref: "y2", type: "line" };
-  const label = { xref: "paper", x: 0, yref: "y2", showarrow: false, xanchor: "left", yanchor: "bottom", xshift: 4 };
+  const top = Math.max(...scores.map(({ y }) => y));
+  const line = { xref: "paper", x0: 0, x1: 1, yref: "y2", type: "line" };
+  const label = { xref: "paper", x: 0, yref: "y2", showarrow: false, xanchor: "left", xshift: 4 };
   Plotly.react(chart, traces.flat(), layout({
     showlegend: true,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     margin: { l: 56, r: 16, t: 34, b: 44 },
-    shapes: scores.map(({ y, ink }) => ({ ...dotted, y0: y, y1: y, line: { color: ink, width: 1.2, dash: "dot" } })),
-    annotations: scores.filter(({ text }) => text).map(({ y, ink, text }) => ({ ...label, y, text, font: { color: ink } })),
+    shapes: scores.map(({ y, ink, dash }) => ({ ...line, y0: y, y1: y, line: { color: ink, width: 1.2, dash } })),
+    annotations: scores.map(({ y, ink, text }) => ({ ...label, y, text, yanchor: y === top ? "bottom" : "top", font: { color: ink } })),
     xaxis: { title: { text: AXES[across] }, anchor: "y", rangemode: "tozero" },
     yaxis: { title: { text: "train loss (nats)" }, domain: [0, 0.46] },
     yaxis2: { title: { text: "BPB" }, domain: [0.54, 1], anchor: "x" },

@@ -75,6 +75,7 @@ function drawCourse({ course, ...whole }) {
   if (!course.number.length) return;
   const [first, last] = [course[axis][0], Math.max(whole[axis], course[axis].at(-1))];
   const log = first > 0 && last / first > 100;
+  const ticks = axis === "trials" && last < 10 ? { dtick: 1 } : { tickformat: last < 1000 ? "" : "~s" }; // no half trials, and no "500m"
   plot("course", [
     { type: "scatter", mode: "lines", x: [...course[axis], last], y: [...course.bpb, course.bpb.at(-1)], line: { shape: "hv", color: colour("accent"), width: 2 }, hoverinfo: "skip" },
     {
@@ -82,8 +83,8 @@ function drawCourse({ course, ...whole }) {
       hovertemplate: `<b>trial %{customdata}</b><br>%{y:.4f} BPB by its first seed<br>after %{x:,} ${axis === "trials" ? "trials" : "GPU-seconds"}<extra></extra>`,
     },
   ], {
-    xaxis: { title: { text: AXES[axis] }, ...(log ? { type: "log", ...decades(first, last) } : { rangemode: "tozero", tickformat: "~s" }) },
-    yaxis: { title: { text: "BPB" }, tickformat: ".4~f", nticks: 6 },
+    xaxis: { title: { text: AXES[axis] }, ...(log ? { type: "log", ...decades(first, last) } : { rangemode: "tozero", ...ticks }) },
+    yaxis: { title: { text: "BPB" }, tickformat: ".4~f", nticks: 6, range: spread(course.bpb, 0.06) },
     uirevision: axis,
   });
 }

@@ -29,10 +29,16 @@ function draw() {
     const more = attempts.length > 1 ? `, attempt ${j + 1}` : "";
     traces.push(curves(points, { name: `seed ${seed}`, more, legend: last, opacity: last ? 1 : 0.35, colour: colours[i % colours.length], dash: dash(i) }));
   }));
-  const score = Number(document.querySelector("#live-head [data-bpb]")?.dataset.bpb);
-  drawCurves(chart, traces, score ? [{ y: score, ink: colour("accent"), text: `${score.toFixed(4)} from the artifact` }] : []);
+  drawCurves(chart, traces, scores());
   chart.dataset.points = [...own.values()].reduce((total, points) => total + points.length, 0);
   chart.dataset.others = other.size;
+}
+
+/** The final scores, on all of the text: lines that the curves are not held against without saying so. */
+function scores() {
+  const { bpb, before } = document.querySelector("#live-head [data-bpb]")?.dataset ?? {};
+  const line = (score, words, ink, dash) => ({ y: Number(score), ink: colour(ink), dash, text: `${Number(score).toFixed(4)} ${words}` });
+  return bpb ? [line(bpb, "from the artifact", "accent", "solid"), line(before, "before quantisation", "soft", "dash")] : [];
 }
 
 async function readRival() {
