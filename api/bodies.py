@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from api.context import STUDY_NAME
-from orchestrator.check import rest_problems
+from orchestrator.check import never_legal_values, rest_problems
 from orchestrator.families import BLOCKS, FAMILIES, FAMILY, LAYERS, TYING
 from orchestrator.labels import MOST_TAGS
 from orchestrator.points import Domain, value_at
@@ -80,11 +80,15 @@ class StudyIn(StudyBody):
         assert base is not None
         fields = self.model_dump(exclude={"recipe", "size", "base", "overrides"}, exclude_none=True)
         try:
-            return NewStudy.model_validate({**fields, "base": override(base, self.overrides)})
+            study = NewStudy.model_validate({**fields, "base": override(base, self.overrides)})
         except ValidationError as error:
             found = problems_of(error)
         except InvalidSpec as error:
             found = tuple(problem.within("base") for problem in error.problems)
+        else:
+            found = tuple(never_legal_values(study.base, study.space))
+            if not found:
+                return study
         raise InvalidSpec(tuple(_placed(problem, "base", {"overrides": self.overrides}) for problem in found))
 
 
