@@ -121,7 +121,7 @@ def work(
 
 
 def data(context: typer.Context) -> None:
-    """Build, fetch or list datasets: `caddie data build | fetch | list`."""
+    """Build datasets of your text, fetch the challenge's, list them: `caddie data build | fetch | list`."""
     command = program("worker", "data", *context.args)
     sys.exit(subprocess.call(command, env=environment_of(Settings.read(os.environ))))
 

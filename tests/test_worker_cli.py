@@ -105,11 +105,19 @@ def test_two_ranks_under_torchrun_score_as_one_rank_does(
         ),
         (
             ["--recipe", "laptop", "--set", "data.dataset=missing"],
-            "manifest.json is missing: build or fetch a dataset first",
+            "data.dataset is 'missing': ",
         ),
         (["--recipe", "laptop", "--out", "file/inside"], "file is not a folder that can be written to"),
         (["data"], "the following arguments are required: action"),
         (["data", "list"], "manifest.json is missing: build or fetch a dataset first"),
+        (
+            ["data", "build", "--name", "x"],
+            "--name, --tokenizer and --vocab-size say what becomes of a --text: give one",
+        ),
+        (["data", "build", "--text", "gone.txt"], "--text needs a --name for the dataset that it becomes"),
+        (["data", "build", "--text", "gone.txt", "--name", "x"], "text gone.txt cannot be read: No such file"),
+        (["data", "build", "--text", "file", "--name", "a/b"], "name is 'a/b': must be up to 100 letters"),
+        (["data", "build", "--text", "file", "--name", "stdlib_sp1024"], "name is 'stdlib_sp1024': must be another"),
         (["data", "fetch", "--variant", "sp7"], "variant is 'sp7': must be one of sp1024"),
         (["data", "fetch", "--train-shards", "many"], "argument --train-shards: invalid int value: 'many'"),
     ],
@@ -128,7 +136,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if not line.startswith("--")]
     assert len(lines) == 1
-    assert lines[0].startswith("error: ")
+    assert lines[0].startswith("caddie: " if arguments[:1] == ["data"] else "error: ")
     assert message in lines[0]
     assert printed.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
