@@ -229,10 +229,10 @@ def test_a_rank_that_fails_fails_the_attempt_and_ends_the_gang(bench: Bench) -> 
         ("out-of-memory", "MemoryError: no 64 GiB left", Cause.OUT_OF_MEMORY),
         ("exits", "SystemExit: tired", Cause.ERROR),
         ("silent", "TypeError: trainers:run returned no result on rank 0", Cause.ERROR),
-        ("bad-data", "ValueError: data.dataset is 'bad-data'", Cause.BAD_INPUT),
+        ("bad-data", "data.dataset is 'bad-data'", Cause.BAD_INPUT),
         (
             "unspeakable",
-            "PydanticSerializationError: Unable to serialize unknown type: <class 'object'>",
+            "Unable to serialize unknown type: <class 'object'>",
             Cause.BAD_INPUT,
         ),
     ],
@@ -422,9 +422,7 @@ def test_the_data_of_what_waits_is_checked_while_another_trains(warm: Bench) -> 
     first, name = occupied(warm, "until-stopped", TWO)
     second = assignment("unknown-data", TWO)
     warm.launcher.start(second, name)
-    assert warm.ending(second) == Ending(
-        Outcome.FAILED, "rank 0: ValueError: there is no unknown-data", cause=Cause.BAD_INPUT
-    )
+    assert warm.ending(second) == Ending(Outcome.FAILED, "there is no unknown-data", cause=Cause.BAD_INPUT)
     warm.launcher.release(second.attempt_id)
     warm.launcher.stop(first.attempt_id)
     assert warm.ending(first).outcome is Outcome.STOPPED

@@ -16,7 +16,7 @@ ROOT = HERE.parent
 
 
 PREAMBLE = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from orchestrator.launcher import Assignment
 from orchestrator.local_launcher import LocalLauncher
@@ -226,6 +226,12 @@ room = launcher.free(GangConfig(ranks=1))
 warm = ray_gang.names("caddie")
 launcher.adopt(4, gang)
 untold = until(launcher, 4, lambda update: update.ending).ending.outcome
+lone = ray_gang.new_name(GangConfig(), "nobody")
+ray_gang.create(lone, next(iter(ray_gang.nodes())), "trainers:run", orphan_seconds=1.0)
+while ray_gang.names("nobody") != {lone}:
+    time.sleep(0.1)
+while ray_gang.names("nobody"):  # until it has removed itself
+    time.sleep(0.1)
 launcher.close()
 outcomes = [ending.outcome, followed, succeeded, untold]
 tell(outcomes=outcomes, artifact=artifact, again=again, room=room, warm=sorted(warm))
