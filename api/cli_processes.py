@@ -78,7 +78,7 @@ def doctor(
 
 
 def demo() -> None:
-    """Run a small real sweep on this machine, show it live, and print its leaderboard. Again resumes it."""
+    """Run a small real sweep on this machine, and show it live. Again goes on with it, and retries what failed."""
     from rich.console import Console
 
     from api.demo import run_demo
