@@ -246,7 +246,9 @@ def test_what_does_not_exist_is_not_found(http: httpx.Client, study: str) -> Non
         problem(http.get(path), 404, "not-found")
     problem(http.post("/v1/preview", json={"study": "none", "recipe": "laptop"}), 404, "not-found")
     problem(http.post("/v1/studies/none/trials", json={"recipe": "laptop"}), 404, "not-found")
-    assert problem(http.delete(study), 405, "method-not-allowed")["detail"] == "Method Not Allowed"
+    assert problem(http.get(f"{study}/trials/7"), 404, "not-found")["detail"] == "no trial 7 in study sweep"
+    refused = problem(http.delete(study), 405, "method-not-allowed")
+    assert refused["detail"] == "DELETE is not among what this path takes: GET, PATCH"
 
 
 def test_a_page_that_cannot_be_is_refused(http: httpx.Client, study: str) -> None:
