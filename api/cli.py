@@ -1,7 +1,7 @@
 """`caddie`: the command line. A command about one study is `caddie study VERB STUDY`, one about one trial `caddie trial
 VERB STUDY NUMBER`; what one does daily has a short form besides.
 
-Exits 0 when done, 2 for bad input, 1 for other failures, 130 after Ctrl-C: a failure is one line on stderr.
+Exits 0 when done, 2 for bad input, 1 for other failures, 130 (by Typer) after Ctrl-C: a failure is one line on stderr.
 """
 
 import os
@@ -82,8 +82,6 @@ def main() -> None:
         _fail(f"{error}; is `caddie up` running?", 1)
     except (ClientError, OSError) as error:  # a folder that cannot be made or written to, say
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     else:
         sys.exit(code if isinstance(code, int) else 0)
 

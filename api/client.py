@@ -290,10 +290,12 @@ class Caddie(Connection):
         return self._read("POST", path, ToldOut, body=said, headers=_lease(asked), attempts=ATTEMPTS)
 
     def wait(self, study: str, number: int, run_id: int | None = None) -> TrialOut:
-        """The trial, once it and this run of it have ended."""
+        """The trial, once it and this run of it have ended; or as it waits, where its study has paused itself."""
         while True:
             trial = self.trial(study, number)
             if trial.state not in OPEN and not any(run.id == run_id and run.state in OPEN for run in trial.runs):
+                return trial
+            if all(run.state != "running" for run in trial.runs) and self.study(study).paused_itself:
                 return trial
             time.sleep(WAIT_POLL_SECONDS)
 

@@ -1,6 +1,7 @@
 """`caddie demo`: a small real sweep through `caddie up` and its REST API, on this machine's CPU."""
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,9 +20,11 @@ from rich.console import Console
 from api.client import Caddie, Unreachable
 from api.options import show
 from api.program import environment_of, program
+from api.schemas import StudyOut
 from api.standings import LeaderboardRow
-from api.terminal_results import leaderboard_table
-from api.watch import watch_study
+from api.terminal_results import leaderboard_notes, leaderboard_table
+from api.watch import came_to_nothing, watch_study
+from orchestrator.lifecycle import StudyState, TrialState
 from orchestrator.settings import KNOWN, Settings
 
 DEMO: dict[str, Any] = {
@@ -32,6 +35,7 @@ DEMO: dict[str, Any] = {
         "sharing.unique_blocks": {"low": 1, "high": 4},
         "sharing.tying": {"choice": ["cycle", "sequence", "palindrome"]},
     },
+    "sampler": "tpe",  # Optuna proposes: the arms of our own would hardly leave it one of so few trials
     "seed": 7,
     "max_trials": 8,
     "cap_bytes": 450_000,
@@ -49,28 +53,31 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def run_demo(console: Console, demo: Mapping[str, Any] = DEMO) -> int:
-    """Run or resume the demo in ./demo (or CADDIE_HOME); 0 when the study is complete, and nothing is left running.
+    """Run or resume the demo in ./demo (or CADDIE_HOME), and leave nothing running; 1 where nothing came of its study.
 
     For a signal, 130 or SystemExit with 128 and its number. `demo` is a StudyIn whose cap no untied model fits.
     """
-    settings = demo_settings(os.environ)
+    settings, name = demo_settings(os.environ), demo["name"]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _exit)
-    console.print(f"[bold]Caddie demo[/bold] in {settings.home}: how should six layers share weights?")
+    show(f"Caddie demo in {settings.home}: how should six layers share weights?", console=console)
     try:
         with _caddie_up(settings) as server, Caddie(settings.url, token="") as caddie:
             _wait_ready(caddie, server)
-            console.print(f"page {settings.url}/studies/{demo['name']}")
-            console.print(f"Optuna's dashboard {settings.url}/dashboard")
             code = subprocess.call(program("worker", "data", "build"), env=environment_of(settings))
             if code:  # it has said why
                 return code
-            _prepare(console, caddie, demo)
-            watch_study(console, caddie, demo["name"])
-            _report(console, settings, caddie, demo["name"])
+            prepare(console, caddie, demo)
+            dashboard = f"{settings.url}/dashboard"
+            show(f"page       {settings.url}/studies/{name}", f"Optuna     {dashboard}", console=console)
+            ended = watch_study(console, caddie, name)
+            _report(console, settings, caddie, name)
+            if came_to_nothing(ended):
+                show("nothing came of it: mend that, and run it again to try again what failed", console=console)
+                return 1
     except KeyboardInterrupt:
-        console.print("stopped; finished trials are kept: run it again to go on")
+        show("stopped; finished trials are kept: run it again to go on", console=console)
         return 130
     return 0
 
@@ -132,34 +139,60 @@ def _wait_ready(caddie: Caddie, server: subprocess.Popen[bytes]) -> None:
     raise Unreachable("the API did not answer: see up.log in the demo's folder")
 
 
-def _prepare(console: Console, caddie: Caddie, demo: Mapping[str, Any]) -> None:
-    """Create the study and its two explicit trials; where they exist, nothing is added."""
-    if demo["name"] in {study.name for study in caddie.studies()}:
-        console.print("resuming the study; remove the folder to start over")
-    else:
+def prepare(console: Console, caddie: Caddie, demo: Mapping[str, Any]) -> None:
+    """Create the study and its two explicit trials; where they exist, nothing is added, and what failed is retried."""
+    name, known = demo["name"], set[int]()
+    study = next((study for study in caddie.studies() if study.name == name), None)
+    if study is None:
         caddie.create_study(demo)
+    else:
+        show("resuming the study; remove the folder to start over", console=console)
+        known = {trial.number for trial in caddie.trials(name)}
+        _go_on(console, caddie, study)
     for key, overrides in EXPLICIT.items():
-        trial = caddie.submit(demo["name"], {"overrides": overrides, "allow_duplicate": True}, idempotency_key=key)
-        console.print(f"submitted over REST as {key}: trial {trial.number} is {trial.state}")
+        trial = caddie.submit(name, {"overrides": overrides, "allow_duplicate": True}, idempotency_key=key)
+        if trial.number not in known:
+            show(f"submitted over REST as {key}: trial {trial.number} is {trial.state}", console=console)
+
+
+def _go_on(console: Console, caddie: Caddie, study: StudyOut) -> None:
+    """Resume the study where it paused, and retry its trials that failed; one that was stopped stays so."""
+    if study.state is StudyState.STOPPED:
+        return
+    failed = caddie.trials(study.name, state=[TrialState.FAILED])
+    for trial in failed:
+        caddie.retry(study.name, trial.number)
+    if failed:
+        show(f"trying again what failed: {', '.join(f'trial {trial.number}' for trial in failed)}", console=console)
+    if study.state is StudyState.PAUSED:
+        caddie.move_study(study.name, "resume")
 
 
 def _report(console: Console, settings: Settings, caddie: Caddie, name: str) -> None:
     board = caddie.leaderboard(name)
+    table = leaderboard_table(board.rows, f"Leaderboard (cap {board.cap_bytes:,} bytes, code included)")
+    refused = caddie.trials(name, state=[TrialState.INFEASIBLE])
     console.print()
-    show(leaderboard_table(board.rows, f"Leaderboard (cap {board.cap_bytes:,} bytes, code included)"), console=console)
-    refused = [trial for trial in caddie.trials(name) if trial.state == "infeasible"]
-    for trial in refused:
-        console.print(f"trial {trial.number} was refused before training: {trial.reason}")
-    console.print(_best(caddie, name, board.rows))
-    console.print(f"database   {settings.database_url}")
-    console.print(f"artifacts  {settings.artifacts}")
-    console.print(f"page       {_picture(settings, name)}")
+    show(*([table] if board.rows else []), *leaderboard_notes(board), console=console)
+    show(
+        *(f"trial {trial.number} was refused before training: {trial.reason}" for trial in refused),
+        _best(caddie, name, board.rows),
+        f"database   {settings.database_url}",
+        f"artifacts  {settings.artifacts}",
+        console=console,
+    )
+    again = f"caddie up --home {shlex.quote(str(settings.home))} --port {settings.port}"
+    show(
+        f"picture    {_picture(settings, name)}",
+        f"page       {settings.url}/studies/{name} while this runs: {again}",
+        console=console,
+    )
 
 
 def _best(caddie: Caddie, name: str, rows: Sequence[LeaderboardRow]) -> str:
     first = next((row for row in rows if row.rank is not None), None)
     if first is None:
-        return "no trial is complete with an artifact within the cap"
+        return "no complete trial keeps the caps" if rows else "no trial is complete"
     result = caddie.trial(name, first.number).result
     assert result is not None, "a trial on the leaderboard has a result"
     order0 = result.diagnostics["order0_bpb"]
@@ -172,7 +205,7 @@ def _picture(settings: Settings, name: str) -> str:
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     page = f"{settings.url}/studies/{name}"
     if browser is None:
-        return f"no picture, because no Chromium is installed; `caddie up --home {settings.home}` serves {page}"
+        return "none, because no Chromium is installed"
     picture = settings.home / "page.png"
     picture.unlink(missing_ok=True)
     # A browser that hangs, or that still writes to its profile, is no reason to fail.
@@ -186,4 +219,4 @@ def _picture(settings: Settings, name: str) -> str:
             ],
             check=False, capture_output=True, timeout=60,
         )  # fmt: skip
-    return str(picture) if picture.exists() else f"no picture: {Path(browser).name} took none of {page}"
+    return str(picture) if picture.exists() else f"none: {Path(browser).name} took none of {page}"

@@ -58,7 +58,7 @@ def show(*parts: Grid | str, console: Console | None = None) -> None:
             print(file=screen.file)
         if not screen.is_terminal:
             lines = part.lines() if isinstance(part, Grid) else map(plain, part.split("\n"))
-            print(*lines, sep="\n", file=screen.file)
+            print(*lines, sep="\n", file=screen.file, flush=True)  # a child may write next, and a reader may follow
         else:
             screen.print(part if isinstance(part, Grid) else Text("\n".join(map(plain, part.split("\n")))))
 

@@ -83,6 +83,11 @@ class StudyOut(BaseModel):
         """What was refused before any GPU second: infeasible trials, and points that never became trials."""
         return self.refused + self.counts.get(TrialState.INFEASIBLE, 0)
 
+    @property
+    def paused_itself(self) -> bool:
+        """Whether it waits for somebody to mend something: whoever pauses a study gives no reason."""
+        return self.state is StudyState.PAUSED and self.reason is not None
+
     @classmethod
     def of(
         cls, study: Study, counts: Mapping[TrialState, int], best: Standing | None, account: "Account | None"

@@ -14,7 +14,7 @@ from api.problems import responses
 from api.reports import ArmOut, ArmsOut, ImportanceOut, LedgerOut, ParetoOut, ParetoPoint, StoppingOut
 from api.schemas import ActivityOut, Page, StudyOut
 from api.standings import LeaderboardOut, rows_of
-from orchestrator import amendments, seeds, store
+from orchestrator import amendments, reopening, seeds, store
 from orchestrator.activity import list_activity
 from orchestrator.amendments import amend_study
 from orchestrator.arms import arms
@@ -217,7 +217,7 @@ def _archive(writer: Writer, name: str, archived: bool) -> StudyOut:
 
 def _move(writer: Writer, name: str, to: StudyState, action: str) -> StudyOut:
     with writer.write(action, f"studies/{name}") as session:
-        study = store.move_study(session, store.get_study(session, name).id, to, writer.now)
+        study = reopening.move_study(session, store.get_study(session, name).id, to, writer.now)
         described = describe(session, study, writer.now, Accounts())
     log.info("study %s is %s", name, to, extra={"study_id": study.id})
     return described

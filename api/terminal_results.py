@@ -29,9 +29,10 @@ def leaderboard_table(rows: Sequence[LeaderboardRow], title: str) -> Grid:
 
 def leaderboard_notes(board: LeaderboardOut) -> list[str]:
     """What a reader has to know of the leaderboard's numbers."""
+    notes = ["before is the BPB before quantisation, of the seed that completed the trial."] if board.rows else []
     if board.seed_sd is None:
-        return []
-    notes = [f"± is half a 95% interval, with ~ where one seed has to borrow the SD of all, {board.seed_sd:.5f}."]
+        return notes
+    notes += [f"± is half a 95% interval, with ~ where one seed has to borrow the SD of all, {board.seed_sd:.5f}."]
     fair = [f"trial {row.number} {row.unscreened_bpb:.4f}" for row in board.rows[:3] if row.unscreened_bpb is not None]
     if fair:
         notes.append(f"The first seed chose the trials, and flatters the best. Without it: {', '.join(fair)}.")

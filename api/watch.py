@@ -58,7 +58,7 @@ class Look:
 
     @property
     def is_last(self) -> bool:
-        if paused_itself(self.study):
+        if self.study.paused_itself:
             return not self.study.counts.get(TrialState.RUNNING, 0)
         proposes = self.study.definition.space and self.study.state not in (StudyState.COMPLETE, StudyState.STOPPED)
         return not proposes and not open_trials(self.study)
@@ -67,12 +67,7 @@ class Look:
 def came_to_nothing(study: StudyOut) -> bool:
     """Whether no trial of it is complete because they failed, or something must be mended before it goes on."""
     failed, complete = (study.counts.get(state, 0) for state in (TrialState.FAILED, TrialState.COMPLETE))
-    return paused_itself(study) or (failed > 0 and complete == 0)
-
-
-def paused_itself(study: StudyOut) -> bool:
-    """Whether something went wrong that somebody has to mend: whoever pauses a study gives no reason."""
-    return study.state is StudyState.PAUSED and study.reason is not None
+    return study.paused_itself or (failed > 0 and complete == 0)
 
 
 def watch_study(console: Console, caddie: Caddie, name: str) -> StudyOut:

@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not owner.take():
             return _taken(settings)
     except OperationalError as error:
-        print(f"caddie: the database does not answer: {' '.join(str(error.orig).split())}", file=sys.stderr)
+        which = database.url.render_as_string(hide_password=True)
+        print(f"caddie: the database {which} does not answer: {' '.join(str(error.orig).split())}", file=sys.stderr)
         return 1
     stop, drain = threading.Event(), threading.Event()
     signal.signal(signal.SIGINT, lambda _number, _frame: stop.set())

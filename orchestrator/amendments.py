@@ -6,7 +6,7 @@ from datetime import datetime
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from orchestrator import store
+from orchestrator import reopening, store
 from orchestrator.errors import Conflict, IllegalMove, NotFound
 from orchestrator.lifecycle import StudyState
 from orchestrator.rows import study_of
@@ -52,7 +52,7 @@ def amend_study(
         elif max_trials is not None and study.definition.space and max_trials > study.proposed:
             store.reopen(session, study.id, now)
     if state is not None and state is not store.get_study(session, name).state:
-        store.move_study(session, study.id, state, now)
+        reopening.move_study(session, study.id, state, now)
     if changes:  # last: stopping locks trials, which whoever adds their events has locked before
         store.add_event(session, study.id, None, "study.changed", f"Study {name} has {_said(changes)}", now)
     return store.get_study(session, name)

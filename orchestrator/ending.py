@@ -26,8 +26,9 @@ def ending_of(attempt_id: int, mails: Sequence[Mail], deaths: Mapping[int, str])
     for rank, closing in enumerate(closings):
         if closing is not None and closing.outcome == "failed":
             log.warning("attempt %d failed on rank %d:\n%s", attempt_id, rank, closing.traceback)
-            reason = closing.reason if len(mails) == 1 else f"rank {rank}: {closing.reason}"
             cause = Cause(closing.cause or Cause.ERROR)
+            alone = len(mails) == 1 or cause is Cause.BAD_INPUT  # which any rank would have found
+            reason = closing.reason if alone else f"rank {rank}: {closing.reason}"
             return Ending(Outcome.FAILED, reason, cause=cause, traceback=closing.traceback)
     for closing in closings:
         if closing is not None and closing.outcome == "declined":

@@ -19,6 +19,7 @@ from orchestrator.caps import scores_of
 from orchestrator.errors import LeaseLost
 from orchestrator.lifecycle import OPEN_TRIALS, PERMANENT, UNCHARGED, Cause, Outcome, RunState, StudyState, TrialState
 from orchestrator.logs import add_last_words, add_lines, last_line
+from orchestrator.mistakes import pause_if_mistaken
 from orchestrator.rows import run_of, study_of
 from orchestrator.shortening import Rung, eased, shortened
 from orchestrator.spending import Kind, Purses
@@ -243,7 +244,7 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
     goes back once, to half its micro-batch; an attempt lost or preempted goes back without charge, and so does a
     success whose timing is void. Nothing goes back in a stopped study.
     """
-    _lock(session, AttemptRow.id == lease.attempt_id)
+    _lock(session, AttemptRow.id == lease.attempt_id, moving=ended.cause is Cause.BAD_INPUT)
     ended = judged(session, lease.attempt_id, ended)
     result = None if ended.result is None else ended.result.model_dump(mode="json")
     measured: dict[str, Any] = {}
@@ -256,8 +257,7 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
         permanent=ended.cause in PERMANENT, finished_at=now, lease_token=None, lease_expires_at=None,
         result=result, hardware=result and result["hardware"],
     )  # fmt: skip
-    stored = ended.artifact
-    if stored is not None:
+    if (stored := ended.artifact) is not None:
         values = {"attempt_id": lease.attempt_id, "uri": stored.uri, "bytes": stored.bytes, "sha256": stored.sha256}
         session.execute(insert(ArtifactRow).values(values))
     if ended.outcome is not Outcome.SUCCEEDED:
@@ -265,6 +265,8 @@ def finish(session: Session, lease: Lease, ended: AttemptResult, now: datetime) 
         add_last_words(session, lease.attempt_id, words, now)
     # The trial has no score of a void attempt; the attempt keeps its result and its artifact, as evidence.
     _settle(session, lease.attempt_id, replace(ended, result=None) if ended.outcome is Outcome.VOID else ended, now)
+    if ended.cause is Cause.BAD_INPUT:
+        pause_if_mistaken(session, lease.attempt_id, now)
     return ended
 
 
@@ -287,18 +289,19 @@ def expire(
     return len(lost)
 
 
-def _lock(session: Session, *which: ColumnElement[bool]) -> Sequence[int]:
-    """Hold the trials of these attempts, and their studies where they are, until the commit; the trials' ids.
-
-    On SQLite the whole database is held already.
-    """
+def _lock(session: Session, *which: ColumnElement[bool], moving: bool = False) -> Sequence[int]:
+    """Hold the trials of these attempts until the commit, and their studies: where they are, or alone where they may
+    be `moving`; the trials' ids. On SQLite the whole database is held already."""
     attempts = select(TrialRow.id).join(RunRow, RunRow.trial_id == TrialRow.id)
     attempts = attempts.join(AttemptRow, AttemptRow.run_id == RunRow.id).where(*which)
     ids = session.scalars(attempts.distinct().order_by(TrialRow.id)).all()
     if ids and session.get_bind().dialect.name == "postgresql":
         studies = select(TrialRow.study_id).where(TrialRow.id.in_(ids))
         session.execute(
-            select(StudyRow.id).where(StudyRow.id.in_(studies)).order_by(StudyRow.id).with_for_update(read=True)
+            select(StudyRow.id)
+            .where(StudyRow.id.in_(studies))
+            .order_by(StudyRow.id)
+            .with_for_update(read=not moving, key_share=moving)
         )
         session.execute(
             select(TrialRow.id).where(TrialRow.id.in_(ids)).order_by(TrialRow.id).with_for_update(key_share=True)
@@ -354,9 +357,9 @@ def _settle(session: Session, attempt_id: int, ended: AttemptResult, now: dateti
     if scores is not None:
         moves["scores"] = asdict(scores)
     session.execute(update(RUNS).where(RUNS.c.id == run_id, RUNS.c.state == RunState.RUNNING).values(moves))
-    values: dict[str, Any] = {"state": trial_state, "reason": ended.reason or None}
-    if trial_state not in OPEN_TRIALS:
-        values["finished_at"] = now
+    values: dict[str, Any] = {"state": trial_state}
+    if trial_state not in OPEN_TRIALS:  # the reason is why it has ended
+        values |= {"reason": ended.reason or None, "finished_at": now}
     if ended.result is not None and scores is not None:
         values |= {
             "result": ended.result.model_dump(mode="json"), "val_bpb": scores.val_bpb,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from worker.mailbox import Closing, MemoryMailbox
+from worker.mailbox import Closing, MemoryMailbox, failed
 from worker.source import code_digest
 from worker.spec import GangConfig, TrialSpec
 from worker.trainer import Job, find_check
@@ -87,7 +87,7 @@ class RayRank:
         try:
             check(job)
         except ValueError as error:  # anything else may be well when its turn comes
-            mailbox.close(Closing(outcome="failed", reason=f"{type(error).__name__}: {error}", cause="bad_input"))
+            mailbox.close(failed(error, "bad_input"))
             self._ended[attempt_id].set()
 
     def about(self) -> tuple[int | None, str]:

@@ -223,14 +223,16 @@ def cancel_trial(session: Session, study_id: int, number: int, now: datetime) ->
     """
     before = states_before(TRIAL_MOVES, TrialState.CANCELLED)
     this = (TrialRow.study_id == study_id, TrialRow.number == number, TrialRow.state.in_(before))
-    if not _end_trials(session, *this, now=now, reason="cancelled"):
+    if not _end_trials(session, *this, now=now):
         trial = get_trial(session, study_id, number)
         raise IllegalMove(f"trial {number}", trial.state, "be cancelled", tuple(before))
     add_event(session, study_id, number, "trial.cancelled", f"Trial {number} was cancelled", now)
     return get_trial(session, study_id, number)
 
 
-def _end_trials(session: Session, *which: ColumnElement[bool], now: datetime, reason: str) -> tuple[int, ...]:
+def _end_trials(
+    session: Session, *which: ColumnElement[bool], now: datetime, reason: str | None = None
+) -> tuple[int, ...]:
     """Cancel these trials with their open runs and attempts, in that order of locks; the trials' numbers, sorted."""
     trials = session.execute(
         update(TrialRow).where(*which).values(state=TrialState.CANCELLED, reason=reason, finished_at=now)
@@ -244,7 +246,10 @@ def _end_trials(session: Session, *which: ColumnElement[bool], now: datetime, re
         )  # fmt: skip
         session.execute(
             update(AttemptRow).where(AttemptRow.run_id.in_(runs), AttemptRow.outcome.is_(None))
-            .values(outcome=Outcome.STOPPED, reason=reason, finished_at=now, lease_token=None, lease_expires_at=None)
+            .values(
+                outcome=Outcome.STOPPED, reason=reason or "cancelled", finished_at=now, lease_token=None,
+                lease_expires_at=None,
+            )
         )  # fmt: skip
     return tuple(sorted(number for _trial_id, number in trials))
 
@@ -253,8 +258,13 @@ def get_trial(session: Session, study_id: int, number: int) -> Trial:
     """The trial of this number. Raises NotFound."""
     row = session.scalar(select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.number == number))
     if row is None:
-        raise NotFound("trial", number)
+        raise no_trial(session, study_id, number)
     return trial_of(row)
+
+
+def no_trial(session: Session, study_id: int, number: int) -> NotFound:
+    """What to raise where the study has no such trial."""
+    return NotFound("trial", number, f"study {session.get_one(StudyRow, study_id).name}")
 
 
 def find_trial(

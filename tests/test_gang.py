@@ -17,7 +17,7 @@ from orchestrator.launcher import Ending
 from orchestrator.lifecycle import Cause, Outcome
 from orchestrator.ray_folder import RayFolder
 from worker.gang import Rank, cause_of
-from worker.mailbox import BEAT_SECONDS, Closing, FileMailbox, Mail, Mailbox, MemoryMailbox
+from worker.mailbox import BEAT_SECONDS, Closing, FileMailbox, Mail, Mailbox, MemoryMailbox, failed
 from worker.recipes import load_recipe
 from worker.report import MAX_LINE, MAX_LINES, Directive, TrialResult
 from worker.spec import GangConfig, TrialSpec, override, parse_spec
@@ -286,6 +286,7 @@ def test_a_trainer_that_does_not_exist_is_a_failure_that_may_pass(tmp_path: Path
         ([None, None], {1: "exited with status 0"}, (Cause.CRASH, "rank 1 exited with status 0")),
         ([FAILED], {}, (Cause.ERROR, "RuntimeError: no")),
         ([None, FULL], {}, (Cause.OUT_OF_MEMORY, "rank 1: MemoryError")),
+        ([failed(ValueError("no\ndata"), "bad_input")] * 2, {}, (Cause.BAD_INPUT, "no data")),
     ],
 )
 def test_an_attempt_ends_as_its_worst_rank_or_once_all_have_ended(

@@ -10,7 +10,7 @@ import pytest
 from claims import NewStudies, NewTrials
 from sqlalchemy import select
 
-from orchestrator import leases, store
+from orchestrator import leases, reopening, store
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.curves import list_measurements
 from orchestrator.database import Database
@@ -297,18 +297,24 @@ def test_the_limit_of_an_attempt_goes_on_under_the_orchestrator_that_takes_it_ov
 
 
 @ON_SQLITE
-def test_a_paused_study_starts_nothing_and_goes_on_when_resumed(scene: Callable[..., Scene], pause: Any) -> None:
-    stage = scene(max_trials=2)
-    loop = stage.orchestrator()
-    with stage.database.write() as session:
-        store.move_study(session, stage.study.id, StudyState.PAUSED, stage.now)
+def test_a_study_that_its_own_mistake_pauses_starts_nothing_more_and_goes_on_once_it_is_mended(
+    scene: Callable[..., Scene], pause: Any
+) -> None:
+    stage = scene(max_trials=3, dataset="bad-data")
+    loop = stage.orchestrator(ranks=1)
+    stage.run(loop, lambda: stage.current().state is StudyState.PAUSED, pause)
     for _ in range(3):
         loop.tick(stage.now)
-    assert stage.trials() == ()
+    assert not loop.held
+    assert [stage.outcomes(number) for number in range(2)] == [[Outcome.FAILED]] * 2
+    assert set(stage.states()[2:]) <= {TrialState.QUEUED}
+    (stage.folder / "mended").touch()
     with stage.database.write() as session:
-        store.move_study(session, stage.study.id, StudyState.RUNNING, stage.now)
+        reopening.move_study(session, stage.study.id, StudyState.RUNNING, stage.now)
     stage.run(loop, stage.complete, pause)
-    assert stage.states() == [TrialState.COMPLETE] * 2
+    assert sorted(path.name for path in (stage.folder / "orchestrator-0").iterdir()) == ["1", "2"], "what failed"
+    assert stage.states() == [TrialState.COMPLETE] * 3
+    assert [stage.outcomes(number) for number in range(2)] == [[Outcome.FAILED, Outcome.SUCCEEDED]] * 2
 
 
 @ON_SQLITE

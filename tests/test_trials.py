@@ -221,7 +221,8 @@ def test_cancelling_a_queued_trial_ends_it_and_its_run(
         added = add_trial(session, study.id, new_trial(), now)
         cancelled = cancel_trial(session, study.id, 0, now + MINUTE)
     assert added is not None
-    assert (cancelled.state, cancelled.finished_at) == (TrialState.CANCELLED, now + MINUTE)
+    assert (cancelled.state, cancelled.reason) == (TrialState.CANCELLED, None)
+    assert cancelled.finished_at == now + MINUTE
     with database.write() as session:
         assert [run.state for run in list_runs(session, added.id)] == [RunState.CANCELLED]
         assert claim(session, ONE_CPU, "a", now, TTL) is None

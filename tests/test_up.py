@@ -1,12 +1,13 @@
 """`caddie up` as a user runs it: one process tree, driven over HTTP alone, killed and started again."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Up:
             "CADDIE_DATABASE_URL": database_url,
             "CADDIE_RANKS": "1",
             "CADDIE_PORT": str(self.port),
+            "CADDIE_URL": "http://127.0.0.1:9",  # the client's alone
             "CADDIE_LAUNCHER": launcher,
             "CADDIE_GRACE_SECONDS": "1",
             "OMP_NUM_THREADS": "1",
@@ -143,7 +145,9 @@ def local_up(tmp_path: Path, data_root: Path) -> Iterator[Up]:
 def test_every_trial_ends_exactly_once_though_caddie_is_killed_in_the_middle(up: Up) -> None:
     up.post("/v1/studies", study("sweep", max_trials=2))
     submitted = up.post("/v1/studies/sweep/trials", {"overrides": {"sharing.lora.rank": 1}})["number"]
-    wait_for(lambda: measured(up, submitted), "the first measurement", 120)
+    with closing(watched(up, submitted)) as said:
+        first = next(data for kind, data in said if kind == "measured")
+    assert first[0] in up.get(f"/v1/studies/sweep/trials/{submitted}/measurements")["items"]
 
     up.kill()
     up.start()
@@ -151,8 +155,10 @@ def test_every_trial_ends_exactly_once_though_caddie_is_killed_in_the_middle(up:
     extra = up.post("/v1/studies/sweep/trials", {"overrides": {"sharing.lora.rank": 3, "budget.steps": 100_000}})[
         "number"
     ]
-    wait_for(lambda: measured(up, extra), "the long trial to train", 180)
-    up.post(f"/v1/studies/sweep/trials/{extra}/cancel", status=200)
+    with closing(watched(up, extra)) as said:
+        assert next(kind for kind, _ in said if kind != "state") == "measured"
+        up.post(f"/v1/studies/sweep/trials/{extra}/cancel", status=200)
+        assert list(said)[-1] == ("end", {"state": "cancelled"})
     wait_for(lambda: up.get("/v1/studies/sweep")["state"] == "complete", "the study to complete", 240)
 
     trials = [
@@ -218,6 +224,7 @@ def test_caddie_that_is_asked_to_end_hands_its_attempts_back(local_up: Up, numbe
     local_up.post("/v1/studies/sweep/trials", {"overrides": {"budget.steps": 100_000}})
     wait_for(lambda: measured(local_up, 0), "the first measurement", 60)
     assert len(local_up.tree()) == 3, "the API, the orchestrator and one rank"
+    assert f"Caddie is up: http://127.0.0.1:{local_up.port}  (" in (local_up.home / "up.log").read_text()
 
     assert local_up.stop(number) == code
 
@@ -248,6 +255,18 @@ def outcomes(up: Up, number: int) -> list[str | None]:
     """How each attempt at a trial ended; None for one that runs."""
     trial = up.get(f"/v1/studies/sweep/trials/{number}")
     return [attempt["outcome"] for run in trial["runs"] for attempt in run["attempts"]]
+
+
+def watched(up: Up, number: int) -> Generator[tuple[str, Any]]:
+    """What the trial's event stream says, as it comes: the kind of each event, and its data."""
+    kind = "measured"  # these have no name of their own
+    path = f"/v1/studies/sweep/trials/{number}/measurements/stream"
+    with up.http.stream("GET", path, timeout=200) as stream:
+        for line in stream.iter_lines():
+            name, _, value = line.partition(": ")
+            if name == "data":
+                yield kind, json.loads(value)
+            kind = value if name == "event" else kind if line else "measured"
 
 
 def measured(up: Up, number: int) -> bool:

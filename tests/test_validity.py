@@ -104,7 +104,7 @@ def test_a_success_that_was_slower_than_its_kind_is_void_and_goes_back_to_the_qu
     reason = "step 0.125 s, 14% slower than the 0.11 s of 3 attempts on 1 × NVIDIA H100, and the limit is 10%"
     assert (attempt.outcome, attempt.reason) == (Outcome.VOID, reason)
     assert (attempt.step_seconds, attempt.hardware, attempt.artifact) == (0.125, slow.result.hardware, stored)
-    assert (trial.state, trial.result, trial.finished_at) == (TrialState.QUEUED, None, None)
+    assert (trial.state, trial.reason, trial.result, trial.finished_at) == (TrialState.QUEUED, None, None, None)
     with queue.database.read() as session:
         (run,) = store.list_runs(session, held.trial_id)
         last = store.list_events(session)[-1]

@@ -123,6 +123,9 @@ def out_of_memory(job: Job, reporter: Reporter) -> Produced:
 
 
 def bad_data(job: Job, reporter: Reporter) -> Produced:
+    """Until somebody mends it."""
+    if (job.data_root / "mended").exists():
+        return produced(job, stopped=False)
     raise ValueError(f"data.dataset is {job.spec.data.dataset!r}")
 
 

@@ -6,12 +6,12 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from tempfile import TemporaryFile
+from typing import NoReturn
 
-import yaml
-
-from worker.recipes import load_recipe, read_yaml, recipe_names, require_full
+from worker.recipes import load_recipe, overrides_of, read_mapping, recipe_names, require_full
 from worker.report import Directive, TrialResult, log_lines
 from worker.shape import FieldError
 from worker.shards import DataError, read_manifest
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # InvalidSpec, FieldError, DataError: each names what is wrong and what would be right
         _say(f"{'caddie' if words[:1] == ['data'] else 'error'}: {error}")  # whose words they are: see _data_parser
         return BAD_INPUT
-    except ArithmeticError as error:  # Diverged
+    except (ArithmeticError, OSError) as error:  # Diverged; a disk that is full
         _say(f"error: {error}")
         return FAILED
     except KeyboardInterrupt:
@@ -71,17 +71,19 @@ def _train_command(words: list[str]) -> int:
     options = _train_parser().parse_args(words)
     spec = _spec(options)
     rank, ranks = _place_in_gang(spec)
-    if options.out is not None:
+    if options.out is not None and rank == 0:
         _require_writable(options.out)
     outcome = _run(spec, _data_root(options.data), rank, ranks)
     if outcome is None:
         return 0
     result, artifact = outcome
     record = {"spec": spec.model_dump(mode="json"), "result": result.model_dump(mode="json")}
-    if options.out is not None:
-        _write(options.out, "artifact.bin", artifact)
-        _write(options.out, "result.json", (json.dumps(record, indent=2) + "\n").encode())
-    print(json.dumps(record) if options.json else summarise(spec, result))
+    try:
+        if options.out is not None:
+            _write(options.out, "artifact.bin", artifact)
+            _write(options.out, "result.json", (json.dumps(record, indent=2) + "\n").encode())
+    finally:  # a disk that is full must not take hours of training with it
+        print(json.dumps(record) if options.json else summarise(spec, result))
     return 0
 
 
@@ -137,7 +139,9 @@ def _train_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m worker",
         description="Train, pack and score one spec, alone or under torchrun (one process for each of gang.ranks).",
-        epilog="The demo corpus is built where it is missing. Other datasets: caddie data --help.",
+        epilog="The demo corpus is built where it is missing. Other datasets: caddie data --help. "
+        "Exits with 0, 1 where training failed, 2 where the input is wrong; torchrun exits with 1 for both, and says "
+        "more below our line.",
     )
     parser.add_argument("spec", nargs="?", type=Path, help="a spec as YAML or JSON")
     parser.add_argument("--recipe", help=f"start from a recipe instead: {', '.join(recipe_names())}")
@@ -183,31 +187,8 @@ def _spec(options: argparse.Namespace) -> TrialSpec:
         raise ValueError("name a spec file or a --recipe, and not both")
     if options.recipe is None:
         require_full(options.size)
-    plain = load_recipe(options.recipe, options.size) if options.recipe is not None else _read_spec(options.spec)
-    changes: dict[str, Any] = {}
-    for assignment in options.set:
-        path, equals, value = assignment.partition("=")
-        if not path or not equals:
-            raise ValueError(f"--set is {assignment!r}: must be PATH=VALUE, such as sharing.lora.rank=4")
-        changes[path] = _yaml(value, f"--set {path}")
-    return parse_spec(override(plain, changes))
-
-
-def _read_spec(path: Path) -> dict[str, Any]:
-    try:
-        plain = _yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ValueError(f"spec file {path} cannot be read: {error.strerror}") from None
-    if not isinstance(plain, dict):
-        raise ValueError(f"spec file {path} holds a {type(plain).__name__}: must be a mapping such as 'sharing: ...'")
-    return plain
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+    plain = load_recipe(options.recipe, options.size) if options.recipe is not None else read_mapping(options.spec)
+    return parse_spec(override(plain, overrides_of(options.set)))
 
 
 def _place_in_gang(spec: TrialSpec) -> tuple[int, int]:
@@ -224,11 +205,10 @@ def _run(spec: TrialSpec, data_root: Path, rank: int, ranks: int) -> tuple[Trial
     import torch.distributed as dist
 
     from worker.job import run
-    from worker.rendezvous import PATIENCE
+    from worker.rendezvous import PATIENCE, prepare
     from worker.world import backends
 
-    if spec.gang.device == "gpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    prepare(spec.gang, int(os.environ.get("LOCAL_RANK", "0")))
     if ranks == 1:
         return finished(run(Job(spec, data_root), Console()))
     dist.init_process_group(backends(torch.device("cuda" if spec.gang.device == "gpu" else "cpu")), timeout=PATIENCE)
@@ -239,10 +219,17 @@ def _run(spec: TrialSpec, data_root: Path, rank: int, ranks: int) -> tuple[Trial
 
 
 def _require_writable(folder: Path) -> None:
-    """Raises ValueError, before hours of training, where the results could not be written."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--out is {str(folder)!r}: {existing} is not a folder that can be written to")
+    """Raises ValueError, before hours of training, where the results could not be written. Leaves nothing behind."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--out is {str(folder)!r}, which cannot be written to: {error.strerror}") from None
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def _write(folder: Path, name: str, data: bytes) -> None:
@@ -271,7 +258,9 @@ def _listing(root: Path) -> list[str]:
 
 def _say(message: str) -> None:
     rank = os.environ.get("RANK", "0")
-    print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr, flush=True)
+    # In one write: print writes the end of the line by itself, and another rank's line may come before it.
+    sys.stderr.write(f"{message}\n" if rank == "0" else f"rank {rank}: {message}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from worker.mailbox import Cause, Closing, FileMailbox, Mailbox
+from worker.mailbox import Cause, Closing, FileMailbox, Mailbox, failed
 from worker.memory import Floor
 from worker.report import TrialResult
 from worker.spec import GangConfig, TrialSpec
 from worker.trainer import Finish, Job, Trainer, find_trainer
 
 TRACEBACK_LINES = 20
-REASON_LENGTH = 500
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # a RuntimeError says so in its message alone
 
 
@@ -203,10 +202,8 @@ def _failed(error: BaseException, cause: Cause) -> Closing:
     lines = traceback.format_exception(error)
     sys.stderr.writelines(lines)
     sys.stderr.flush()
-    message = " ".join(str(error).split())
-    reason = f"{type(error).__name__}: {message}" if message else type(error).__name__
     last = "".join(lines).splitlines()[-TRACEBACK_LINES:]
-    return Closing(outcome="failed", reason=reason[:REASON_LENGTH], cause=cause, traceback="\n".join(last))
+    return failed(error, cause, "\n".join(last))
 
 
 if __name__ == "__main__":

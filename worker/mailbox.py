@@ -17,6 +17,7 @@ from worker.shape import Frozen
 Cause = Literal["out_of_memory", "diverged", "bad_input", "error"]
 """Why a job failed. One that diverged (ArithmeticError) or had bad input (ValueError) would do so again."""
 
+REASON_LENGTH = 500
 BEAT_SECONDS = 0.2  # a file's beats are no closer than this, so that asking costs a step nothing
 
 
@@ -32,6 +33,13 @@ class Closing(Frozen):
     cause: Cause | None = None
     traceback: str = ""
     result: TrialResult | None = None
+
+
+def failed(error: BaseException, cause: Cause, traceback: str = "") -> Closing:
+    """The closing of a job that raised this. Bad input says itself what is wrong; any other error its kind too."""
+    kind, message = type(error).__name__, " ".join(str(error).split())
+    reason = message if cause == "bad_input" else f"{kind}: {message}" if message else kind
+    return Closing(outcome="failed", reason=(reason or kind)[:REASON_LENGTH], cause=cause, traceback=traceback)
 
 
 class Mail(Frozen):
