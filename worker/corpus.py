@@ -45,7 +45,7 @@ TOKENIZER = "tokenizer.model"
 _WORKPLACE = ".building-"
 _SPLITS: dict[Split, str] = {"val": "validation", "train": "training"}
 _VOCAB_SIZE = 1024
-_LARGEST_VOCABULARY = 2**16  # a shard's token has 16 bits
+_SMALLEST_VOCABULARY, _LARGEST_VOCABULARY = 261, 2**16
 _ENCODED_AT_ONCE = 1_000
 _PROGRESS_SECONDS = 5.0
 _TOKENIZER_SAMPLE_BYTES = 2_000_000
@@ -172,7 +172,8 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from None
+        reason = str(error).rpartition("] ")[2]  # what comes before it is a place in SentencePiece's source
+        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}") from None
     return model.getvalue()
 
 
@@ -263,6 +264,11 @@ def _take_tokenizer(plan: CorpusPlan, documents: Sequence[str], path: Path, say:
     source = plan.tokenizer or path
     if plan.tokenizer is None:
         vocab_size = _VOCAB_SIZE if plan.vocab_size is None else plan.vocab_size
+        if not _SMALLEST_VOCABULARY <= vocab_size <= _LARGEST_VOCABULARY:
+            right = (
+                f"must be from {_SMALLEST_VOCABULARY} to {_LARGEST_VOCABULARY}: a piece for each byte, 16 bits a token"
+            )
+            raise FieldError("vocab_size", vocab_size, right)
         say(f"{plan.dataset}: training a tokenizer of {vocab_size:,} pieces")
         path.write_bytes(train_tokenizer(documents, vocab_size))
     processor = load_tokenizer(source)
