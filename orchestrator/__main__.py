@@ -66,13 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         launcher.free(GangConfig())  # Ray takes seconds to start; no lease may run out meanwhile
         log.info("orchestrator %s is ready", settings.owner)
-        loop = Loop(
-            database,
-            launcher,
-            ArtifactStore(settings.artifacts),
-            settings.owner,
-            timedelta(seconds=settings.lease_seconds),
-        )
+        lease = timedelta(seconds=settings.lease_seconds)
+        loop = Loop(database, launcher, ArtifactStore(settings.artifacts), settings.owner, lease)
         taken = run_as(owner, loop, stop, drain, timedelta(seconds=settings.grace_seconds))
     finally:
         launcher.close()

@@ -177,7 +177,8 @@ def test_a_study_that_cannot_be_is_refused_by_field_and_leaves_nothing(http: htt
         found = problem(answer, 422, "invalid-input")
         assert field in [one["field"] for one in found["problems"]], change
         assert all(one["message"] for one in found["problems"]), change
-    for whole in ([], "x"):
+    wholes: tuple[object, ...] = ([], "x")
+    for whole in wholes:
         (found,) = problem(http.post("/v1/studies", json=whole), 422, "invalid-input")["problems"]
         assert found == {"field": "body", "value": whole, "message": "must be a mapping"}
     unknown, missing = problem(http.post("/v1/studies", json={"nam": {"a": [{}]}}), 422, "invalid-input")["problems"]
