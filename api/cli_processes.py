@@ -79,7 +79,7 @@ def doctor(
 
 
 def demo() -> None:
-    """Run a small real sweep on this machine, show it live, and print its leaderboard. Again resumes it."""
+    """Run a small real sweep on this machine, and show it live. Again goes on with it, and retries what failed."""
     from rich.console import Console
 
     from api.demo import run_demo
@@ -122,7 +122,7 @@ def work(
 
 
 def data(context: typer.Context) -> None:
-    """Build, fetch or list datasets: `caddie data build | fetch | list`."""
+    """Build datasets of your text, fetch the challenge's, list them: `caddie data build | fetch | list`."""
     command = program("worker", "data", *context.args)
     sys.exit(subprocess.call(command, env=environment_of(Settings.read(os.environ))))
 

@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not owner.take():
             return _taken(settings)
     except OperationalError as error:
-        why = " ".join(str(error.orig).split())
-        print(f"caddie: the database {database.url!r} does not answer: {why}", file=sys.stderr)
+        which = database.url.render_as_string(hide_password=True)
+        print(f"caddie: the database {which} does not answer: {' '.join(str(error.orig).split())}", file=sys.stderr)
         return 1
     stop, drain = threading.Event(), threading.Event()
     signal.signal(signal.SIGINT, lambda _number, _frame: stop.set())
@@ -66,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         launcher.free(GangConfig())  # Ray takes seconds to start; no lease may run out meanwhile
         log.info("orchestrator %s is ready", settings.owner)
-        artifacts, ttl = ArtifactStore(settings.artifacts), timedelta(seconds=settings.lease_seconds)
-        loop = Loop(database, launcher, artifacts, settings.owner, ttl)
+        lease = timedelta(seconds=settings.lease_seconds)
+        loop = Loop(database, launcher, ArtifactStore(settings.artifacts), settings.owner, lease)
         taken = run_as(owner, loop, stop, drain, timedelta(seconds=settings.grace_seconds))
     finally:
         launcher.close()
