@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from worker.recipes import load_recipe, read_yaml, recipe_names, require_full
+from worker.recipes import load_recipe, read_mapping, read_yaml, recipe_names, require_full
 from worker.spec import InvalidSpec, Problem
 
 
@@ -20,17 +20,6 @@ def read_spec(name: str, size: str) -> dict[str, Any]:
         raise InvalidSpec((Problem("spec", name, f"is neither a file nor a recipe ({', '.join(recipe_names())})"),))
     require_full(size)
     return read_mapping(Path(name))
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """What a file of YAML or JSON holds."""
-    try:
-        data = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidSpec((Problem("file", str(path), " ".join(str(error).split())),)) from None
-    if not isinstance(data, dict):
-        raise InvalidSpec((Problem("file", str(path), "must hold a mapping"),))
-    return data
 
 
 def read_results(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -66,20 +55,6 @@ def read_bodies(path: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not found or not all(isinstance(body, dict) for body in found):
         raise InvalidSpec((Problem("file", str(path), "must hold a list of trials, each a mapping"),))
     return found
-
-
-def overrides_of(pairs: list[str] | None) -> dict[str, Any]:
-    """Values by path, of PATH=VALUE each."""
-    changes: dict[str, Any] = {}
-    for pair in pairs or []:
-        path, equals, text = pair.partition("=")
-        if not equals or not path:
-            raise InvalidSpec((Problem("--set", pair, "must be PATH=VALUE, such as sharing.lora.rank=4"),))
-        try:
-            changes[path] = read_yaml(text, path)
-        except yaml.YAMLError:
-            raise InvalidSpec((Problem(path, text, "is not a YAML value"),)) from None
-    return changes
 
 
 def limit_of(name: str, text: str) -> float | None:

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from api.context import STUDY_NAME
-from orchestrator.check import rest_problems
+from orchestrator.check import never_legal_values, rest_problems
 from orchestrator.families import BLOCKS, FAMILIES, FAMILY, LAYERS, TYING
 from orchestrator.labels import MOST_TAGS
 from orchestrator.points import Domain, value_at
@@ -24,14 +24,15 @@ from orchestrator.study import (
 )
 from worker.recipes import Size, load_recipe, require_full
 from worker.report import TrialResult
-from worker.shape import FieldError
+from worker.shape import FieldError, Frozen
 from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, override, parse_spec, problems_of
 
+ALLOWING = "allow_duplicate (--allow-duplicate)"
+"""What lets a configuration in again, over HTTP and on the command line."""
 
-class Input(BaseModel):
-    """A body that refuses unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+class Input(Frozen):
+    """A body that refuses what a Frozen does."""
 
 
 class StudyBody(Input):
@@ -70,7 +71,7 @@ class StudyIn(StudyBody):
         try:
             return handler(data)
         except ValidationError as error:
-            raise InvalidSpec((*problems_of(error), *_rest_problems(data))) from None
+            raise InvalidSpec((*problems_of(error, cls, "body"), *_rest_problems(data))) from None
 
     def definition(self) -> NewStudy:
         """The study that this body defines. Raises InvalidSpec, naming each field as the body has it."""
@@ -82,11 +83,15 @@ class StudyIn(StudyBody):
         assert base is not None
         fields = self.model_dump(exclude={"recipe", "size", "base", "overrides"}, exclude_none=True)
         try:
-            return NewStudy.model_validate({**fields, "base": override(base, self.overrides)})
+            study = NewStudy.model_validate({**fields, "base": override(base, self.overrides)})
         except ValidationError as error:
             found = problems_of(error)
         except InvalidSpec as error:
             found = tuple(problem.within("base") for problem in error.problems)
+        else:
+            found = tuple(never_legal_values(study.base, study.space))
+            if not found:
+                return study
         raise InvalidSpec(tuple(_placed(problem, "base", {"overrides": self.overrides}) for problem in found))
 
 
@@ -104,7 +109,8 @@ class SpendingChange(Input):
         try:
             return SpendingConfig.model_validate({**spending.model_dump(), **self.model_dump(exclude_unset=True)})
         except ValidationError as error:
-            raise InvalidSpec(tuple(problem.within("spending") for problem in problems_of(error))) from None
+            found = problems_of(error, SpendingConfig)
+            raise InvalidSpec(tuple(problem.within("spending") for problem in found)) from None
 
 
 class StudyChange(Input):
@@ -225,8 +231,8 @@ class BatchIn(Input):
         for place, (trial, spec) in enumerate(zip(self.trials, specs, strict=True)):
             same = first.setdefault(spec.canonical_hash, place)
             if same != place and not trial.allow_duplicate:
-                message = f"has the same configuration as trials.{same}; allow_duplicate adds another"
-                problems.append(Problem(f"trials.{place}", spec.canonical_hash, message))
+                message = f"has the same configuration as trials.{same}; {ALLOWING} adds another"
+                problems.append(Problem(f"trials.{place}", spec.canonical_hash[:16], message))
         if problems:
             raise InvalidSpec(tuple(problems))
         return tuple(specs)

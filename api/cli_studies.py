@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api.arguments import limit_of, overrides_of, read_mapping
+from api.arguments import limit_of
 from api.client import Caddie
 from api.options import AsJson, Overrides, StudyName, answer, connect
 from api.tables import Grid
@@ -21,6 +21,7 @@ from api.terminal_studies import (
     study_lines,
 )
 from orchestrator.lifecycle import StudyState
+from worker.recipes import overrides_of, read_mapping
 
 app = typer.Typer(help="Create, list, read and steer studies.", no_args_is_help=True)
 Limit = Annotated[str | None, typer.Option(metavar="NUMBER|none", help="Of the study's budget.")]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api.arguments import overrides_of, read_bodies, read_results, read_spec
+from api.arguments import read_bodies, read_results, read_spec
 from api.completion import recipes as recipe_names
 from api.options import AsJson, Overrides, RecipeSize, SpecName, StudyName, answer, connect
 from api.previews import PreviewOut
@@ -16,7 +16,7 @@ from api.schemas import TrialOut
 from api.terminal import preview_lines, recipes_table
 from api.terminal_trials import trial_lines, trials_table
 from orchestrator.study import CAP_BYTES
-from worker.recipes import require_full
+from worker.recipes import overrides_of, require_full
 from worker.spec import InvalidSpec, Problem, override, parse_spec
 
 ELSEWHERE: Mapping[frozenset[str], str] = {

@@ -3,15 +3,14 @@
 from datetime import datetime, timedelta
 from typing import Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, Field, model_validator
 
 from orchestrator.access import NAME, Role, Token
+from worker.shape import Frozen
 
 
-class TokenIn(BaseModel):
+class TokenIn(Frozen):
     """A token to be made. Without `expires_in_days` and `expires_at` it lasts until it is revoked."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(pattern=f"^{NAME}$")
     role: Role

@@ -3,11 +3,12 @@
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from pydantic.config import JsonDict
 
 from orchestrator.lifecycle import Cause, Outcome
 from worker.report import MAX_LINE, MAX_LINES, Directive, LogLine, Measurement, TrialResult, printable
+from worker.shape import Frozen
 from worker.spec import GangConfig, TrialSpec
 
 if TYPE_CHECKING:  # a client needs no database
@@ -28,11 +29,7 @@ NO_OTHERS: JsonDict = {"additionalProperties": False}  # a pattern for names for
 Phase = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$", description="What it does: data, train, evaluate …")]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class AskIn(_Body):
+class AskIn(Frozen):
     """Who asks, and for what shape of gang: by default the study's first."""
 
     executor: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$")
@@ -61,7 +58,7 @@ class AskOut(BaseModel):
         )  # fmt: skip
 
 
-class MeasurementIn(_Body):
+class MeasurementIn(Frozen):
     """Metrics at one step. `number` counts the attempt's messages from 1: one sent twice is kept once."""
 
     number: Number
@@ -75,7 +72,7 @@ class MeasurementIn(_Body):
         return Measurement(**self.model_dump())
 
 
-class LogLineIn(_Body):
+class LogLineIn(Frozen):
     """One line of the log. `number` counts the attempt's lines from 1: one sent twice is kept once."""
 
     number: int = Field(ge=1, le=MAX_LINES)
@@ -86,7 +83,7 @@ class LogLineIn(_Body):
         return LogLine(number=self.number, elapsed_seconds=self.elapsed_seconds, line=printable(self.line))
 
 
-class HeartbeatIn(_Body):
+class HeartbeatIn(Frozen):
     """A sign of life, and the phase that the attempt is in now."""
 
     lease_seconds: Seconds = 60.0
@@ -107,7 +104,7 @@ class DirectiveOut(BaseModel):
     lease_expires_at: datetime
 
 
-class TellIn(_Body):
+class TellIn(Frozen):
     """How the attempt ended.
 
     succeeded: with its result, whose artifact was stored before. stopped: as asked, with a result where there is one.

@@ -1,6 +1,7 @@
 """Errors as RFC 9457 problem details: one media type, stable types, and every wrong field named."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from math import isfinite
 from typing import Any
@@ -16,7 +17,7 @@ from api.refusals import FieldProblem, ProblemDetails
 from orchestrator.artifacts import DamagedArtifact
 from orchestrator.errors import CaddieError, Conflict, IllegalMove, LeaseLost, NotFound
 from worker.shape import FieldError
-from worker.spec import InvalidSpec, Problem
+from worker.spec import InvalidSpec, Problem, problems_at
 
 MEDIA_TYPE = "application/problem+json"
 PREFIX = "urn:caddie:problem:"
@@ -136,17 +137,9 @@ def _request_problem(error: RequestValidationError) -> ProblemDetails:
     return problem("invalid-input", "; ".join(str(one) for one in found[:MOST_PROBLEMS]), found)
 
 
-def _field_problems(detail: Mapping[str, Any]) -> tuple[Problem, ...]:
-    path = [str(part) for part in detail["loc"]]
-    field = ".".join(path[1:] if path[0] in ("body", "path") and len(path) > 1 else path)
-    cause, place = detail.get("ctx", {}).get("error"), "" if field == "body" else field
-    if isinstance(cause, InvalidSpec):
-        return tuple(problem.within(place) for problem in cause.problems)
-    if isinstance(cause, FieldError):
-        return (Problem(cause.path, cause.value, cause.expected).within(place),)
-    if detail["type"] == "extra_forbidden":
-        return (Problem(field, detail["input"], "is not a known key", "unknown"),)
-    return (Problem(field, detail.get("input"), detail["msg"]),)
+def _field_problems(detail: Mapping[str, Any]) -> Iterator[Problem]:
+    first, *rest = detail["loc"]
+    return problems_at(rest if first in ("body", "path") else (first, *rest), detail, whole="body")
 
 
 def _http_problem(error: HTTPException) -> ProblemDetails:
@@ -157,7 +150,7 @@ def _http_problem(error: HTTPException) -> ProblemDetails:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON that can always be sent: no NaN, no lone surrogates, nothing long."""
+    """The value as JSON that can always be sent: no NaN, no lone surrogates, nothing long. What has parts is text."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -172,7 +165,10 @@ def _plain(value: Any) -> Any:
         and all(item is None or isinstance(item, int | float) for item in value)
     ):
         return [_plain(item) for item in value]
-    return _text(repr(value))
+    try:
+        return _text(json.dumps(value, default=repr))
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
 
 
 def _text(text: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import islice, pairwise, product
 from math import floor
+from random import Random
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,7 @@ _FIXED = {
     "limits": "they are not part of the configuration",
     "schema_version": "there is one",
 }
+DRAWN = 32  # of a space's points, to see whether a rule that a value breaks reads anything that varies
 MOST_TRIED, MOST_PARSED = 20_000, 256  # combinations of a family's parameters, until one is found that is legal
 
 
@@ -100,6 +102,63 @@ def space_problems(base: Mapping[str, Any], space: Space) -> Iterator[Problem]:
             yield from _never_legal(family, tying, base, sound)
 
 
+def never_legal_values(base: Mapping[str, Any], space: Space) -> Iterator[Problem]:
+    """Choices, and ends of ranges, that break a rule between fields whatever the rest of a sound space is.
+
+    Asked when a study is created, and not when one is read: it may be from before there was such a rule.
+    """
+    parsed = 0
+    for path, parameter in space.items():
+        if not parameter.is_sampled or (path in (LAYERS, BLOCKS) and TYING in space):  # families may set them instead
+            continue
+        for value in _ends_and_between(parameter):
+            broken = _rules_broken(base, {path: value})
+            for others in _elsewhere(path, base, space) if broken else ():
+                parsed += 1
+                broken = [problem for problem in _rules_broken(base, {**others, path: value}) if problem in broken]
+                if not broken or parsed > MOST_TRIED:
+                    break
+            if parsed > MOST_TRIED:
+                return
+            for problem in broken[:1]:
+                said = problem.message if problem.field == path else f"can never be here: {problem}"
+                yield Problem(f"space.{path}", value, said)
+
+
+def _rules_broken(base: Mapping[str, Any], changes: Mapping[str, Any]) -> list[Problem]:
+    """A rule says what it reads, so that one that reads something else is another problem there."""
+    try:
+        apply(base, changes)
+    except InvalidSpec as error:
+        return [problem for problem in error.problems if problem.kind == "rule"]
+    return []
+
+
+def _elsewhere(path: str, base: Mapping[str, Any], space: Space) -> Iterator[Mapping[str, Any]]:
+    """What the space has for its other paths: each by itself, then some of all together."""
+    options = [_options(other, base, space) for other in space if other != path]
+    for each in options:
+        yield from each
+    rng = Random(0)
+    for _ in range(DRAWN if len(options) > 1 else 0):
+        yield {name: value for each in options for name, value in rng.choice(each).items()}
+
+
+def _options(path: str, base: Mapping[str, Any], space: Space) -> list[Mapping[str, Any]]:
+    parameter = space[path]
+    if parameter.families is not None:
+        tying = Domain(base, space).tying
+        assert isinstance(tying, TyingFamilies)
+        spelled = (
+            each for family in tying.parameters for each in islice(_spellings(family, tying, base, space), DRAWN)
+        )
+        found = [{LAYERS: each.layers, BLOCKS: each.blocks, TYING: each.tying.model_dump(mode="json")}
+                 for each in spelled if isinstance(each, Spelling) and each.map]  # fmt: skip
+        return [{}, *found]
+    values = _ends_and_between(parameter.fill.range if parameter.fill is not None else parameter)
+    return [{}, *({path: value} for value in values)]
+
+
 def _path_problems(path: str, space: Space) -> Iterator[Problem]:
     field, first = f"space.{path}", path.split(".")[0]
     if first in _FIXED:
@@ -132,7 +191,8 @@ def _value_problems(base: Mapping[str, Any], path: str, parameter: Parameter) ->
         except InvalidSpec as error:
             own = [problem for problem in error.problems if problem.kind != "rule"]
             if own and own[0].kind == "unknown":
-                yield Problem(f"space.{path}", path, "is not a path of a trial's spec", "unknown")
+                message = f"is not a path of a trial's spec: {own[0].field} {own[0].message}"
+                yield Problem(f"space.{path}", path, message, "unknown")
                 return
             yield from (Problem(f"space.{path}", value, problem.message, "value") for problem in own)
 

@@ -151,7 +151,7 @@ class NewStudy(Frozen):
         try:
             study = handler(data)
         except ValidationError as error:
-            raise InvalidSpec((*problems_of(error), *rest_problems(data))) from None
+            raise InvalidSpec((*problems_of(error, cls), *rest_problems(data))) from None
         check_study(study.base, study.gangs, study.space)
         rungs = study.promotion.rungs if study.promotion else ()
         problems = rung_problems(study.base, study.space, study.shapes, [(rung.budget, rung.ranks) for rung in rungs])

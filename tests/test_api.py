@@ -165,6 +165,8 @@ BAD_STUDIES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"space": {"model.width": {"choice": ["wide"]}}}, "space.model.width"),
     ({"space": {"model.width": {"from": 1}}}, "space.model.width.from"),
     ({"gangs": [{"ranks": 3}]}, "gangs.0.ranks"),
+    ({"max_trials": True}, "max_trials"),
+    ({"space": {"sharing.lora.rank": {"choice": [0, 999]}}}, "space.sharing.lora.rank"),
 )
 
 
@@ -175,6 +177,13 @@ def test_a_study_that_cannot_be_is_refused_by_field_and_leaves_nothing(http: htt
         found = problem(answer, 422, "invalid-input")
         assert field in [one["field"] for one in found["problems"]], change
         assert all(one["message"] for one in found["problems"]), change
+    wholes: tuple[object, ...] = ([], "x")
+    for whole in wholes:
+        (found,) = problem(http.post("/v1/studies", json=whole), 422, "invalid-input")["problems"]
+        assert found == {"field": "body", "value": whole, "message": "must be a mapping"}
+    unknown, missing = problem(http.post("/v1/studies", json={"nam": {"a": [{}]}}), 422, "invalid-input")["problems"]
+    assert missing == {"field": "name", "value": None, "message": "is missing"}
+    assert unknown == {"field": "nam", "value": '{"a": [{}]}', "message": "is not a known key: did you mean name?"}
     assert not any(rows(database).values())
 
 
@@ -194,7 +203,9 @@ BAD_TRIALS: tuple[tuple[dict[str, Any], str, Any], ...] = (
     ({"overrides": {"sharing.lora.rank": -1}}, "overrides.sharing.lora.rank", -1),
     ({"overrides": {"seed": "\ud800"}}, "overrides.seed", "\\ud800"),
     ({"overrides": {"": 1}}, "overrides.", 1),
-    ({"overrides": {"seed.x": 1}}, "seed", "{'x': 1}"),
+    ({"overrides": {"seed.x": 1}}, "seed", '{"x": 1}'),
+    ({"overrides": {"seed": True}}, "overrides.seed", True),
+    ({"overrides": {"model..width": 1}}, "overrides.model..width", 1),
     ({"spec": []}, "spec", []),
     ({"overrides": {"seed": 10**40}}, "overrides.seed", str(10**40)),
     ({"allow_duplicate": "perhaps", "recipe": "laptop"}, "allow_duplicate", "perhaps"),
@@ -246,7 +257,9 @@ def test_what_does_not_exist_is_not_found(http: httpx.Client, study: str) -> Non
         problem(http.get(path), 404, "not-found")
     problem(http.post("/v1/preview", json={"study": "none", "recipe": "laptop"}), 404, "not-found")
     problem(http.post("/v1/studies/none/trials", json={"recipe": "laptop"}), 404, "not-found")
-    assert problem(http.delete(study), 405, "method-not-allowed")["detail"] == "Method Not Allowed"
+    assert problem(http.get(f"{study}/trials/7"), 404, "not-found")["detail"] == "no trial 7 in study sweep"
+    refused = problem(http.delete(study), 405, "method-not-allowed")
+    assert refused["detail"] == "DELETE is not among what this path takes: GET, PATCH"
 
 
 def test_a_page_that_cannot_be_is_refused(http: httpx.Client, study: str) -> None:

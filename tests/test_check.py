@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from orchestrator.check import never_legal_values
 from orchestrator.study import NewStudy
 from worker.recipes import load_recipe
 from worker.spec import Problem, override, problems_of
@@ -169,3 +170,36 @@ def test_a_space_with_conditions_families_and_fill_survives_json() -> None:
     again = NewStudy.model_validate_json(study.model_dump_json())
     assert again == study
     assert list(again.space[TYING].families or ()) == ["core", "free", "cycle"]
+
+
+RATE = {"optimizer.matrix_lr": {"low": 0.01, "high": 0.1}}
+WINDOWED = override(BASE, {"model.smear_place": "window", "model.smear_gate": True, "model.attention_gate": True})
+GATES = {"model.smear_gate": {"choice": [False, True]}, "model.attention_gate": {"choice": [False, True]}}
+
+
+@pytest.mark.parametrize(
+    ("space", "found"),
+    [
+        ({RANK: {"choice": [0, 999]}}, "space.sharing.lora.rank: must be at most model.width, 96 (got 999)"),
+        ({RANK: {"low": 0, "high": 97}, **RATE}, "space.sharing.lora.rank: must be at most model.width, 96 (got 97)"),
+        ({RANK: {"choice": [0, 999]}, **families(core={}, tail={}), **RATE}, "space.sharing.lora.rank: must be at"),
+        ({BLOCKS: {"low": 1, "high": 9}}, "space.sharing.unique_blocks: must be at most virtual_layers, 6 (got 9)"),
+        ({"model.width": {"choice": [96, 98]}}, "space.model.width: can never be here: model.heads: must divide"),
+        ({RANK: {"choice": [0, 128]}, "model.width": {"choice": [96, 192]}}, None),
+        ({RANK: {"choice": [0, 128]}, "model.width": WIDTH}, None),
+        ({BLOCKS: {"low": 1, "high": 9}, LAYERS: {"low": 1, "high": 9}}, None),
+        ({"model.heads": {"choice": [3, 5]}, "model.width": {"low": 60, "high": 96, "step": 6}}, None),
+    ],
+)
+def test_a_value_that_a_rule_forbids_is_named_where_nothing_that_the_rule_reads_varies(
+    space: dict[str, Any], found: str | None
+) -> None:
+    study = NewStudy.model_validate({"name": "s", "base": BASE, "space": space})  # as one that was stored once is
+    said = [str(problem) for problem in never_legal_values(study.base, study.space)]
+    assert [line[: len(found)] for line in said] == [found] if found else not said
+
+
+def test_a_rule_that_only_two_paths_together_lift_is_taken_for_one_that_reads_them() -> None:
+    space = {"model.gate_inputs": {"choice": [12, 4000]}, **GATES}
+    study = NewStudy.model_validate({"name": "s", "base": WINDOWED, "space": space})
+    assert not list(never_legal_values(study.base, study.space))

@@ -13,10 +13,11 @@ from worker.diagnostics import block_influence, contraction, diagnose, quantisat
 from worker.evaluate import Validation, evaluate
 from worker.inventory import tensor_inventory
 from worker.model import Model, initialise
+from worker.scoring import EvaluationConfig
 from worker.shape import ModelConfig
 from worker.shards import Tokens, TokenStream
 from worker.sharing import LoraConfig, SharingConfig
-from worker.spec import EvaluationConfig, TrialSpec, override, parse_spec
+from worker.spec import TrialSpec, override, parse_spec
 from worker.tokenizer import ByteTable
 from worker.tying import TyingConfig
 from worker.world import World

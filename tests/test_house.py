@@ -20,6 +20,7 @@ CONTRACT = (
     "worker.packing",
     "worker.recipes",
     "worker.report",
+    "worker.scoring",
     "worker.shape",
     "worker.sharing",
     "worker.source",

@@ -185,7 +185,10 @@ print(json.dumps({"bpb": score.bpb, "modules": names}))
     ("changes", "message"),
     [
         ({"model.vocab_size": 1024}, r"model\.vocab_size is 1024: must be 512"),
-        ({"data.dataset": "nothing"}, r"dataset 'nothing' is not in manifest\.json .*listed: topics_sp512"),
+        (
+            {"data.dataset": "nothing"},
+            r"data\.dataset is 'nothing': .* lists topics_sp512; .*: caddie data build --data .* --name nothing --text",
+        ),
         (
             {"data.sequence_length": 65_536, "data.batch_tokens": 65_536},
             r"data\.sequence_length is 65536: must be below",

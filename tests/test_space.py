@@ -46,7 +46,7 @@ def test_a_study_proposes_for_the_shapes_of_gang_it_names() -> None:
         ({"colour": "red"}, "colour", "not a known key"),
         ({"max_trials": -1}, "max_trials", "greater than or equal to 0"),
         ({"sampler": "luck"}, "sampler", "'caddie', 'tpe'"),
-        ({"base": []}, "base", "dictionary"),
+        ({"base": []}, "base", "must be a mapping"),
         ({"base": override(BASE, {"model.heads": 5})}, "base.model.heads", "must divide the width"),
         ({"base": override(BASE, {"model.head": 4})}, "base.model.head", "not a known key"),
         ({"gangs": [{"ranks": 3}]}, "gangs.0.ranks", "1, 2, 4 or 8"),

@@ -55,7 +55,14 @@ def problems(**changes: Any) -> tuple[Problem, ...]:
         ({"schema_version": 2}, "schema_version", 2, "1"),
         ({"model__width": "wide"}, "model.width", "wide", "integer"),
         ({"optimizer__matrix_lr": float("nan")}, "optimizer.matrix_lr", float("nan"), "finite"),
-        ({"model": []}, "model", [], "valid dictionary"),
+        ({"model": []}, "model", [], "must be a mapping"),
+        ({"sharing.tying": 3}, "sharing.tying", 3, "must be a pattern's name, a list of blocks, or a mapping"),
+        ({"seed": True}, "seed", True, "must be a number, and true and false are none"),
+        ({"budget": {"steps": False}}, "budget.steps", False, "must be a number"),
+        ({"gang.ranks": True}, "gang.ranks", True, "must be a number"),
+        ({"model.value_embedding_layers": [True]}, "model.value_embedding_layers", [True], "must be a number"),
+        ({"model..width": 8}, "model..width", 8, "is no path: must be names with one dot between"),
+        ({".": 8}, ".", 8, "is no path"),
         ({"model__query_rank": 17}, "model.query_rank", 17, "at most the width, 16"),
         ({"model__rope_width": 3}, "model.rope_width", 3, "even and at most the head width, 4"),
         ({"model__rope_width": 6}, "model.rope_width", 6, "even and at most the head width, 4"),
@@ -151,17 +158,20 @@ def test_bad_input_names_the_field_the_value_and_what_is_right(
 
 
 @pytest.mark.parametrize(
-    "path",
-    ["nonsense", "model.nonsense", "sharing.nonsense", "sharing.lora.nonsense", "budget.nonsense", "gang.nonsense"],
+    ("path", "right"),
+    [
+        ("optimiser", "did you mean optimizer?"),
+        ("model.widht", "did you mean width?"),
+        ("sharing.lora.rang", "did you mean rank?"),
+        ("sharing.repartition.anchor_head", "did you mean anchor_heads?"),
+        ("evaluation.ttt.lrr", "did you mean lr?"),
+        ("budget.nonsense", "must be one of steps, seconds, tokens"),
+        ("gang.nonsense", "must be one of ranks, device"),
+    ],
 )
-def test_an_unknown_key_is_refused_at_any_depth(path: str) -> None:
+def test_an_unknown_key_at_any_depth_is_refused_with_what_would_be_right(path: str, right: str) -> None:
     (problem,) = problems(**{path: 1})
-    assert (problem.field, problem.value, problem.message) == (path, 1, "is not a known key")
-
-
-def test_an_unknown_key_inside_the_tying_is_refused() -> None:
-    (problem,) = problems(sharing__tying={"pattern": "cycle", "nonsense": 1})
-    assert (problem.field, problem.value, problem.message) == ("sharing.tying.nonsense", 1, "is not a known key")
+    assert (problem.field, problem.value, problem.message) == (path, 1, f"is not a known key: {right}")
 
 
 def test_every_problem_of_an_input_is_named() -> None:

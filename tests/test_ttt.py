@@ -16,10 +16,10 @@ from torch import Tensor
 
 from worker.evaluate import Validation, evaluate
 from worker.model import Model, initialise
+from worker.scoring import TttConfig
 from worker.shape import FieldError, ModelConfig
 from worker.shards import Tokens, TokenStream
 from worker.sharing import SharingConfig
-from worker.spec import TttConfig
 from worker.tokenizer import ByteTable
 from worker.ttt import adapt_and_score
 from worker.world import World, backends

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import worker
 from worker.__main__ import main
 from worker.artifact import load
-from worker.recipes import load_recipe
+from worker.recipes import load_recipe, read_mapping
 from worker.report import TrialResult
 from worker.spec import override, parse_spec
 from worker.summary import summarise
@@ -45,7 +46,9 @@ def test_a_spec_file_becomes_an_artifact_and_a_result(
     spec_file: Path, small_data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
+    torch.set_num_threads(2)
     assert main([str(spec_file), "--data", str(small_data_root), "--out", str(out), "--set", "seed=7"]) == 0
+    assert torch.get_num_threads() == 1  # whatever OMP_NUM_THREADS says: several are slower, and score otherwise
     printed = capsys.readouterr()
     record = json.loads((out / "result.json").read_text())
     artifact = (out / "artifact.bin").read_bytes()
@@ -85,14 +88,19 @@ def test_two_ranks_under_torchrun_score_as_one_rank_does(
     ("arguments", "message"),
     [
         ([], "name a spec file or a --recipe, and not both"),
-        (["no-such.yaml"], "spec file no-such.yaml cannot be read: No such file or directory"),
+        (["no-such.yaml"], "file: cannot be read: No such file or directory (got 'no-such.yaml')"),
         (["--recipe", "huge"], "recipe: must be one of"),
         (["--recipe", "ebls", "--size", "huge"], "size: must be one of full, tiny (got 'huge')"),
         (["spec.yaml", "--size", "tiny"], "size: needs a recipe"),
         (["--recipe", "laptop", "--sets", "a=1"], "unrecognized arguments: --sets"),
-        (["--recipe", "laptop", "--set", "seed"], "--set is 'seed': must be PATH=VALUE"),
-        (["--recipe", "laptop", "--set", "seed=[1"], "--set seed is no YAML"),
-        (["--recipe", "laptop", "--set", "model.widht=64"], "model.widht: is not a known key (got 64)"),
+        (
+            ["--recipe", "laptop", "--set", "seed"],
+            "--set: must be PATH=VALUE, such as sharing.lora.rank=4 (got 'seed')",
+        ),
+        (["--recipe", "laptop", "--set", "seed=[1"], "seed: is no YAML: expected ',' or ']'"),
+        (["--recipe", "laptop", "--set", ".=3"], ".: is no path: must be names with one dot between"),
+        (["--recipe", "laptop", "--set", "budget.seconds=.inf"], "budget.seconds: must be a finite number (got inf)"),
+        (["--recipe", "laptop", "--set", "model.widht=64"], "model.widht: is not a known key: did you mean width?"),
         (["--recipe", "laptop", "--set", "sharing.tying=[0, 0, 1, 1, 3, 3]"], "sharing.tying.map: skips block 2"),
         (["--recipe", "laptop", "--set", "model.heads=5"], "model.heads: must divide the width, 96 (got 5)"),
         (
@@ -105,11 +113,25 @@ def test_two_ranks_under_torchrun_score_as_one_rank_does(
         ),
         (
             ["--recipe", "laptop", "--set", "data.dataset=missing"],
-            "manifest.json is missing: build or fetch a dataset first",
+            "data.dataset is 'missing': ",
         ),
-        (["--recipe", "laptop", "--out", "file/inside"], "file is not a folder that can be written to"),
+        pytest.param(
+            ["--recipe", "laptop", "--set", "gang.device=gpu"],
+            "gang.device is 'gpu': no CUDA device is available here; use cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+        (["--recipe", "laptop", "--out", "file/in"], "--out is 'file/in', which cannot be written to: Not a directory"),
+        (["--recipe", "laptop", "--out", "/proc/x"], "--out is '/proc/x', which cannot be written to"),
         (["data"], "the following arguments are required: action"),
         (["data", "list"], "manifest.json is missing: build or fetch a dataset first"),
+        (
+            ["data", "build", "--name", "x"],
+            "--name, --tokenizer and --vocab-size say what becomes of a --text: give one",
+        ),
+        (["data", "build", "--text", "gone.txt"], "--text needs a --name for the dataset that it becomes"),
+        (["data", "build", "--text", "gone.txt", "--name", "x"], "text gone.txt cannot be read: No such file"),
+        (["data", "build", "--text", "file", "--name", "a/b"], "name is 'a/b': must be up to 100 letters"),
+        (["data", "build", "--text", "file", "--name", "stdlib_sp1024"], "name is 'stdlib_sp1024': must be another"),
         (["data", "fetch", "--variant", "sp7"], "variant is 'sp7': must be one of sp1024"),
         (["data", "fetch", "--train-shards", "many"], "argument --train-shards: invalid int value: 'many'"),
     ],
@@ -128,21 +150,37 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if not line.startswith("--")]
     assert len(lines) == 1
-    assert lines[0].startswith("error: ")
+    assert lines[0].startswith("caddie: " if arguments[:1] == ["data"] else "error: ")
     assert message in lines[0]
     assert printed.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("text", ["3", "- a\n- b", "", "a: [1"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("3", "must hold a mapping"),
+        ("- a\n- b", "must hold a mapping"),
+        ("", "must hold a mapping"),
+        ("a: [1", "is no YAML: expected ',' or ']', but got '<stream end>' in line 1"),
+        ("a: \xff", "cannot be read: 'utf-8' codec can't decode byte 0xff"),
+        ("a: \0", "is no YAML: unacceptable character #x0000"),
+        ("a: {b: 1}\nc:\n  d: 1\n  e: 2\n  d: 3", "is no YAML: the key 'd' of line 3 is given again in line 5"),
+        ("a: " + "[" * 400 + "]" * 400, "is nested too deeply"),
+    ],
+)
 def test_a_spec_file_that_is_no_mapping_is_refused(
-    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "spec.yaml").write_text(text)
+    (tmp_path / "spec.yaml").write_text(text, encoding="latin-1")
     assert main([str(tmp_path / "spec.yaml")]) == 2
-    printed = capsys.readouterr().err
-    assert "spec.yaml" in printed
-    assert len(printed.splitlines()) == 1
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith(f"error: file: {says}")
+
+
+def test_a_file_may_take_over_what_another_part_of_it_says(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("a: {inner: &all {<<: &some {x: 1, y: 2}, y: 3}}\nb: {<<: *all, x: 4}")
+    assert read_mapping(tmp_path / "spec.yaml")["b"] == {"x": 4, "y": 3}
 
 
 def test_training_that_diverges_exits_with_1_and_writes_nothing(

@@ -6,16 +6,16 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from tempfile import TemporaryFile
+from typing import NoReturn
 
-import yaml
-
-from worker.recipes import load_recipe, read_yaml, recipe_names, require_full
+from worker.recipes import load_recipe, overrides_of, read_mapping, recipe_names, require_full
 from worker.report import Directive, TrialResult, log_lines
 from worker.shape import FieldError
-from worker.shards import DataError, open_dataset, read_manifest
-from worker.spec import TrialSpec, override, parse_spec
+from worker.shards import DataError, read_manifest
+from worker.spec import DataConfig, TrialSpec, override, parse_spec
 from worker.summary import summarise
 from worker.trainer import Job, finished
 
@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _data_command(words[1:]) if words[:1] == ["data"] else _train_command(words)
     except ValueError as error:  # InvalidSpec, FieldError, DataError: each names what is wrong and what would be right
-        _say(f"error: {error}")
+        _say(f"{'caddie' if words[:1] == ['data'] else 'error'}: {error}")  # whose words they are: see _data_parser
         return BAD_INPUT
-    except ArithmeticError as error:  # Diverged
+    except (ArithmeticError, OSError) as error:  # Diverged; a disk that is full
         _say(f"error: {error}")
         return FAILED
     except KeyboardInterrupt:
@@ -71,17 +71,19 @@ def _train_command(words: list[str]) -> int:
     options = _train_parser().parse_args(words)
     spec = _spec(options)
     rank, ranks = _place_in_gang(spec)
-    if options.out is not None:
+    if options.out is not None and rank == 0:
         _require_writable(options.out)
     outcome = _run(spec, _data_root(options.data), rank, ranks)
     if outcome is None:
         return 0
     result, artifact = outcome
     record = {"spec": spec.model_dump(mode="json"), "result": result.model_dump(mode="json")}
-    if options.out is not None:
-        _write(options.out, "artifact.bin", artifact)
-        _write(options.out, "result.json", (json.dumps(record, indent=2) + "\n").encode())
-    print(json.dumps(record) if options.json else summarise(spec, result))
+    try:
+        if options.out is not None:
+            _write(options.out, "artifact.bin", artifact)
+            _write(options.out, "result.json", (json.dumps(record, indent=2) + "\n").encode())
+    finally:  # a disk that is full must not take hours of training with it
+        print(json.dumps(record) if options.json else summarise(spec, result))
     return 0
 
 
@@ -93,16 +95,37 @@ def _data_command(words: list[str]) -> int:
             print(line)
         return 0
     if options.action == "build":
-        from worker.corpus import DEMO_DATASET, build_demo  # here: what the others need not wait for
-
-        build_demo(root, _say)
-        print(f"{DEMO_DATASET} is in {root}")
+        _build(options, root)
         return 0
-    from worker.fineweb import DATASETS, fetch  # here, for the same
+    from worker.fineweb import DATASETS, fetch  # here: what the others need not wait for
 
     fetch(root, options.variant, options.train_shards, _say)
     print(f"{DATASETS[options.variant]} is in {root}")
     return 0
+
+
+def _build(options: argparse.Namespace, root: Path) -> None:
+    from worker.corpus import DEMO_DATASET, CorpusPlan, build_demo, build_text  # here, for the same
+    from worker.fineweb import DATASETS
+
+    name, tokenizer, vocab_size = options.name, options.tokenizer, options.vocab_size
+    if options.text is None:
+        if (name, tokenizer, vocab_size) != (None, None, None):
+            raise ValueError("--name, --tokenizer and --vocab-size say what becomes of a --text: give one")
+        build_demo(root, _say)
+        print(f"{DEMO_DATASET} is in {root}")
+        return
+    if name is None:
+        raise ValueError("--text needs a --name for the dataset that it becomes")
+    if name in {DEMO_DATASET, *DATASETS.values()}:
+        raise FieldError("name", name, "must be another: `caddie data build` without --text, or fetch, brings this one")
+    try:
+        DataConfig(dataset=name)
+    except ValueError:
+        right = "must be up to 100 letters, digits, '.', '_' and '-', and start with a letter or a digit"
+        raise FieldError("name", name, right) from None
+    pieces = build_text(root, CorpusPlan(name, name, vocab_size, tokenizer), options.text, _say)
+    print(f"{name} is in {root}: train on it with data.dataset: {name} and model.vocab_size: {pieces}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,7 +139,9 @@ def _train_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m worker",
         description="Train, pack and score one spec, alone or under torchrun (one process for each of gang.ranks).",
-        epilog="The demo corpus is built where it is missing. Other datasets: python -m worker data --help.",
+        epilog="The demo corpus is built where it is missing. Other datasets: caddie data --help. "
+        "Exits with 0, 1 where training failed, 2 where the input is wrong; torchrun exits with 1 for both, and says "
+        "more below our line.",
     )
     parser.add_argument("spec", nargs="?", type=Path, help="a spec as YAML or JSON")
     parser.add_argument("--recipe", help=f"start from a recipe instead: {', '.join(recipe_names())}")
@@ -126,27 +151,31 @@ def _train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="a folder for artifact.bin and result.json (default: write nothing)")
     parser.add_argument("--json", action="store_true", help="print spec and result as one JSON object on stdout")
-    _add_data_root(parser)
+    _add_data_root(parser, "$CADDIE_DATA, else ~/.cache/caddie/data")
     return parser
 
 
 def _data_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m worker data", description="Build, fetch and list datasets.")
+    parser = _Parser(prog="caddie data", description="Build, fetch and list datasets.")
     actions = parser.add_subparsers(dest="action", required=True)
-    build = actions.add_parser("build", help="build stdlib_sp1024 from this Python's standard library; no download")
+    build = actions.add_parser("build", help="build a dataset of your text, or stdlib_sp1024 of this Python's library")
+    build.description = "Build a dataset of your own text; without --text, of this Python's standard library."
+    build.add_argument("--text", type=Path, metavar="FILE", help="UTF-8: .jsonl with a `text` a line, or a text a line")
+    build.add_argument("--name", help="the new dataset's: what data.dataset says in a spec")
+    build.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece (default: train one on the text)")
+    build.add_argument("--vocab-size", type=int, metavar="N", help="its pieces (default: 1024 where one is trained)")
     fetch = actions.add_parser("fetch", help="fetch the challenge's FineWeb shards and tokenizer")
     fetch.add_argument("--variant", default="sp1024", help="which tokenizer's shards (default: sp1024)")
     fetch.add_argument(
         "--train-shards", type=int, default=1, help="how many, 200 MB each (default: 1; the challenge: 80)"
     )
     for action in (build, fetch, actions.add_parser("list", help="list the datasets of the data root")):
-        _add_data_root(action)
+        _add_data_root(action, str(_data_root(None)).replace("%", "%%"))  # `caddie` gives its own as $CADDIE_DATA
     return parser
 
 
-def _add_data_root(parser: argparse.ArgumentParser) -> None:
-    where = "the data root (default: $CADDIE_DATA, else ~/.cache/caddie/data)"
-    parser.add_argument("--data", type=Path, metavar="DIR", help=where)
+def _add_data_root(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--data", type=Path, metavar="DIR", help=f"the data root (default: {default})")
 
 
 def _data_root(given: Path | None) -> Path:
@@ -158,31 +187,8 @@ def _spec(options: argparse.Namespace) -> TrialSpec:
         raise ValueError("name a spec file or a --recipe, and not both")
     if options.recipe is None:
         require_full(options.size)
-    plain = load_recipe(options.recipe, options.size) if options.recipe is not None else _read_spec(options.spec)
-    changes: dict[str, Any] = {}
-    for assignment in options.set:
-        path, equals, value = assignment.partition("=")
-        if not path or not equals:
-            raise ValueError(f"--set is {assignment!r}: must be PATH=VALUE, such as sharing.lora.rank=4")
-        changes[path] = _yaml(value, f"--set {path}")
-    return parse_spec(override(plain, changes))
-
-
-def _read_spec(path: Path) -> dict[str, Any]:
-    try:
-        plain = _yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ValueError(f"spec file {path} cannot be read: {error.strerror}") from None
-    if not isinstance(plain, dict):
-        raise ValueError(f"spec file {path} holds a {type(plain).__name__}: must be a mapping such as 'sharing: ...'")
-    return plain
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+    plain = load_recipe(options.recipe, options.size) if options.recipe is not None else read_mapping(options.spec)
+    return parse_spec(override(plain, overrides_of(options.set)))
 
 
 def _place_in_gang(spec: TrialSpec) -> tuple[int, int]:
@@ -199,11 +205,10 @@ def _run(spec: TrialSpec, data_root: Path, rank: int, ranks: int) -> tuple[Trial
     import torch.distributed as dist
 
     from worker.job import run
-    from worker.rendezvous import PATIENCE
+    from worker.rendezvous import PATIENCE, prepare
     from worker.world import backends
 
-    if spec.gang.device == "gpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    prepare(spec.gang, int(os.environ.get("LOCAL_RANK", "0")))
     if ranks == 1:
         return finished(run(Job(spec, data_root), Console()))
     dist.init_process_group(backends(torch.device("cuda" if spec.gang.device == "gpu" else "cpu")), timeout=PATIENCE)
@@ -214,10 +219,17 @@ def _run(spec: TrialSpec, data_root: Path, rank: int, ranks: int) -> tuple[Trial
 
 
 def _require_writable(folder: Path) -> None:
-    """Raises ValueError, before hours of training, where the results could not be written."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--out is {str(folder)!r}: {existing} is not a folder that can be written to")
+    """Raises ValueError, before hours of training, where the results could not be written. Leaves nothing behind."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--out is {str(folder)!r}, which cannot be written to: {error.strerror}") from None
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def _write(folder: Path, name: str, data: bytes) -> None:
@@ -229,22 +241,26 @@ def _write(folder: Path, name: str, data: bytes) -> None:
 
 def _listing(root: Path) -> list[str]:
     """A line a dataset: what it holds, or what is wrong with it."""
+    from worker.corpus import open_whole  # here, for the same
+
     lines = []
     for entry in read_manifest(root)["datasets"]:
         name = str(entry.get("name"))
         try:
-            dataset = open_dataset(root, name)
+            dataset = open_whole(root, name)
         except DataError as error:
             lines.append(f"{name}: not usable: {error}")
             continue
         train, val = (sum(shard.tokens for shard in shards) for shards in (dataset.train, dataset.val))
-        lines.append(f"{name}: {train:,} training and {val:,} validation tokens, tokenizer {dataset.tokenizer.name}")
+        lines.append(f"{name}: {train:,} training and {val:,} validation tokens, tokenizer {dataset.tokenizer}")
     return lines
 
 
 def _say(message: str) -> None:
     rank = os.environ.get("RANK", "0")
-    print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr, flush=True)
+    # In one write: print writes the end of the line by itself, and another rank's line may come before it.
+    sys.stderr.write(f"{message}\n" if rank == "0" else f"rank {rank}: {message}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

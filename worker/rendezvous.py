@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from worker.shape import FieldError
 from worker.spec import GangConfig
 from worker.world import backends
 
@@ -17,11 +18,16 @@ GRAPHS_A_JOB = 4
 """Those of both sides of late tying, each for whole micro-batches and for the rest of a batch."""
 
 
-def prepare(gang: GangConfig) -> None:
-    """Give this process a rank's share of the machine: its threads, and the one GPU that the launcher shows it."""
+def prepare(gang: GangConfig, gpu: int = 0) -> None:
+    """Give this process a rank's share of the machine: its threads, and one of the GPUs that the launcher shows it.
+
+    Raises FieldError where it shows none.
+    """
     torch.set_num_threads(_threads(gang))
     if gang.device == "gpu":
-        torch.cuda.set_device(0)
+        if not torch.cuda.is_available():
+            raise FieldError("gang.device", "gpu", "no CUDA device is available here; use cpu")
+        torch.cuda.set_device(gpu)
 
 
 def join(rank: int, gang: GangConfig, store: Store) -> None:

@@ -1,8 +1,13 @@
 """The model's shape: the frozen base of every spec part, and the config of one transformer."""
 
-from typing import Literal
+from collections.abc import Sequence
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 class FieldError(ValueError):
@@ -16,9 +21,56 @@ class FieldError(ValueError):
 
 
 class Frozen(BaseModel):
-    """A frozen value that refuses unknown keys, NaN and infinity."""
+    """A frozen value that refuses unknown keys, NaN, infinity, and true and false where numbers are asked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, data: Any) -> Any:
+        if isinstance(data, dict):  # pydantic would take true for 1
+            found = [name for name, value in data.items() if type(value) in _SUSPECTS and name in _numbers(cls)]
+            wrong = [InitErrorDetails(type=_NO_NUMBER, loc=(name,), input=data[name])
+                     for name in found if _has_truth(data[name])]  # fmt: skip
+            if wrong:
+                raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return data
+
+
+_SUSPECTS = (bool, list, tuple)
+_NO_NUMBER = PydanticCustomError("number", "must be a number, and true and false are none")
+
+
+def _has_truth(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_truth, value)))
+
+
+def keys_at(place: Sequence[int | str], kind: Any) -> tuple[str, ...]:
+    """The keys that the part of a model at this place may have; none where that cannot be told."""
+    for step in place:
+        fields = _fields(kind)
+        kind = fields[str(step)].annotation if str(step) in fields else kind  # else it is inside a list or a mapping
+    return tuple(_fields(kind))
+
+
+def _fields(kind: Any) -> dict[str, FieldInfo]:
+    """Those of the first model that a type speaks of."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind.model_fields
+    return next(filter(None, map(_fields, get_args(kind))), {})
+
+
+@cache
+def _numbers(model: type[BaseModel]) -> frozenset[str]:
+    """The fields that hold a number, or a list of numbers."""
+    return frozenset(name for name, field in model.model_fields.items() if _is_number(field.annotation))
+
+
+def _is_number(kind: Any) -> bool:
+    parts = get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind)
+    if get_origin(kind) is dict or bool in parts:
+        return False
+    return all(map(_is_number, parts)) if parts else kind in (int, float, NoneType, ...) or type(kind) is int
 
 
 class ModelConfig(Frozen):

@@ -7,8 +7,8 @@ from importlib.resources import files
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 MODULES = (
-    "__init__", "shape", "tying", "sharing", "inventory", "packing", "spec", "projection", "attention", "mlp",
-    "embedding", "adapters", "repartition", "layer", "model", "world", "shards", "tokenizer",
+    "__init__", "shape", "tying", "sharing", "inventory", "packing", "scoring", "spec", "projection", "attention",
+    "mlp", "embedding", "adapters", "repartition", "layer", "model", "world", "shards", "tokenizer",
     "quantize", "codec", "artifact", "evaluate", "ttt",
 )  # fmt: skip
 

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from worker.inventory import is_quantised, require_compatible, tensor_inventory
 from worker.packing import QuantisationConfig
-from worker.shape import FieldError, Frozen, ModelConfig
+from worker.scoring import EvaluationConfig
+from worker.shape import FieldError, Frozen, ModelConfig, keys_at
 from worker.sharing import SharingConfig
 
 
@@ -142,37 +144,6 @@ class AveragingConfig(Frozen):
         return self
 
 
-class TttConfig(Frozen):
-    """Score-first test-time training: each chunk of validation text is scored before the model learns from it by SGD.
-
-    The learning rate falls as half a cosine over the chunks.
-    """
-
-    lr: float = Field(default=0.002, gt=0)
-    epochs: int = Field(default=1, ge=1)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    chunk_tokens: int = Field(default=32_768, ge=2)
-    gradient_clip: float = Field(default=1.0, ge=0)
-
-
-class EvaluationConfig(Frozen):
-    """Scoring in bits per byte: by plain windows, by sliding ones with a `stride`, and while adapting with `ttt`."""
-
-    validations: int = Field(default=4, ge=0, le=1000)
-    """Validations during training, at equal fractions of the budget, over plain windows."""
-    validation_tokens: int | None = Field(default=None, ge=2)
-    """Validation tokens of those intermediate scores and of diagnostics; none means all, as final scores always use,
-    and two million for diagnostics."""
-    batch_sequences: int = Field(default=64, ge=1)
-    sequence_length: int | None = Field(default=None, ge=2, le=65_536)
-    """Tokens of a window; none means those of training."""
-    stride: int | None = Field(default=None, ge=1)
-    """Windows start this far apart, and each but the first scores its last `stride` tokens; none: no overlap."""
-    ttt: TttConfig | None = None
-    extra_recurrence: int = Field(default=2, ge=0, le=100)
-    """How often the tied blocks run once more after the last layer, for the contraction report and scores by depth."""
-
-
 class GangConfig(Frozen):
     """The processes that train one attempt together."""
 
@@ -260,15 +231,16 @@ class Problem:
     field: str
     value: Any
     message: str
-    kind: Literal["unknown", "value", "rule"] = "rule"
-    """An unknown key, a value wrong in itself, or a rule that other fields have a part in."""
+    kind: Literal["unknown", "missing", "value", "rule"] = "rule"
+    """An unknown key, one that must be given, a value wrong in itself, or a rule that other fields have a part in."""
 
     def within(self, path: str) -> "Problem":
         """The same problem in a larger input, where this one lies at `path`."""
         return replace(self, field=f"{path}.{self.field}" if path else self.field)
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.message} (got {self.value!r})"
+        got = "" if self.kind == "missing" else f" (got {self.value!r})"
+        return f"{self.field}: {self.message}{got}"
 
 
 MOST_SAID = 50
@@ -288,37 +260,60 @@ def parse_spec(data: Any) -> TrialSpec:
     try:
         return TrialSpec.model_validate(data)
     except ValidationError as error:
-        raise InvalidSpec(problems_of(error)) from None
+        raise InvalidSpec(problems_of(error, TrialSpec)) from None
 
 
-def problems_of(error: ValidationError) -> tuple[Problem, ...]:
-    """A pydantic error as problems with dotted paths."""
-    problems: list[Problem] = []
-    for detail in error.errors(include_url=False):
-        path = ".".join(str(part) for part in detail["loc"])
-        cause = detail.get("ctx", {}).get("error")
-        if isinstance(cause, InvalidSpec):
-            problems += [problem.within(path) for problem in cause.problems]
-        elif isinstance(cause, FieldError):
-            problems.append(Problem(cause.path, cause.value, cause.expected).within(path))
-        elif detail["type"] == "extra_forbidden":
-            problems.append(Problem(path, detail["input"], "is not a known key", "unknown"))
-        elif cause is not None:
-            problems.append(Problem(path, detail["input"], str(cause)))
-        else:
-            problems.append(Problem(path or "spec", detail["input"], detail["msg"], "value"))
-    return tuple(problems)
+def problems_of(
+    error: ValidationError, model: type[BaseModel] | None = None, whole: str = "spec"
+) -> tuple[Problem, ...]:
+    """A pydantic error as problems with dotted paths; of the `whole`, where what is wrong has no path. An unknown key
+    comes with what would be right where the `model` is given that the input was to be."""
+    return tuple(
+        problem
+        for detail in error.errors(include_url=False)
+        for problem in problems_at(detail["loc"], detail, model, whole)
+    )
+
+
+def problems_at(
+    place: Sequence[int | str], detail: Mapping[str, Any], model: type[BaseModel] | None = None, whole: str = "spec"
+) -> Iterator[Problem]:
+    """The same for one of its details, with the place of that in the input."""
+    path, value, cause = ".".join(map(str, place)), detail["input"], detail.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidSpec):
+        yield from (problem.within(path) for problem in cause.problems)
+    elif isinstance(cause, FieldError):
+        yield Problem(cause.path, cause.value, cause.expected).within(path)
+    elif cause is not None:
+        yield Problem(path or whole, value, str(cause))
+    elif detail["type"] == "extra_forbidden":
+        yield Problem(path, value, f"is not a known key{_hint(str(place[-1]), keys_at(place[:-1], model))}", "unknown")
+    elif detail["type"] == "missing":
+        yield Problem(path, None, "is missing", "missing")
+    elif detail["type"] in ("dict_type", "model_type"):
+        yield Problem(path or whole, value, "must be a mapping", "value")
+    else:
+        yield Problem(path or whole, value, detail["msg"], "value")
+
+
+def _hint(name: str, keys: Sequence[str]) -> str:
+    close = get_close_matches(name, keys, 1)
+    return f": did you mean {close[0]}?" if close else f": must be one of {', '.join(keys)}" if keys else ""
 
 
 def override(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a spec's plain data with dotted paths replaced in order, e.g. {"sharing.lora.rank": 4}.
 
     Parts on a path that are missing or null are made. Raises InvalidSpec for a path through something else that has no
-    parts, such as a tying pattern's bare name, and for what JSON does not have, such as a date. Validates nothing more.
+    parts, such as a tying pattern's bare name, for an empty part, and for what JSON does not have, such as a date.
+    Validates nothing more.
     """
     changed: dict[str, Any] = _copy(data, "")
     for path, value in changes.items():
         *parents, last = path.split(".")
+        if not all((*parents, last)):
+            message = "is no path: must be names with one dot between, such as sharing.lora.rank"
+            raise InvalidSpec((Problem(path, value, message, "unknown"),))
         place = changed
         for depth, name in enumerate(parents, 1):
             if place.get(name) is None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from worker.evaluate import Score, Validation, Window, score, scored, share
 from worker.model import Model
+from worker.scoring import TttConfig
 from worker.shape import FieldError
-from worker.spec import TttConfig
 from worker.world import World
 
 

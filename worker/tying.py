@@ -37,6 +37,8 @@ class TyingConfig(Frozen):
             return {"pattern": data}
         if isinstance(data, list | tuple):
             return {"pattern": "explicit", "map": data}
+        if not isinstance(data, dict | TyingConfig):
+            raise ValueError("must be a pattern's name, a list of blocks, or a mapping with a pattern")
         return data
 
     @model_validator(mode="after")
