@@ -38,7 +38,7 @@ from api.admission import Admission, Door
 from api.context import Context
 from api.dashboard import Dashboard
 from api.doors import Doors
-from api.problems import EXPECTED, MEDIA_TYPE, problem_of, respond
+from api.problems import EXPECTED, MEDIA_TYPE, problem, problem_of, respond
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.executors import Executors
@@ -110,20 +110,22 @@ def _operation_id(route: APIRoute) -> str:
 def _install_errors(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         details = problem_of(error)
-        if pages.wants_page(request):
-            return pages.error_page(request, details)
-        headers = _allowed(request) if details.status == 405 else getattr(error, "headers", None)
-        return respond(details, headers)
+        headers = getattr(error, "headers", None)
+        if details.status == 405:
+            allowed = _allowed(request)
+            headers = {"Allow": allowed}
+            details = problem("method-not-allowed", f"{request.method} is not among what this path takes: {allowed}")
+        return pages.error_page(request, details) if pages.wants_page(request) else respond(details, headers)
 
     for expected in (*EXPECTED, Exception):
         app.add_exception_handler(expected, answer)
 
 
-def _allowed(request: Request) -> dict[str, str]:
+def _allowed(request: Request) -> str:
     """Every method that the path takes: Starlette names those of the first route that has it."""
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
     routes = request.app.routes
-    return {"Allow": ", ".join(m for m in METHODS if any(r.matches(scopes[m])[0] is Match.FULL for r in routes))}
+    return ", ".join(m for m in METHODS if any(r.matches(scopes[m])[0] is Match.FULL for r in routes))
 
 
 def _declare_problems(app: FastAPI) -> None:

@@ -8,7 +8,6 @@ from orchestrator.lifecycle import TrialState
 from worker.report import TrialResult
 from worker.spec import TrialSpec
 
-
 STACK = (
     TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.QUEUED, TrialState.FAILED,
     TrialState.CANCELLED, TrialState.INFEASIBLE,

@@ -27,6 +27,9 @@ from worker.report import TrialResult
 from worker.shape import FieldError, Frozen
 from worker.spec import GangConfig, InvalidSpec, Problem, TrialSpec, override, parse_spec, problems_of
 
+ALLOWING = "allow_duplicate (--allow-duplicate)"
+"""What lets a configuration in again, over HTTP and on the command line."""
+
 
 class Input(Frozen):
     """A body that refuses what a Frozen does."""
@@ -228,8 +231,8 @@ class BatchIn(Input):
         for place, (trial, spec) in enumerate(zip(self.trials, specs, strict=True)):
             same = first.setdefault(spec.canonical_hash, place)
             if same != place and not trial.allow_duplicate:
-                message = f"has the same configuration as trials.{same}; allow_duplicate adds another"
-                problems.append(Problem(f"trials.{place}", spec.canonical_hash, message))
+                message = f"has the same configuration as trials.{same}; {ALLOWING} adds another"
+                problems.append(Problem(f"trials.{place}", spec.canonical_hash[:16], message))
         if problems:
             raise InvalidSpec(tuple(problems))
         return tuple(specs)

@@ -31,7 +31,7 @@ def up(
     flags = {"CADDIE_HOME": home, "CADDIE_PORT": port, "CADDIE_RANKS": ranks, "CADDIE_LAUNCHER": launcher}
     chosen = {name: str(value) for name, value in flags.items() if value is not None}
     settings = Settings.read({**os.environ, **chosen})
-    with database_errors():
+    with database_errors(settings):
         up(settings, environment_of(settings))
 
 
@@ -42,10 +42,10 @@ def api() -> None:
 
     settings = Settings.read(os.environ)
     require_free_port(settings)
-    with database_errors():
+    with database_errors(settings):
         database = Database(settings.database_url)
-        database.needs_migration()  # whether it answers at all: /readyz says whether the schema is ours
         require_door(settings, database, datetime.now(UTC))
+        database.needs_migration()  # whether it answers at all: /readyz says whether the schema is ours
         serve(settings, database)
 
 
@@ -60,7 +60,7 @@ def migrate() -> None:
     from orchestrator.database import Database
 
     settings = Settings.read(os.environ)
-    with database_errors():
+    with database_errors(settings):
         database = Database(settings.database_url)
         database.migrate()
     print(f"{database.url.render_as_string(hide_password=True)} is at this version's schema")
@@ -73,12 +73,13 @@ def doctor(
     """List what does not belong in the database, the artifacts or the Ray cluster; exit 1 while anything remains."""
     from api.doctor import run_doctor
 
-    with database_errors():
-        sys.exit(run_doctor(Settings.read(os.environ), clearing=clear, as_json=as_json))
+    settings = Settings.read(os.environ)
+    with database_errors(settings):
+        sys.exit(run_doctor(settings, clearing=clear, as_json=as_json))
 
 
 def demo() -> None:
-    """Run a small real sweep on this machine, show it live, and print its leaderboard. Again resumes it."""
+    """Run a small real sweep on this machine, and show it live. Again goes on with it, and retries what failed."""
     from rich.console import Console
 
     from api.demo import run_demo
@@ -121,17 +122,21 @@ def work(
 
 
 def data(context: typer.Context) -> None:
-    """Build, fetch or list datasets: `caddie data build | fetch | list`."""
+    """Build datasets of your text, fetch the challenge's, list them: `caddie data build | fetch | list`."""
     command = program("worker", "data", *context.args)
     sys.exit(subprocess.call(command, env=environment_of(Settings.read(os.environ))))
 
 
 @contextmanager
-def database_errors() -> Iterator[None]:
+def database_errors(settings: Settings) -> Iterator[None]:
     """Turns a database that does not answer, or that refuses, into a ConnectionError of one line."""
+    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import DBAPIError
 
     try:
         yield
     except DBAPIError as error:
-        raise ConnectionError(f"the database: {' '.join(str(error.orig).split())}") from None
+        which = make_url(settings.database_url).render_as_string(hide_password=True)
+        why = " ".join(str(error.orig).split())
+        setting = "CADDIE_DATABASE_URL, or else CADDIE_HOME, says which"
+        raise ConnectionError(f"the database {which}: {why} ({setting})") from None

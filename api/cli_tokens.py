@@ -84,7 +84,7 @@ def _create_here(body: TokenIn) -> MadeTokenOut:
     now, settings = datetime.now(UTC), Settings.read(os.environ)
     database = Database(settings.database_url)
     try:
-        with database_errors():
+        with database_errors(settings):
             if database.is_sqlite:
                 database.migrate()
             with database.write() as session:

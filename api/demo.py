@@ -73,10 +73,13 @@ def run_demo(console: Console, demo: Mapping[str, Any] = DEMO) -> int:
             show(f"page       {settings.url}/studies/{name}", f"Optuna     {dashboard}", console=console)
             ended = watch_study(console, caddie, name)
             _report(console, settings, caddie, name)
-            return int(came_to_nothing(ended))
+            if came_to_nothing(ended):
+                show("nothing came of it: mend that, and run it again to try again what failed", console=console)
+                return 1
     except KeyboardInterrupt:
         show("stopped; finished trials are kept: run it again to go on", console=console)
         return 130
+    return 0
 
 
 def demo_settings(environment: Mapping[str, str]) -> Settings:

@@ -24,7 +24,7 @@ def run_doctor(settings: Settings, *, clearing: bool, as_json: bool) -> int:
     the database is of another version. 1 also where the Ray cluster that is named does not answer."""
     database = Database(settings.database_url)
     try:
-        if database.needs_migration():
+        if database.is_new or database.needs_migration():
             print("caddie: the database is not at this version's schema: run `caddie migrate` first", file=sys.stderr)
             return 2
         artifacts, now = ArtifactStore(settings.artifacts), datetime.now(UTC)
@@ -44,7 +44,8 @@ def run_doctor(settings: Settings, *, clearing: bool, as_json: bool) -> int:
         }
         print(json.dumps(answer, indent=2))
     else:
-        print("\n".join([*([gangs.note] if gangs.note else []), *doctor_lines(cleared, remaining)]))
+        asked = "" if gangs.note is None else " in the database and the artifacts"
+        print("\n".join([*([gangs.note] if gangs.note else []), *doctor_lines(cleared, remaining, asked)]))
     return 1 if remaining or gangs.unanswered else 0
 
 
@@ -74,12 +75,12 @@ def _on_ray(settings: Settings, database: Database, *, clearing: bool) -> _OnRay
         return _OnRay(f"Ray was not asked for its gangs: {error}", unanswered=True)
 
 
-def doctor_lines(cleared: Sequence[Finding], remaining: Sequence[Finding]) -> list[str]:
-    """A line for each finding, and a sum."""
+def doctor_lines(cleared: Sequence[Finding], remaining: Sequence[Finding], where: str) -> list[str]:
+    """A line for each finding, and a sum. `where` limits what can be said where nothing is wrong."""
     lines = [f"cleared: {_sentence(finding)}" for finding in cleared]
     lines += [f"{_sentence(finding)}; --clear {finding.remedy or 'leaves it as it is'}" for finding in remaining]
     if not remaining:
-        return [*lines, f"nothing is wrong{f' any more: {len(cleared)} cleared' if cleared else ''}"]
+        return [*lines, f"nothing is wrong{where}{f' any more: {len(cleared)} cleared' if cleared else ''}"]
     kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(finding.kind for finding in remaining).items())
     return [*lines, f"{len(remaining)} found{f' after {len(cleared)} were cleared' if cleared else ''}: {kinds}"]
 

@@ -20,10 +20,5 @@ def show_studies(request: Request, context: ContextOf, now: Now, archived: bool 
         seen = next((event.id for event in latest_events(session, None, 1)), 0)
         listed = [study for study in store.list_studies(session) if (study.archived_at is not None) == archived]
         studies = [describe(session, study, now, context.accounts) for study in reversed(listed)]
-    return page(
-        request,
-        "studies.html",
-        studies=[(study, stacked(study.counts)) for study in studies],
-        seen=seen,
-        archived=archived,
-    )
+    shown = [(study, stacked(study.counts)) for study in studies]
+    return page(request, "studies.html", studies=shown, seen=seen, archived=archived)

@@ -9,6 +9,7 @@ from itertools import count, islice
 
 from sqlalchemy.orm import Session
 
+from api.bodies import ALLOWING
 from api.context import Writer
 from orchestrator import feasibility, seeds, store
 from orchestrator.calibration import Calibration
@@ -184,8 +185,8 @@ def _refuse_duplicate(session: Session, study: Study, trial: Trial) -> None:
     first = store.find_trial(session, study.id, spec_hash=trial.spec_hash)
     if first is not None and first.number != trial.number:
         adds = "another seed to it" if first.state is TrialState.COMPLETE else "another"
-        message = f"trial {first.number} ({first.state}) has the same configuration; allow_duplicate adds {adds}"
-        raise Conflict("spec", trial.spec_hash, message, existing=_name(study, first))
+        message = f"trial {first.number} ({first.state}) has the same configuration; {ALLOWING} adds {adds}"
+        raise Conflict("spec", trial.spec_hash[:16], message, existing=_name(study, first))
 
 
 def _name(study: Study, trial: Trial) -> str:

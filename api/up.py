@@ -43,13 +43,17 @@ def serve(settings: Settings, database: Database) -> None:
 def up(settings: Settings, environment: Mapping[str, str]) -> None:
     """Migrate, then serve with an orchestrator behind, until SIGINT or SIGTERM; then nothing of either is left.
 
-    Raises FieldError, before anything starts, where the port is taken, or where nobody could be told from anybody.
+    Raises FieldError, before anything is made or started, where the port is taken, or where nobody could be told from
+    anybody.
     """
     require_free_port(settings)
     database = Database(settings.database_url)
+    if database.is_new:  # and so without tokens
+        require_door(settings, database, datetime.now(UTC))
     database.migrate()
     require_door(settings, database, datetime.now(UTC))
     settings.home.mkdir(parents=True, exist_ok=True)
+    here = settings.address
     # One name for all the orchestrators that this process starts, so that each knows what the last one left.
     named = {**environment, "CADDIE_OWNER": settings.owner}
     own_ray = settings.launcher == "ray" and settings.ray_address is None
@@ -63,7 +67,7 @@ def up(settings: Settings, environment: Mapping[str, str]) -> None:
     try:
         orchestrator.start()
         print(
-            f"Caddie is up: {settings.url}  (API docs {settings.url}/docs, Optuna dashboard {settings.url}/dashboard)",
+            f"Caddie is up: {here}  (API docs {here}/docs, Optuna dashboard {here}/dashboard)",
             flush=True,
         )
         print(f"database {database.url.render_as_string(hide_password=True)}, log {orchestrator.log_path}", flush=True)
@@ -93,7 +97,7 @@ def require_door(settings: Settings, database: Database, now: datetime) -> None:
     """Raises FieldError where other machines could reach the API, and there is no token that opens it."""
     if is_loopback(settings.host) or settings.admin_token is not None:
         return
-    if not database.needs_migration():
+    if not database.is_new and not database.needs_migration():
         with database.read() as session:
             if has_usable_token(session, now):
                 return

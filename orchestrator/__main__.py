@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not owner.take():
             return _taken(settings)
     except OperationalError as error:
-        print(f"caddie: the database does not answer: {' '.join(str(error.orig).split())}", file=sys.stderr)
+        which = database.url.render_as_string(hide_password=True)
+        print(f"caddie: the database {which} does not answer: {' '.join(str(error.orig).split())}", file=sys.stderr)
         return 1
     stop, drain = threading.Event(), threading.Event()
     signal.signal(signal.SIGINT, lambda _number, _frame: stop.set())
@@ -65,13 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         launcher.free(GangConfig())  # Ray takes seconds to start; no lease may run out meanwhile
         log.info("orchestrator %s is ready", settings.owner)
-        loop = Loop(
-            database,
-            launcher,
-            ArtifactStore(settings.artifacts),
-            settings.owner,
-            timedelta(seconds=settings.lease_seconds),
-        )
+        lease = timedelta(seconds=settings.lease_seconds)
+        loop = Loop(database, launcher, ArtifactStore(settings.artifacts), settings.owner, lease)
         taken = run_as(owner, loop, stop, drain, timedelta(seconds=settings.grace_seconds))
     finally:
         launcher.close()

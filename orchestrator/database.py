@@ -36,10 +36,9 @@ class Database:
     """An engine and its two kinds of session. `write` takes SQLite's one write lock at its start, never midway."""
 
     def __init__(self, url: str) -> None:
-        """Nothing is connected to yet. Raises FieldError, naming the setting, for a URL of no database that we know."""
+        """Nothing is connected to yet, or made. Raises FieldError, naming the setting, for a URL of no database that we
+        know."""
         self.url = _parse(url)
-        if self.is_sqlite and self.url.database and self.url.database != ":memory:":
-            Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = _create_engine(self)
         self._writing = self.engine.execution_options(writing=True)
         self._heads: set[str] | None = None
@@ -50,6 +49,18 @@ class Database:
     @property
     def is_sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it is an SQLite file that is not there yet, and that the first session makes. Raises OSError where it
+        cannot be."""
+        if not self.is_sqlite or not self.url.database:
+            return False
+        try:
+            Path(self.url.database).stat()
+        except FileNotFoundError:
+            return True
+        return False
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -113,6 +124,7 @@ def _create_engine(database: Database) -> Engine:
         event.listen(engine, "checkout", _check_rested)
         return engine
     engine = create_engine(database.url, connect_args={"timeout": 30})
+    event.listen(engine, "do_connect", _make_folder)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -133,6 +145,10 @@ def _check_rested(connection: Any, record: Any, _proxy: Any) -> None:
         connection.rollback()
     except connection.OperationalError as error:
         raise DisconnectionError from error
+
+
+def _make_folder(_dialect: object, _record: object, arguments: list[Any], _options: object) -> None:
+    Path(arguments[0]).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

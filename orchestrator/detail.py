@@ -41,7 +41,7 @@ def get_detail(session: Session, study: str, number: int) -> Detail:
     rows = session.connection().execute(_DETAIL, {"study": study, "number": number}).all()
     if not rows:
         get_study(session, study)
-        raise NotFound("trial", number)
+        raise NotFound("trial", number, f"study {study}")
     trial_id, first = rows[0][0], rows[0]
     tags = list_tags(session, [trial_id]).get(trial_id, ()) if first.has_tags else ()
     notes = list_notes(session, trial_id) if first.has_notes else ()

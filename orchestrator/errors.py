@@ -14,10 +14,10 @@ class CaddieError(Exception):
 
 
 class NotFound(CaddieError):
-    """`kind` and `key` say what was looked for."""
+    """`kind` and `key` say what was looked for, and `within` where."""
 
-    def __init__(self, kind: str, key: object) -> None:
-        super().__init__(f"no {kind} {key!r}")
+    def __init__(self, kind: str, key: object, within: str = "") -> None:
+        super().__init__(f"no {kind} {key!r}{within and f' in {within}'}")
         self.kind = kind
         self.key = key
 

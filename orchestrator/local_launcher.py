@@ -18,6 +18,9 @@ from orchestrator.launcher import Assignment, Ending, NoRoom, Offer, Update
 from worker.mailbox import FileMailbox
 from worker.spec import GangConfig
 
+KEPT = 20
+"""Attempts without a result whose logs are kept, the last ones: the evidence of why they failed."""
+
 
 @dataclass
 class _Gang:
@@ -36,7 +39,8 @@ class _Gang:
 class LocalLauncher:
     """A Launcher of subprocesses, for one thread. They die with the process that made it, however that dies.
 
-    `directory`/<attempt> holds an attempt's spec, logs and mailboxes; a release leaves the spec and `rank-<n>.log`.
+    `directory`/<attempt> holds an attempt's spec, logs and mailboxes. A release leaves nothing of an attempt that has a
+    result; of the last KEPT others it leaves the spec and `rank-<n>.log`.
     """
 
     def __init__(
@@ -158,9 +162,16 @@ class LocalLauncher:
         if gang is None:
             return
         _kill(gang)
+        if gang.ending is not None and gang.ending.result is not None:
+            shutil.rmtree(gang.directory, ignore_errors=True)
+            return
         for rank in range(gang.shape.ranks):
             shutil.rmtree(gang.directory / f"rank-{rank}", ignore_errors=True)
         (gang.directory / "rendezvous").unlink(missing_ok=True)
+        # One with a mailbox may be the gang of another launcher.
+        left = (path for path in self._directory.iterdir() if path.name.isdigit() and not (path / "rank-0").exists())
+        for old in sorted(left, key=lambda path: int(path.name))[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def leave(self) -> bool:
         return False

@@ -26,7 +26,8 @@ def retry_trial(session: Session, study_id: int, number: int, now: datetime) -> 
     """
     state = store.hold_study(session, study_id)
     if state is StudyState.STOPPED:
-        raise IllegalMove("the study", state, "retry trials", ("running", "paused", "complete"))
+        name = session.scalar(select(STUDIES.c.name).where(STUDIES.c.id == study_id))
+        raise IllegalMove(f"study {name}", state, "retry trials", ("running", "paused", "complete"))
     if not _queue_again(session, study_id, (number,), now):
         trial = store.get_trial(session, study_id, number)
         raise IllegalMove(f"trial {number}", trial.state, "be retried", RETRIED_FROM)

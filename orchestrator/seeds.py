@@ -12,7 +12,7 @@ from orchestrator.errors import Conflict, IllegalMove, NotFound
 from orchestrator.lifecycle import OPEN_RUNS, Outcome, RunState, StudyState, TrialState
 from orchestrator.rows import run_of
 from orchestrator.standing import Standing
-from orchestrator.store import add_event, count_open_runs, hold_study, insert_missing, reopen
+from orchestrator.store import add_event, count_open_runs, hold_study, insert_missing, no_trial, reopen
 from orchestrator.study import ReplicationConfig, Run, Study
 from orchestrator.tables import RUNS, TRIALS, AttemptRow, RunRow, TrialRow
 
@@ -116,7 +116,7 @@ def ask_seeds(
     hold_study(session, study.id)
     trial = session.scalar(select(TrialRow).where(TrialRow.study_id == study.id, TrialRow.number == number))
     if trial is None:
-        raise NotFound("trial", number)
+        raise no_trial(session, study.id, number)
     if trial.state != TrialState.COMPLETE:
         raise IllegalMove(f"trial {number}", trial.state, "take further seeds", (TrialState.COMPLETE,))
     taken = set(session.scalars(select(RunRow.seed).where(RunRow.trial_id == trial.id, RunRow.rung == 0)))

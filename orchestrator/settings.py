@@ -57,6 +57,11 @@ class Settings:
     gpu_hour_dollars: float
     owner: str
 
+    @property
+    def address(self) -> str:
+        """Where an API with these settings answers on this machine. The command line may use another: `url`."""
+        return _address(self.host, self.port)
+
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Settings":
         """Settings from CADDIE_* variables. Raises FieldError naming one that is unknown or has a wrong value."""
@@ -79,7 +84,7 @@ class Settings:
             data=_path(environment, "CADDIE_DATA", home / "data"),
             host=host,
             port=port,
-            url=_url(environment, f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"),
+            url=_url(environment, _address(host, port)),
             token=environment.get("CADDIE_TOKEN") or None,
             admin_token=_secret(environment, "CADDIE_ADMIN_TOKEN"),
             requests_per_second=int(_number(environment, "CADDIE_REQUESTS_PER_SECOND", 3000, 1, 1_000_000, whole=True)),
@@ -96,6 +101,10 @@ class Settings:
 def _path(environment: Mapping[str, str], name: str, default: Path) -> Path:
     value = environment.get(name)
     return Path(value).expanduser().absolute() if value else default
+
+
+def _address(host: str, port: int) -> str:
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 def _url(environment: Mapping[str, str], default: str) -> str:

@@ -258,8 +258,13 @@ def get_trial(session: Session, study_id: int, number: int) -> Trial:
     """The trial of this number. Raises NotFound."""
     row = session.scalar(select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.number == number))
     if row is None:
-        raise NotFound("trial", number)
+        raise no_trial(session, study_id, number)
     return trial_of(row)
+
+
+def no_trial(session: Session, study_id: int, number: int) -> NotFound:
+    """What to raise where the study has no such trial."""
+    return NotFound("trial", number, f"study {session.get_one(StudyRow, study_id).name}")
 
 
 def find_trial(

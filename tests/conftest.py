@@ -26,7 +26,7 @@ from orchestrator.database import Database
 from orchestrator.store import add_trial, create_study
 from orchestrator.study import Claim, NewStudy, NewTrial, Prediction, Study
 from orchestrator.tables import Base
-from worker import corpus
+from worker import corpus, documents
 from worker.corpus import CorpusPlan, build_corpus, build_demo
 from worker.recipes import load_recipe
 from worker.report import TrialResult
@@ -46,7 +46,8 @@ settings.load_profile("caddie")
 @pytest.fixture(scope="session")
 def data_root(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with the demo corpus, built once on this machine and kept in pytest's cache. Not to be written to."""
-    source = Path(corpus.__file__).read_bytes() + platform.python_version().encode()
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (corpus, documents))
+    source = sources + platform.python_version().encode()
     name = f"caddie-data-{hashlib.sha256(source).hexdigest()[:12]}"
     cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)  # absent under -p no:cacheprovider
     root = cache.mkdir(name) if cache is not None else tmp_path_factory.mktemp(name)

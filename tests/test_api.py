@@ -177,7 +177,8 @@ def test_a_study_that_cannot_be_is_refused_by_field_and_leaves_nothing(http: htt
         found = problem(answer, 422, "invalid-input")
         assert field in [one["field"] for one in found["problems"]], change
         assert all(one["message"] for one in found["problems"]), change
-    for whole in ([], "x"):
+    wholes: tuple[object, ...] = ([], "x")
+    for whole in wholes:
         (found,) = problem(http.post("/v1/studies", json=whole), 422, "invalid-input")["problems"]
         assert found == {"field": "body", "value": whole, "message": "must be a mapping"}
     missing, unknown = problem(http.post("/v1/studies", json={"nam": {"a": [{}]}}), 422, "invalid-input")["problems"]
@@ -256,7 +257,9 @@ def test_what_does_not_exist_is_not_found(http: httpx.Client, study: str) -> Non
         problem(http.get(path), 404, "not-found")
     problem(http.post("/v1/preview", json={"study": "none", "recipe": "laptop"}), 404, "not-found")
     problem(http.post("/v1/studies/none/trials", json={"recipe": "laptop"}), 404, "not-found")
-    assert problem(http.delete(study), 405, "method-not-allowed")["detail"] == "Method Not Allowed"
+    assert problem(http.get(f"{study}/trials/7"), 404, "not-found")["detail"] == "no trial 7 in study sweep"
+    refused = problem(http.delete(study), 405, "method-not-allowed")
+    assert refused["detail"] == "DELETE is not among what this path takes: GET, PATCH"
 
 
 def test_a_page_that_cannot_be_is_refused(http: httpx.Client, study: str) -> None:

@@ -221,8 +221,9 @@ def test_a_database_that_does_not_answer_is_one_line(
     monkeypatch.setenv("CADDIE_DATABASE_URL", f"postgresql://127.0.0.1:{free_port()}/caddie")
     monkeypatch.setenv("CADDIE_PORT", str(free_port()))
     line = caddie(command).refusal(1)
-    assert line.startswith("caddie: the database: ")
+    assert line.startswith("caddie: the database postgresql://127.0.0.1:")
     assert "refused" in line
+    assert line.endswith("(CADDIE_DATABASE_URL, or else CADDIE_HOME, says which)")
 
 
 @pytest.mark.parametrize("command", ["up", "api", "migrate", "doctor", "demo"])
@@ -235,6 +236,23 @@ def test_a_home_that_cannot_be_made_is_one_line(
     said = caddie(command)
     assert (said.code, len(said.err.splitlines())) == (1, 1)
     assert str(tmp_path / "file") in said.err
+
+
+@pytest.mark.parametrize("command", ["up", "api", "doctor"])
+def test_what_is_refused_makes_no_home(
+    caddie: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.setenv("CADDIE_HOST", "0.0.0.0")
+    monkeypatch.setenv("CADDIE_PORT", str(free_port()))
+    caddie(command).refusal(2)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_file_that_is_no_database_is_named(caddie: Run, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "caddie.db").write_text("no database" * 100)
+    line = caddie("migrate").refusal(1)
+    assert line.startswith(f"caddie: the database sqlite:///{tmp_path}/home/caddie.db: file is not a database (")
 
 
 def test_migrating_is_safe_to_repeat(caddie: Run, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import queue
+import threading
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,18 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worker.__main__ import main
 from worker.corpus import (
     DEMO_DATASET,
     CorpusPlan,
     build_corpus,
     build_demo,
-    demo_documents,
+    build_text,
     encode_documents,
-    order0_bits_per_byte,
-    passages,
-    split_documents,
+    open_whole,
+    turn,
 )
-from worker.fineweb import fetch
+from worker.documents import demo_documents, order0_bits_per_byte, passages, read_documents, split_documents
+from worker.shape import FieldError
 from worker.shards import DataError, TokenStream, open_dataset
 from worker.tokenizer import byte_table, load_tokenizer
 
@@ -55,9 +59,10 @@ def test_the_demo_corpus_counts_every_byte_of_its_text(data_root: Path) -> None:
 
 def test_the_demo_corpus_holds_out_whole_documents() -> None:
     documents = demo_documents()
+    held_out, kept = split_documents([*documents, *documents], 0.02)
+    assert sorted(held_out + kept) == sorted([*documents, *documents])
+    assert set(held_out).isdisjoint(kept), "nor is a copy of one trained on"
     held_out, kept = split_documents(documents, 0.02)
-    assert sorted(held_out + kept) == sorted(documents)
-    assert set(held_out).isdisjoint(kept)
     share = sum(len(text.encode()) for text in held_out) / sum(len(text.encode()) for text in documents)
     assert 0.02 <= share < 0.06
     assert split_documents(documents[::-1], 0.02) == (held_out, kept)
@@ -86,7 +91,7 @@ def test_two_builders_at_once_leave_one_whole_dataset(tmp_path: Path) -> None:
         builder.join(60)
     assert [builder.exitcode for builder in builders] == [0, 0]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"manifest.json", "datasets", "tokenizers", ".lock"}
+    assert names == {"manifest.json", "datasets", ".lock"}
     assert [entry["name"] for entry in json.loads((tmp_path / "manifest.json").read_text())["datasets"]] == [
         "toy_sp400"
     ]
@@ -106,7 +111,7 @@ def test_equal_documents_give_equal_files(tmp_path: Path) -> None:
     ("documents", "message"),
     [
         (["only one document " * 100], "needs documents for both splits; 1 were given"),
-        ([*TEXTS, "a \u2581 mark"], "but its tokens count"),
+        ([*TEXTS, " a space that does not count"], "but its tokens count"),
         (["tiny", "text"], "no tokenizer of 400 pieces can be trained"),
     ],
 )
@@ -116,14 +121,114 @@ def test_a_failed_build_leaves_the_data_root_as_it_was(tmp_path: Path, documents
     with pytest.raises(DataError, match=message):
         build_corpus(tmp_path, CorpusPlan("other_sp400", "other", vocab_size=400), documents)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "datasets", "tokenizers", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "datasets", ".lock"}
 
 
 def test_what_an_interrupted_builder_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / ".building-abc").mkdir()
     (tmp_path / ".building-abc" / "half").write_bytes(b"half a shard")
-    build_here(tmp_path)
-    assert not (tmp_path / ".building-abc").exists()
+    with turn(tmp_path) as folder:
+        assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_builders_of_one_data_root_take_turns_and_say_that_they_wait(tmp_path: Path) -> None:
+    said: queue.Queue[str] = queue.Queue()
+
+    def second() -> None:
+        with turn(tmp_path, said.put):
+            said.put("its turn")
+
+    waiting = threading.Thread(target=second)
+    with turn(tmp_path):
+        waiting.start()
+        assert said.get(timeout=60) == f"waiting for another program that builds or fetches a dataset in {tmp_path}"
+        assert said.empty()
+    waiting.join(60)
+    assert said.get(timeout=60) == "its turn"
+
+
+def test_a_data_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"data root .*file cannot be written: File exists"), turn(tmp_path / "file"):
+        pass
+    with pytest.raises(DataError, match="cannot be written: No such file or directory"), turn(tmp_path) as folder:
+        (folder / "no" / "shard").write_bytes(b"")
+
+
+def test_documents_and_the_challenges_tokenizer_become_a_dataset_to_the_byte(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, tokenizer = shared / "data" / "fineweb_100_docs.jsonl", shared / "data" / "fineweb_1024_bpe.model"
+    words = ["data", "build", "--data", str(tmp_path), "--name", "docs", "--text", str(text)]
+    assert main([*words, "--tokenizer", str(tokenizer)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.endswith("train on it with data.dataset: docs and model.vocab_size: 1024\n")
+    dataset, processor = open_whole(tmp_path, "docs"), load_tokenizer(tokenizer)
+    normalised = processor.decode(processor.encode(read_documents(text)))
+    held_out = decoded_documents(tmp_path, "docs")
+    assert len(normalised) == 100 and set(held_out) < set(normalised)
+    val_bytes, train_bytes = (dataset.stats[key] for key in ("val_bytes", "train_bytes"))
+    assert val_bytes == sum(len(document.encode()) for document in held_out) == 16_943
+    assert val_bytes + train_bytes == sum(len(document.encode()) for document in normalised) == 790_465
+    assert "changes 3 of 3 validation documents, and their 16,957 bytes into the 16,943 that count" in printed.err
+    assert "changes 94 of 97 training documents, and their 773,538 bytes into the 773,522 that count" in printed.err
+    assert dataset.tokenizer.read_bytes() == tokenizer.read_bytes()
+
+
+def test_datasets_of_ones_own_text_leave_each_other_alone(tmp_path: Path) -> None:
+    root, lines = tmp_path / "root", tmp_path / "lines.txt"
+    said: list[str] = []
+    for name, text in (("first", TEXTS[0]), ("second", TEXTS[1])):
+        lines.write_text(f"\ufeff{text}\r\n  a \u2581 mark\n")
+        assert build_text(root, CorpusPlan(name, name, vocab_size=400), lines, said.append) == 400
+        if name == "first":
+            first = {path: path.read_bytes() for path in (root / "datasets").rglob("*") if path.is_file()}
+    assert {path: path.read_bytes() for path in first} == first
+    documents = [line.strip().replace("\u2581", " ") for line in f"{TEXTS[1]}\na \u2581 mark".split("\n")]
+    assert set(decoded_documents(root, "second")) <= set(documents)
+    assert any("the tokenizer's normalisation changes 1 of" in line for line in said)
+    with pytest.raises(FieldError, match=r"name is 'first': must be a new one; .* remove .*first first"):
+        build_text(root, CorpusPlan("first", "first", vocab_size=400), lines)
+    (root / "datasets" / "first" / "first_train_000000.bin").unlink()
+    build_text(root, CorpusPlan("first", "first", tokenizer=open_dataset(root, "second").tokenizer), lines, said.append)
+    (mended,) = (line for line in said if line.startswith("first cannot be used, and is built again: "))
+    assert "holds no train shard" in mended
+    assert [open_whole(root, name).stats["val_bytes"] for name in ("first", "second")]
+    assert not (root / "tokenizers").exists()
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (CorpusPlan("x", "x", vocab_size=400), r"vocab_size is 400: must be 512, the pieces of the tokenizer .*model"),
+        (CorpusPlan("x", "x", tokenizer=Path("gone.model")), r"gone\.model is no SentencePiece model: .*No such file"),
+    ],
+)
+def test_a_tokenizer_that_does_not_suit_is_refused(
+    small_data_root: Path, tmp_path: Path, plan: CorpusPlan, message: str
+) -> None:
+    given = plan.tokenizer or open_dataset(small_data_root, "topics_sp512").tokenizer
+    with pytest.raises((DataError, FieldError), match=message):
+        build_corpus(tmp_path, replace(plan, tokenizer=given), TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}', r'line 3 must be a JSON object such as \{"text": "…"\}'),
+        ("a.jsonl", b'{"texts": "a"}', "line 1 must be a JSON object"),
+        ("a.jsonl", b"[" * 100_000, "line 1 must be a JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "line 2 is no UTF-8"),
+        ("a.txt", b"a\n\xff", "line 2 is no UTF-8"),
+        ("a.txt", b" \n\n", "holds no document"),
+    ],
+)
+def test_text_that_cannot_be_read_is_refused_by_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=rf"text .*{name}.* {message}"):
+        read_documents(tmp_path / name)
 
 
 @settings(max_examples=60)
@@ -131,8 +236,8 @@ def test_what_an_interrupted_builder_left_is_cleared(tmp_path: Path) -> None:
 def test_any_text_is_counted_to_the_byte(small_data_root: Path, texts: list[str]) -> None:
     processor = load_tokenizer(open_dataset(small_data_root, "topics_sp512").tokenizer)
     documents = [text.lstrip() for text in texts]
-    tokens, counted = encode_documents(processor, documents)
-    assert counted == sum(len(text.encode()) for text in documents)
+    tokens, texts = encode_documents(processor, documents)
+    assert texts == documents
     assert int((tokens == processor.bos_id()).sum()) == len(documents)
 
 
@@ -148,22 +253,3 @@ def test_order0_entropy_is_that_of_the_byte_frequencies() -> None:
     assert order0_bits_per_byte(["aabb", "ccdd"]) == pytest.approx(2.0)
     assert order0_bits_per_byte(["aaab"]) == pytest.approx(0.811278, abs=1e-6)
     assert order0_bits_per_byte(["é"]) == pytest.approx(1.0)  # two different bytes
-
-
-def test_a_fetch_without_a_network_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.fineweb.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that nobody listens on
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    expected = r"^cannot reach http://127\.0\.0\.1:9, where willdepueoai/parameter-golf is published: .*refused"
-    with pytest.raises(DataError, match=expected) as caught:
-        fetch(tmp_path / "data", "sp1024", 1)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("variant", "shards", "message"), [("sp7", 1, "variant is 'sp7'"), ("sp1024", 0, "at least 1")]
-)
-def test_a_fetch_of_nothing_known_is_refused(tmp_path: Path, variant: str, shards: int, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        fetch(tmp_path / "data", variant, shards)
-    assert list(tmp_path.iterdir()) == []

@@ -227,7 +227,7 @@ def test_the_doctor_exits_0_where_nothing_is_wrong_and_1_while_something_is(
     after = "1 found after 1 were cleared: 1 × damaged artifact"
     assert said(clearing=True) == (1, [UNASKED, f"cleared: {file}", missing, after])
     artifacts.put(b"lost")
-    assert said(clearing=True) == (0, [UNASKED, "nothing is wrong"])
+    assert said(clearing=True) == (0, [UNASKED, "nothing is wrong in the database and the artifacts"])
 
 
 def test_the_doctor_speaks_json(
@@ -251,7 +251,7 @@ def test_the_doctor_says_that_a_ray_cluster_does_not_answer_and_exits_1(
         assert run_doctor(replace(settings, ray_address=address), clearing=True, as_json=False) == 1
     first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith(f"Ray was not asked for its gangs: {address}: ")
-    assert others == ["nothing is wrong"]
+    assert others == ["nothing is wrong in the database and the artifacts"]
 
 
 def test_the_doctor_does_not_touch_a_database_of_another_version(

@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worker.corpus import train_tokenizer
 from worker.evaluate import Validation, evaluate, open_validation, share
 from worker.model import Model, initialise
 from worker.shape import FieldError, ModelConfig
@@ -197,6 +200,16 @@ def test_another_vocabulary_is_refused_with_both_sizes(small_data_root: Path) ->
         open_validation(open_dataset(small_data_root, "topics_sp512"), 1024, 32, 8)
 
 
+def test_another_tokenizer_of_the_same_size_is_refused(small_data_root: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(small_data_root, "topics_sp512")
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer([topics[name] for name in sorted(topics)[12:16]], 512))
+    with pytest.raises(
+        DataError, match=r"other\.model its validation tokens count .* bytes; manifest\.json says 17,344"
+    ):
+        open_validation(replace(dataset, tokenizer=other), 512, 32, 8)
+
+
 def test_validation_text_shorter_than_a_window_is_refused(small_data_root: Path) -> None:
     dataset = open_dataset(small_data_root, "topics_sp512")
     tokens = sum(shard.tokens for shard in dataset.val)
@@ -224,6 +237,12 @@ def test_what_was_opened_stays_open_until_its_files_change(small_data_root: Path
     first, again = opened(), opened()
     assert again.stream is first.stream and again.table is first.table
     (shard,), path = open_dataset(root, "topics_sp512").val, open_dataset(root, "topics_sp512").tokenizer
+    write_shard(shard.path, range(100))
+    with pytest.raises(DataError, match=r"its validation tokens count 96 bytes; manifest\.json says 17,344"):
+        opened()
+    manifest = json.loads((root / "manifest.json").read_text())
+    del manifest["datasets"][0]["stats"]["val_bytes"]  # as the challenge's has none
+    (root / "manifest.json").write_text(json.dumps(manifest))
     while write_shard(shard.path, range(100)).changed_ns == shard.changed_ns:
         pass  # until the file system's clock has ticked
     changed = opened()

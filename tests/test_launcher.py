@@ -5,7 +5,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import ray
 
 from orchestrator.launcher import Assignment, Ending, Launcher, NoRoom, Offer, Update
 from orchestrator.lifecycle import Cause, Outcome
-from orchestrator.local_launcher import LocalLauncher
+from orchestrator.local_launcher import KEPT, LocalLauncher
 from orchestrator.ray_launcher import RayLauncher
 from worker.recipes import load_recipe
 from worker.report import Measurement
@@ -259,6 +259,18 @@ def test_releasing_a_hanging_gang_leaves_no_process_and_gives_its_room_back(benc
     bench.launcher.release(attempt.attempt_id)
     assert gone([*processes, child])
     assert bench.launcher.free(ONE) == RANKS
+
+
+def test_only_the_last_attempts_without_a_result_leave_their_logs(tmp_path: Path) -> None:
+    for name in ("notes", "7/rank-0", *map(str, range(KEPT))):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    launcher = make("local", tmp_path, tmp_path)
+    for number in (100, 101):
+        launcher.start(replace(assignment("hang", ONE), attempt_id=number), "gang")
+        launcher.release(number)
+    left = {"notes", "7", *map(str, range(1, KEPT)), "100", "101"}  # in 7 another launcher's gang may run
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == left
+    assert {path.name for path in (tmp_path / "100").iterdir()} == {"spec.json", "rank-0.log"}
 
 
 def test_an_attempt_that_is_not_known_is_lost(bench: Bench) -> None:

@@ -312,6 +312,7 @@ def test_a_study_that_its_own_mistake_pauses_starts_nothing_more_and_goes_on_onc
     with stage.database.write() as session:
         reopening.move_study(session, stage.study.id, StudyState.RUNNING, stage.now)
     stage.run(loop, stage.complete, pause)
+    assert sorted(path.name for path in (stage.folder / "orchestrator-0").iterdir()) == ["1", "2"], "what failed"
     assert stage.states() == [TrialState.COMPLETE] * 3
     assert [stage.outcomes(number) for number in range(2)] == [[Outcome.FAILED, Outcome.SUCCEEDED]] * 2
 

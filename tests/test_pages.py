@@ -14,7 +14,7 @@ import pytest
 from browser import Browser
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
-from sweep import FAILED, INFEASIBLE, OVER, QUEUED, TTL, result_of
+from sweep import FAILED, INFEASIBLE, OVER, QUEUED, TTL, Sweep, result_of
 
 from api.context import Writer
 from api.submission import submit
@@ -31,8 +31,13 @@ STILL = ("docs", "error")
 
 @pytest.mark.browser
 def test_every_page_fits_a_phone_is_light_or_dark_and_asks_nobody_else(
-    browser: Browser, url: str, screenshots: Path
+    browser: Browser, sweep: Sweep, url: str, screenshots: Path
 ) -> None:
+    claim = sweep.start({"sharing.lora.rank": 3})
+    with sweep.database.write() as session:
+        gang = "caddie-9dfab1-cpu16-ed14d361 of node-17.example"
+        leases.renew(session, claim.lease, sweep.now, TTL, gang=gang, phase="train")
+    sweep.end(claim, AttemptResult(Outcome.FAILED, "no /data/" + "a-folder/" * 9, cause=Cause.BAD_INPUT))
     for name, path in (
         ("studies", "/"), ("study", "/studies/demo"), ("trial", "/studies/demo/trials/2"), ("cluster", "/cluster"),
         ("docs", "/docs"), ("error", "/studies/nothing"),
@@ -41,6 +46,9 @@ def test_every_page_fits_a_phone_is_light_or_dark_and_asks_nobody_else(
             browser.show(url + path, width=width, dark=dark)
             browser.until(f"document.querySelector('#link:not([hidden])') !== null || {str(name in STILL).lower()}")
             assert browser.until("document.documentElement.scrollWidth") == width, name
+            parts = "[...document.querySelectorAll('.tables > div, .card li')]"
+            cut = f"{parts}.filter((one) => one.scrollWidth > one.clientWidth).map((one) => one.textContent)"
+            assert browser.driver.execute_script(f"return {cut}") == [], name
             paper = browser.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
             channels = [int(part) for part in paper.removeprefix("rgb(").removesuffix(")").split(",")]
             assert max(channels) < 64 if dark else min(channels) > 192
@@ -109,8 +117,11 @@ def test_every_page_is_whole_without_a_script(url: str) -> None:
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert "<script>" not in page.text
     with httpx.Client(base_url=url) as http:
-        listed = http.get("/docs").text
+        listed = http.get("/docs").text.replace("<wbr>", "")
         assert all(path in listed for path in http.get("/v1/openapi.json").json()["paths"])
+    assert re.findall('title="([^"]+)"></span>', pages["/"].text) == [
+        "10 complete", "1 running", "1 queued", "1 failed", "1 infeasible", "24 to come",
+    ]  # fmt: skip
     assert pages["/studies/demo"].text.count("<svg") >= 14
     assert "over cap" in pages["/studies/demo"].text
     assert "None: it was refused before any GPU second" in pages[f"/studies/demo/trials/{INFEASIBLE}"].text

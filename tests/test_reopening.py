@@ -90,7 +90,7 @@ def test_a_retry_reopens_a_complete_study_and_is_refused_in_a_stopped_one(track:
         with track.database.write() as session:
             store.move_study(session, track.study.id, to, track.now)
         if to is StudyState.STOPPED:
-            with pytest.raises(IllegalMove, match="the study is stopped and cannot retry trials"):
+            with pytest.raises(IllegalMove, match="study sweep is stopped and cannot retry trials"):
                 retry(track)
         else:
             retry(track)

@@ -114,20 +114,46 @@ def test_a_data_root_without_the_dataset_says_what_it_has(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"manifest\.json is missing: build or fetch"):
         open_dataset(tmp_path, "toy")
     root = make_root(tmp_path, [[0]], [[0, 1]])
-    with pytest.raises(DataError, match=r"dataset 'other' is not in manifest\.json .*listed: toy"):
+    with pytest.raises(DataError, match=r"manifest\.json does not list it; it lists toy"):
         open_dataset(root, "other")
     (root / "datasets" / "other").mkdir()
-    with pytest.raises(DataError, match=r"dataset 'other' is a folder, but manifest\.json does not list it"):
+    with pytest.raises(DataError, match=r"manifest\.json does not list it, though .*other is there; it lists toy"):
         open_dataset(root, "other")
     (root / "tokenizers" / "toy.model").unlink()
     with pytest.raises(DataError, match=r"toy\.model is missing: it is the tokenizer of dataset 'toy'"):
         open_dataset(root, "toy")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"datasets": []}', '{"datasets": [3], "tokenizers": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 100_000, '{"datasets": []}', '{"datasets": [3], "tokenizers": []}']
+)
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"manifest\.json (is no JSON|has no list of objects)"):
+        open_dataset(tmp_path, "toy")
+
+
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        ([1], r"gives dataset 'toy' the stats \[1\]; they must be an object"),
+        ({"files_val": "x"}, "the files_val 'x'; it must be a whole number"),
+        ({"val_bytes": True}, "the val_bytes True; it must be a whole number"),
+        ({"files_val": None}, "the files_val None; it must be a whole number"),
+    ],
+)
+def test_stats_that_are_none_are_refused(tmp_path: Path, stats: object, message: str) -> None:
+    root = make_root(tmp_path, [[0]], [[0, 1]])
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["datasets"][0]["stats"] = stats
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=rf"manifest\.json {message}" if "gives" in message else message):
+        open_dataset(root, "toy")
+
+
+def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read: Is a directory"):
         open_dataset(tmp_path, "toy")
 
 

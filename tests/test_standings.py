@@ -90,7 +90,7 @@ def test_a_duplicate_that_is_not_allowed_is_told_what_allowing_it_would_do(
     caddie.submit("sweep", BODY)
     for state, would in ((TrialState.QUEUED, "adds another"), (TrialState.COMPLETE, "adds another seed to it")):
         with pytest.raises(
-            ApiError, match=f"\\({state}\\) has the same configuration; allow_duplicate {would}"
+            ApiError, match=f"\\({state}\\) has the same configuration; allow_duplicate \\(--allow-duplicate\\) {would}"
         ) as told:
             caddie.submit("sweep", {**BODY, "allow_duplicate": False})
         assert told.value.status == 409

@@ -57,6 +57,7 @@ def test_a_studys_page_shows_the_sweep_and_stays_live(
     sweep.measure(sweep.running, 1, 15)
     browser.until("document.querySelector('[data-trial=\"11\"] progress').value == 0.5")
     assert browser.texts("[data-trial='11'] [data-score]")[0].startswith("step 60 · loss ")
+    assert browser.texts("#running > header .note") == ["BPB so far: on the first 16,384 validation tokens."]
     result = result_of(sweep.running.spec, sweep.chance).model_copy(update={"val_bpb": 2.3})
     sweep.end(sweep.running, AttemptResult(Outcome.SUCCEEDED, result=result))
     browser.until("document.querySelector('.facts .hero').textContent == '2.3000'")
@@ -74,6 +75,14 @@ def test_a_studys_page_shows_the_sweep_and_stays_live(
     assert browser.hosts() == {urlsplit(url).netloc}
     browser.show(f"{url}/studies/demo?axis=gpu_seconds")
     browser.until("document.querySelector('#axis [value=gpu_seconds]').ariaPressed == 'true'")
+    few = (
+        "const drawn = document.getElementById('drawn'); const said = JSON.parse(drawn.textContent);"
+        "for (const name in said.course) said.course[name] = said.course[name].slice(0, 1);"
+        "drawn.textContent = JSON.stringify({ ...said, trials: 3 });"
+        "document.querySelector('#axis [value=trials]').click();"
+        "return [...document.querySelectorAll('#course .xtick text')].map((tick) => tick.textContent)"
+    )
+    assert browser.driver.execute_script(few) == ["0", "1", "2", "3"]  # nobody finishes half a trial
 
 
 @pytest.mark.browser

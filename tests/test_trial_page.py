@@ -47,6 +47,15 @@ def test_a_trials_page_draws_its_tying_map_and_its_curve_grows(
     assert browser.texts(".timeline .state.succeeded") == ["succeeded"]
     assert browser.until("window.notReloaded")
     browser.until("document.getElementById('link').textContent == 'ended'")
+    with sweep.database.read() as session:
+        result = store.get_trial(session, sweep.study.id, RUNNING).result
+    assert result is not None
+    finals = [f"{result.val_bpb:.4f} from the artifact", f"{result.val_bpb_prequant:.4f} before quantisation"]
+    browser.until("document.querySelectorAll('#chart .annotation-text').length == 2")
+    assert browser.texts("#chart .annotation-text") == finals
+    assert "BPB on the first 16,384 validation tokens. Lines across: the final scores, on all of them." in " ".join(
+        browser.texts("[aria-labelledby=curve-title] .note")
+    )
     browser.picture(screenshots / "trial.png")
     assert browser.complaints() == []
     assert browser.hosts() == {urlsplit(url).netloc}
@@ -66,6 +75,15 @@ def test_a_reason_says_its_cause_once(sweep: Sweep, url: str) -> None:
     text = httpx.get(f"{url}/studies/demo/trials/{RUNNING}").text
     assert '<p class="reason">Diverged: training diverged</p>' in text
     assert '<p class="reason">diverged: ArithmeticError' in httpx.get(f"{url}/studies/demo/trials/{FAILED}").text
+
+
+def test_why_an_earlier_attempt_ended_is_said_of_that_attempt_alone(sweep: Sweep, url: str) -> None:
+    sweep.end(sweep.running, AttemptResult(Outcome.PREEMPTED, "its host was stopped"))
+    said = '<p class="reason">its host was stopped</p>'
+    text = httpx.get(f"{url}/studies/demo/trials/{RUNNING}").text
+    assert text.count(said) == 1
+    assert text.index(said) > text.index('id="attempts-title"')
+    assert said not in httpx.get(f"{url}/studies/demo").text
 
 
 def test_a_trials_page_shows_what_its_diagnostics_say(url: str) -> None:

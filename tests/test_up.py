@@ -36,6 +36,7 @@ class Up:
             "CADDIE_DATABASE_URL": database_url,
             "CADDIE_RANKS": "1",
             "CADDIE_PORT": str(self.port),
+            "CADDIE_URL": "http://127.0.0.1:9",  # the client's alone
             "CADDIE_LAUNCHER": launcher,
             "CADDIE_GRACE_SECONDS": "1",
             "OMP_NUM_THREADS": "1",
@@ -223,6 +224,7 @@ def test_caddie_that_is_asked_to_end_hands_its_attempts_back(local_up: Up, numbe
     local_up.post("/v1/studies/sweep/trials", {"overrides": {"budget.steps": 100_000}})
     wait_for(lambda: measured(local_up, 0), "the first measurement", 60)
     assert len(local_up.tree()) == 3, "the API, the orchestrator and one rank"
+    assert f"Caddie is up: http://127.0.0.1:{local_up.port}  (" in (local_up.home / "up.log").read_text()
 
     assert local_up.stop(number) == code
 

@@ -113,7 +113,7 @@ def test_two_ranks_under_torchrun_score_as_one_rank_does(
         ),
         (
             ["--recipe", "laptop", "--set", "data.dataset=missing"],
-            "manifest.json is missing: build or fetch a dataset first",
+            "data.dataset is 'missing': ",
         ),
         pytest.param(
             ["--recipe", "laptop", "--set", "gang.device=gpu"],
@@ -124,6 +124,14 @@ def test_two_ranks_under_torchrun_score_as_one_rank_does(
         (["--recipe", "laptop", "--out", "/proc/x"], "--out is '/proc/x', which cannot be written to"),
         (["data"], "the following arguments are required: action"),
         (["data", "list"], "manifest.json is missing: build or fetch a dataset first"),
+        (
+            ["data", "build", "--name", "x"],
+            "--name, --tokenizer and --vocab-size say what becomes of a --text: give one",
+        ),
+        (["data", "build", "--text", "gone.txt"], "--text needs a --name for the dataset that it becomes"),
+        (["data", "build", "--text", "gone.txt", "--name", "x"], "text gone.txt cannot be read: No such file"),
+        (["data", "build", "--text", "file", "--name", "a/b"], "name is 'a/b': must be up to 100 letters"),
+        (["data", "build", "--text", "file", "--name", "stdlib_sp1024"], "name is 'stdlib_sp1024': must be another"),
         (["data", "fetch", "--variant", "sp7"], "variant is 'sp7': must be one of sp1024"),
         (["data", "fetch", "--train-shards", "many"], "argument --train-shards: invalid int value: 'many'"),
     ],
@@ -142,7 +150,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if not line.startswith("--")]
     assert len(lines) == 1
-    assert lines[0].startswith("error: ")
+    assert lines[0].startswith("caddie: " if arguments[:1] == ["data"] else "error: ")
     assert message in lines[0]
     assert printed.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -189,10 +197,15 @@ def test_datasets_are_listed_with_what_is_wrong_with_them(
 ) -> None:
     assert main(["data", "list", "--data", str(small_data_root)]) == 0
     assert "topics_sp512: " in capsys.readouterr().out
-    manifest = {"datasets": [{"name": "gone", "tokenizer_name": "t"}], "tokenizers": []}
+    entries = [{"name": "gone", "tokenizer_name": "t"}, {"name": "odd", "tokenizer_name": "t", "stats": [1]}]
+    manifest = {"datasets": entries, "tokenizers": []}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert main(["data", "list", "--data", str(tmp_path)]) == 0
-    assert "gone: not usable: " in capsys.readouterr().out
+    gone, odd = capsys.readouterr().out.splitlines()
+    assert gone == f"gone: not usable: {tmp_path}/datasets/gone cannot be read, though manifest.json lists it: " + (
+        "No such file or directory"
+    )
+    assert odd.startswith("odd: not usable: ") and "the stats [1]; they must be an object" in odd
 
 
 def test_building_the_demo_corpus_again_does_nothing(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

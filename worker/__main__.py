@@ -14,8 +14,8 @@ from typing import NoReturn
 from worker.recipes import load_recipe, overrides_of, read_mapping, recipe_names, require_full
 from worker.report import Directive, TrialResult, log_lines
 from worker.shape import FieldError
-from worker.shards import DataError, open_dataset, read_manifest
-from worker.spec import TrialSpec, override, parse_spec
+from worker.shards import DataError, read_manifest
+from worker.spec import DataConfig, TrialSpec, override, parse_spec
 from worker.summary import summarise
 from worker.trainer import Job, finished
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _data_command(words[1:]) if words[:1] == ["data"] else _train_command(words)
     except ValueError as error:  # InvalidSpec, FieldError, DataError: each names what is wrong and what would be right
-        _say(f"error: {error}")
+        _say(f"{'caddie' if words[:1] == ['data'] else 'error'}: {error}")  # whose words they are: see _data_parser
         return BAD_INPUT
     except (ArithmeticError, OSError) as error:  # Diverged; a disk that is full
         _say(f"error: {error}")
@@ -95,16 +95,37 @@ def _data_command(words: list[str]) -> int:
             print(line)
         return 0
     if options.action == "build":
-        from worker.corpus import DEMO_DATASET, build_demo  # here: what the others need not wait for
-
-        build_demo(root, _say)
-        print(f"{DEMO_DATASET} is in {root}")
+        _build(options, root)
         return 0
-    from worker.fineweb import DATASETS, fetch  # here, for the same
+    from worker.fineweb import DATASETS, fetch  # here: what the others need not wait for
 
     fetch(root, options.variant, options.train_shards, _say)
     print(f"{DATASETS[options.variant]} is in {root}")
     return 0
+
+
+def _build(options: argparse.Namespace, root: Path) -> None:
+    from worker.corpus import DEMO_DATASET, CorpusPlan, build_demo, build_text  # here, for the same
+    from worker.fineweb import DATASETS
+
+    name, tokenizer, vocab_size = options.name, options.tokenizer, options.vocab_size
+    if options.text is None:
+        if (name, tokenizer, vocab_size) != (None, None, None):
+            raise ValueError("--name, --tokenizer and --vocab-size say what becomes of a --text: give one")
+        build_demo(root, _say)
+        print(f"{DEMO_DATASET} is in {root}")
+        return
+    if name is None:
+        raise ValueError("--text needs a --name for the dataset that it becomes")
+    if name in {DEMO_DATASET, *DATASETS.values()}:
+        raise FieldError("name", name, "must be another: `caddie data build` without --text, or fetch, brings this one")
+    try:
+        DataConfig(dataset=name)
+    except ValueError:
+        right = "must be up to 100 letters, digits, '.', '_' and '-', and start with a letter or a digit"
+        raise FieldError("name", name, right) from None
+    pieces = build_text(root, CorpusPlan(name, name, vocab_size, tokenizer), options.text, _say)
+    print(f"{name} is in {root}: train on it with data.dataset: {name} and model.vocab_size: {pieces}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,7 +139,7 @@ def _train_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m worker",
         description="Train, pack and score one spec, alone or under torchrun (one process for each of gang.ranks).",
-        epilog="The demo corpus is built where it is missing. Other datasets: python -m worker data --help. "
+        epilog="The demo corpus is built where it is missing. Other datasets: caddie data --help. "
         "Exits with 0, 1 where training failed, 2 where the input is wrong; torchrun exits with 1 for both, and says "
         "more below our line.",
     )
@@ -130,27 +151,31 @@ def _train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="a folder for artifact.bin and result.json (default: write nothing)")
     parser.add_argument("--json", action="store_true", help="print spec and result as one JSON object on stdout")
-    _add_data_root(parser)
+    _add_data_root(parser, "$CADDIE_DATA, else ~/.cache/caddie/data")
     return parser
 
 
 def _data_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m worker data", description="Build, fetch and list datasets.")
+    parser = _Parser(prog="caddie data", description="Build, fetch and list datasets.")
     actions = parser.add_subparsers(dest="action", required=True)
-    build = actions.add_parser("build", help="build stdlib_sp1024 from this Python's standard library; no download")
+    build = actions.add_parser("build", help="build a dataset of your text, or stdlib_sp1024 of this Python's library")
+    build.description = "Build a dataset of your own text; without --text, of this Python's standard library."
+    build.add_argument("--text", type=Path, metavar="FILE", help="UTF-8: .jsonl with a `text` a line, or a text a line")
+    build.add_argument("--name", help="the new dataset's: what data.dataset says in a spec")
+    build.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece (default: train one on the text)")
+    build.add_argument("--vocab-size", type=int, metavar="N", help="its pieces (default: 1024 where one is trained)")
     fetch = actions.add_parser("fetch", help="fetch the challenge's FineWeb shards and tokenizer")
     fetch.add_argument("--variant", default="sp1024", help="which tokenizer's shards (default: sp1024)")
     fetch.add_argument(
         "--train-shards", type=int, default=1, help="how many, 200 MB each (default: 1; the challenge: 80)"
     )
     for action in (build, fetch, actions.add_parser("list", help="list the datasets of the data root")):
-        _add_data_root(action)
+        _add_data_root(action, str(_data_root(None)).replace("%", "%%"))  # `caddie` gives its own as $CADDIE_DATA
     return parser
 
 
-def _add_data_root(parser: argparse.ArgumentParser) -> None:
-    where = "the data root (default: $CADDIE_DATA, else ~/.cache/caddie/data)"
-    parser.add_argument("--data", type=Path, metavar="DIR", help=where)
+def _add_data_root(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--data", type=Path, metavar="DIR", help=f"the data root (default: {default})")
 
 
 def _data_root(given: Path | None) -> Path:
@@ -216,16 +241,18 @@ def _write(folder: Path, name: str, data: bytes) -> None:
 
 def _listing(root: Path) -> list[str]:
     """A line a dataset: what it holds, or what is wrong with it."""
+    from worker.corpus import open_whole  # here, for the same
+
     lines = []
     for entry in read_manifest(root)["datasets"]:
         name = str(entry.get("name"))
         try:
-            dataset = open_dataset(root, name)
+            dataset = open_whole(root, name)
         except DataError as error:
             lines.append(f"{name}: not usable: {error}")
             continue
         train, val = (sum(shard.tokens for shard in shards) for shards in (dataset.train, dataset.val))
-        lines.append(f"{name}: {train:,} training and {val:,} validation tokens, tokenizer {dataset.tokenizer.name}")
+        lines.append(f"{name}: {train:,} training and {val:,} validation tokens, tokenizer {dataset.tokenizer}")
     return lines
 
 

@@ -1,52 +1,67 @@
-"""Text to shards: a tokenizer trained on documents, their token shards, and the demo corpus that every Python brings.
+"""Text to shards: documents become a dataset, tokenizer and all; and the demo corpus, which every Python brings.
 
 Torch-free. A corpus is built under a temporary name and renamed when it is whole, and its manifest entry, written last,
 is what makes it exist; builders of one data root take turns.
 """
 
 import fcntl
-import hashlib
 import io
 import json
-import math
-import os
 import shutil
 import sys
-import sysconfig
 import tempfile
-from collections import Counter
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from worker.shards import TOKENS_PER_SHARD, DataError, Split, open_dataset, read_manifest, shard_name, write_shard
-from worker.tokenizer import SPACE, byte_table, load_tokenizer
+from worker.documents import demo_documents, order0_bits_per_byte, passages, read_documents, size_of, split_documents
+from worker.shape import FieldError
+from worker.shards import (
+    TOKENS_PER_SHARD,
+    DataError,
+    Dataset,
+    Split,
+    open_dataset,
+    open_stream,
+    read_manifest,
+    shard_name,
+    write_shard,
+)
+from worker.tokenizer import byte_table, load_tokenizer, open_table, require_its_own
 
 DEMO_DATASET = "stdlib_sp1024"
 Say = Callable[[str], None]
 
+TOKENIZER = "tokenizer.model"
+"""Of a dataset of ours, in its folder."""
+
+_WORKPLACE = ".building-"
+_SPLITS: dict[Split, str] = {"val": "validation", "train": "training"}
+_VOCAB_SIZE = 1024
+_SMALLEST_VOCABULARY, _LARGEST_VOCABULARY = 261, 2**16
+_ENCODED_AT_ONCE = 1_000
+_PROGRESS_SECONDS = 5.0
 _TOKENIZER_SAMPLE_BYTES = 2_000_000
 _DEMO_PASSAGE_BYTES = 1_000
-_DEMO_SKIPS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
-    | {"pydoc_data", "encodings", "__pycache__"}  # topics are documents of their own; encodings are tables of numbers
-)
 
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """How documents become a dataset: its name, its files' prefix, the vocabulary, and the share held out."""
+    """How documents become a dataset: its name, its shards' prefix, the vocabulary, and the share held out."""
 
     dataset: str
     prefix: str
-    vocab_size: int = 1024
+    vocab_size: int | None = None
+    """None for as many pieces as the tokenizer has; for 1024 where one is trained."""
+    tokenizer: Path | None = None
+    """A SentencePiece model. None to train one on the documents."""
     validation_share: float = 0.02
     """Of the bytes: documents are taken whole until it is reached."""
     passage_bytes: int | None = None
@@ -56,96 +71,75 @@ class CorpusPlan:
 
 def build_demo(root: Path, say: Say = lambda message: None) -> None:
     """Put the demo corpus, `stdlib_sp1024`, into the data root: the standard library's documentation and sources of the
-    Python that runs this. Does nothing where it is there already. Raises DataError."""
-    if has_dataset(root, DEMO_DATASET):
+    Python that runs this. Does nothing where it is there whole; builds a damaged one again. Raises DataError."""
+    if _is_whole(root, DEMO_DATASET):
         return  # without the lock: a data root that is there may well be read-only
-    with turn(root):
-        if not has_dataset(root, DEMO_DATASET):  # nor since the lock was asked for
-            build(root, CorpusPlan(DEMO_DATASET, "stdlib", passage_bytes=_DEMO_PASSAGE_BYTES), demo_documents(), say)
+    plan = CorpusPlan(DEMO_DATASET, "stdlib", passage_bytes=_DEMO_PASSAGE_BYTES)
+    with turn(root, say) as folder:
+        if not _is_whole(root, DEMO_DATASET, say):  # nor since the lock was asked for
+            build(root, folder, plan, demo_documents(), say)
+
+
+def build_text(root: Path, plan: CorpusPlan, path: Path, say: Say = lambda message: None) -> int:
+    """Add the documents of a text file to the data root as a new dataset; how many pieces its tokenizer has.
+
+    Raises DataError as read_documents and build_corpus do, and FieldError where the data root has the dataset: what
+    trials were scored on must not become other text under the same name.
+    """
+    documents = read_documents(path)
+    with turn(root, say) as folder:
+        if _is_whole(root, plan.dataset, say):
+            here = root / "datasets" / plan.dataset
+            raise FieldError("name", plan.dataset, f"must be a new one; to build this one again, remove {here} first")
+        return build(root, folder, plan, documents, say)
 
 
 def has_dataset(root: Path, name: str) -> bool:
-    """Whether the data root's manifest lists the dataset. It may still be damaged: open_dataset says."""
+    """Whether the data root's manifest lists the dataset. It may still be damaged: open_whole says."""
     if not (root / "manifest.json").exists():
         return False
     return any(entry.get("name") == name for entry in read_manifest(root)["datasets"])
 
 
+def open_whole(root: Path, name: str) -> Dataset:
+    """The dataset, its files there with the sizes that they should have, and its tokenizer the one that made its
+    tokens. Raises DataError where they are not."""
+    dataset = open_dataset(root, name)
+    table = open_table(dataset.tokenizer)
+    stream = open_stream(dataset.val, len(table.base))
+    stream.check()
+    require_its_own(dataset, stream, table)
+    return dataset
+
+
 def build_corpus(root: Path, plan: CorpusPlan, documents: Sequence[str], say: Say = lambda message: None) -> None:
-    """Add documents to the data root as a dataset with a tokenizer of its own, replacing one of the same name.
+    """Add documents to the data root as a dataset, replacing one of the same name. Its tokenizer lies in its own
+    folder, where no other dataset's can replace it.
 
-    Raises DataError, leaving the data root as it was, for documents whose bytes the tokens could not stand for.
+    Raises DataError and FieldError, leaving the data root as it was, for documents whose bytes the tokens could not
+    stand for, and for a tokenizer that shards cannot be made with.
     """
-    with turn(root):
-        build(root, plan, documents, say)
+    with turn(root, say) as folder:
+        build(root, folder, plan, documents, say)
 
 
-def demo_documents() -> list[str]:
-    """The standard library's help topics and module sources, in an order that depends on the Python version alone."""
-    library = Path(sysconfig.get_path("stdlib"))
-    sources = [topics[name] for name in sorted(topics)]
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
-        parts = path.relative_to(library).parts
-        if _DEMO_SKIPS.isdisjoint(parts) and not path.name.startswith("_sysconfigdata"):
-            sources.append(_text(path.read_bytes()))
-    return [text for text in sources if text and SPACE not in text]
-
-
-def build(root: Path, plan: CorpusPlan, documents: Sequence[str], say: Say) -> None:
-    """As build_corpus, by a builder whose turn it is."""
-    total = sum(len(text.encode()) for text in documents)
+def build(root: Path, folder: Path, plan: CorpusPlan, documents: Sequence[str], say: Say) -> int:
+    """As build_corpus, by a builder whose turn it is, in the folder that came with it. The tokenizer's pieces."""
     held_out, kept = split_documents(documents, plan.validation_share)
     validation, training = passages(held_out, plan.passage_bytes), passages(kept, plan.passage_bytes)
     if not validation or not training:
         raise DataError(f"dataset {plan.dataset!r} needs documents for both splits; {len(documents)} were given")
-    folder = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
-    try:
-        say(f"{plan.dataset}: {len(documents)} documents, {total / 1e6:.1f} MB; training a tokenizer")
-        tokenizer = folder / f"{plan.prefix}_{plan.vocab_size}_bpe.model"
-        tokenizer.write_bytes(train_tokenizer(training, plan.vocab_size))
-        shards = folder / "shards"
-        shards.mkdir()
-        say(f"{plan.dataset}: writing shards")
-        stats: dict[str, Any] = {}
-        for split, texts in (("val", validation), ("train", training)):
-            stats |= _write_split(shards, plan.prefix, "val" if split == "val" else "train", texts, tokenizer)
-        stats["val_order0_bits_per_byte"] = order0_bits_per_byte(validation)
-        stats["python"] = sys.version.split()[0]
-        _publish(root, plan.dataset, tokenizer, shards, stats)
-        say(f"{plan.dataset}: {stats['tokens_train']:,} training and {stats['tokens_val']:,} validation tokens")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def split_documents(documents: Sequence[str], validation_share: float) -> tuple[list[str], list[str]]:
-    """(validation, training) documents. Shuffled by their own digests, so that the order given does not matter; the
-    first of them, up to the share of bytes, are validation."""
-    shuffled = sorted(documents, key=_digest)
-    wanted = validation_share * sum(len(text.encode()) for text in shuffled)
-    taken, held = 0, 0.0
-    while taken < len(shuffled) and held < wanted:
-        held += len(shuffled[taken].encode())
-        taken += 1
-    return shuffled[:taken], shuffled[taken:]
-
-
-def passages(documents: Sequence[str], size: int | None) -> list[str]:
-    """Documents cut at line ends into passages of at least `size` bytes (but each document's last), shuffled by their
-    digests. The documents themselves where the size is None. Space in front of a passage is dropped: see _text."""
-    if size is None:
-        return list(documents)
-    cut: list[str] = []
-    for text in documents:
-        lines: list[str] = []
-        held = 0
-        for line in text.splitlines(keepends=True):
-            lines.append(line)
-            held += len(line.encode())
-            if held >= size:
-                cut.append("".join(lines))
-                lines, held = [], 0
-        cut.append("".join(lines))
-    return sorted((passage.lstrip() for passage in cut if passage.strip()), key=_digest)
+    say(f"{plan.dataset}: {len(documents):,} documents, {size_of(documents) / 1e6:.1f} MB")
+    whole = folder / plan.dataset
+    whole.mkdir()
+    processor = _take_tokenizer(plan, training, whole / TOKENIZER, say)
+    say(f"{plan.dataset}: writing shards")
+    stats: dict[str, Any] = {"python": sys.version.split()[0]}
+    stats |= _write_split(whole, plan, "val", validation, processor, say)
+    stats |= _write_split(whole, plan, "train", training, processor, say)
+    _publish(root, whole, stats)
+    say(f"{plan.dataset}: {stats['tokens_train']:,} training and {stats['tokens_val']:,} validation tokens")
+    return int(processor.get_piece_size())
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> bytes:
@@ -178,104 +172,144 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from None
+        reason = str(error).rpartition("] ")[2]  # what comes before it is a place in SentencePiece's source
+        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}") from None
     return model.getvalue()
 
 
-def encode_documents(processor: Any, documents: Sequence[str]) -> tuple[NDArray[np.uint16], int]:
-    """Documents as tokens, each its BOS and then its text, and the bytes of text they stand for as the metric counts.
+def encode_documents(
+    processor: Any, documents: Sequence[str], done: Callable[[int], None] = lambda count: None
+) -> tuple[NDArray[np.uint16], list[str]]:
+    """Documents as tokens, each its BOS and then its text, and that text: as the tokenizer normalises it.
 
-    Raises DataError for a document whose tokens would count other bytes than its text has.
+    `done` is told now and then how many are. Raises DataError for a document whose tokens the metric would count as
+    other bytes than that text has.
     """
-    table = byte_table(processor)
-    pieces, counted = [], 0
-    for text, ids in zip(documents, processor.encode(list(documents)), strict=True):
-        tokens = np.array([processor.bos_id(), *ids], dtype=np.int64)
-        size, cost = len(text.encode()), int(table.cost(tokens[:-1], tokens[1:]).sum())
-        if cost != size:
-            raise DataError(f"the document {text[:40]!r}… has {size} bytes, but its tokens count {cost}")
-        counted += cost
-        pieces.append(tokens.astype(np.uint16))
-    return np.concatenate(pieces), counted
+    table, pieces, texts = byte_table(processor), [], []
+    for first in range(0, len(documents), _ENCODED_AT_ONCE):
+        encoded = processor.encode(list(documents[first : first + _ENCODED_AT_ONCE]))
+        for ids, text in zip(encoded, processor.decode(encoded), strict=True):
+            tokens = np.array([processor.bos_id(), *ids], dtype=np.int64)
+            size, cost = len(text.encode()), int(table.cost(tokens[:-1], tokens[1:]).sum())
+            if cost != size:
+                raise DataError(f"the document {text[:40]!r}… has {size} bytes, but its tokens count {cost}")
+            pieces.append(tokens.astype(np.uint16))
+            texts.append(text)
+        done(len(texts))
+    return np.concatenate(pieces), texts
 
 
-def order0_bits_per_byte(documents: Sequence[str]) -> float:
-    """The entropy of the documents' bytes, each coded by its frequency: what a model without context would score."""
-    counts: Counter[int] = Counter()
-    for text in documents:
-        counts.update(text.encode())
-    total = counts.total()
-    return -sum(count / total * math.log2(count / total) for count in counts.values())
-
-
-def merge_manifest(root: Path, dataset: dict[str, Any], tokenizer: dict[str, Any]) -> None:
-    """Add a dataset and its tokenizer to the data root's manifest, replacing entries of the same names."""
+def merge_manifest(root: Path, dataset: dict[str, Any], tokenizer: Path) -> None:
+    """Add a dataset and its tokenizer, a file below its folder, to the data root's manifest. Replaces the dataset's
+    earlier entries, and no others."""
     path = root / "manifest.json"
     manifest: dict[str, Any] = read_manifest(root) if path.exists() else {"datasets": [], "tokenizers": []}
-    for key, entry in (("datasets", dataset), ("tokenizers", tokenizer)):
+    own = {"name": f"{dataset['name']}/tokenizer", "model_path": tokenizer.relative_to(root).as_posix()}
+    for key, entry in (("datasets", dataset | {"tokenizer_name": own["name"]}), ("tokenizers", own)):
         others = [known for known in manifest[key] if known.get("name") != entry["name"]]
         manifest[key] = sorted([*others, entry], key=lambda known: str(known.get("name")))
-    temporary = root / f".manifest-{os.getpid()}.json"
+    temporary = root / ".manifest.json"  # one writer at a time: see turn
     temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 @contextmanager
-def turn(root: Path) -> Iterator[None]:
-    """Hold the data root's lock. Whatever an interrupted builder left behind is gone afterwards."""
+def turn(root: Path, say: Say = lambda message: None) -> Iterator[Path]:
+    """Hold the data root's lock, with a folder in it to work in. Nothing is left of the folder afterwards, nor of what
+    an interrupted builder left behind. Raises DataError where the data root cannot be written, also meanwhile."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
+        with (root / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another program that builds or fetches a dataset in {root}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for leftover in root.glob(f"{_WORKPLACE}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=_WORKPLACE, dir=root))
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"data root {root} cannot be written: {error.strerror}") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in root.glob(".building-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
+        raise DataError(f"data root {root} cannot be written: {error.strerror} ({error.filename})") from None
 
 
-def _publish(root: Path, name: str, tokenizer: Path, shards: Path, stats: dict[str, Any]) -> None:
+def _is_whole(root: Path, name: str, say: Say = lambda message: None) -> bool:
+    """Whether the data root has the dataset and it can be used. Says why not where it is listed."""
+    if not has_dataset(root, name):
+        return False
+    try:
+        open_whole(root, name)
+    except DataError as error:
+        say(f"{name} cannot be used, and is built again: {error}")
+        return False
+    return True
+
+
+def _publish(root: Path, whole: Path, stats: dict[str, Any]) -> None:
     """Move a finished dataset to its place; the manifest last."""
-    (root / "tokenizers").mkdir(exist_ok=True)
-    (root / "datasets").mkdir(exist_ok=True)
-    folder = root / "datasets" / name
-    if folder.exists():
-        folder.rename(shards.parent / "replaced")
-    tokenizer.replace(root / "tokenizers" / tokenizer.name)
-    shards.rename(folder)
-    dataset = {"name": name, "tokenizer_name": tokenizer.stem, "stats": stats}
-    merge_manifest(root, dataset, {"name": tokenizer.stem, "model_path": f"tokenizers/{tokenizer.name}"})
-    open_dataset(root, name)
+    place = root / "datasets" / whole.name
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        place.rename(whole.parent / "replaced by it")
+    whole.rename(place)
+    merge_manifest(root, {"name": place.name, "stats": stats}, place / TOKENIZER)
+    open_whole(root, place.name)
 
 
-def _write_split(folder: Path, prefix: str, split: Split, documents: Sequence[str], tokenizer: Path) -> dict[str, Any]:
-    tokens, counted = encode_documents(load_tokenizer(tokenizer), documents)
+def _take_tokenizer(plan: CorpusPlan, documents: Sequence[str], path: Path, say: Say) -> Any:
+    """Have the plan's tokenizer at `path`, and its processor. Raises DataError and FieldError."""
+    source = plan.tokenizer or path
+    if plan.tokenizer is None:
+        vocab_size = _VOCAB_SIZE if plan.vocab_size is None else plan.vocab_size
+        if not _SMALLEST_VOCABULARY <= vocab_size <= _LARGEST_VOCABULARY:
+            right = (
+                f"must be from {_SMALLEST_VOCABULARY} to {_LARGEST_VOCABULARY}: a piece for each byte, 16 bits a token"
+            )
+            raise FieldError("vocab_size", vocab_size, right)
+        say(f"{plan.dataset}: training a tokenizer of {vocab_size:,} pieces")
+        path.write_bytes(train_tokenizer(documents, vocab_size))
+    processor = load_tokenizer(source)
+    pieces = processor.get_piece_size()
+    if plan.vocab_size not in (None, pieces):
+        raise FieldError("vocab_size", plan.vocab_size, f"must be {pieces}, the pieces of the tokenizer {source}")
+    if pieces > _LARGEST_VOCABULARY:
+        raise DataError(f"{source} has {pieces:,} pieces; a shard's tokens have 16 bits, for {_LARGEST_VOCABULARY:,}")
+    if processor.bos_id() < 0:
+        raise DataError(f"{source} has no piece for the start of a document (bos)")
+    if source != path:
+        shutil.copyfile(source, path)
+    return processor
+
+
+def _write_split(
+    folder: Path, plan: CorpusPlan, split: Split, documents: Sequence[str], processor: Any, say: Say
+) -> dict[str, Any]:
+    """Write a split's shards; what the manifest says of it."""
+    said = time.monotonic()
+
+    def done(count: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > _PROGRESS_SECONDS:
+            said = time.monotonic()
+            say(f"{plan.dataset}: {count:,} of {len(documents):,} {_SPLITS[split]} documents are tokens")
+
+    tokens, texts = encode_documents(processor, documents, done)
+    if changed := sum(text != document for text, document in zip(texts, documents, strict=True)):
+        say(
+            f"{plan.dataset}: the tokenizer's normalisation changes {changed:,} of {len(texts):,} {_SPLITS[split]} "
+            f"documents, and their {size_of(documents):,} bytes into the {size_of(texts):,} that count"
+        )
     starts = range(0, len(tokens), TOKENS_PER_SHARD)
     for number, start in enumerate(starts):
-        write_shard(folder / shard_name(prefix, split, number), tokens[start : start + TOKENS_PER_SHARD])
-    return {
-        f"files_{split}": len(starts),
-        f"tokens_{split}": len(tokens),
-        f"docs_{split}": len(documents),
-        f"{split}_bytes": counted,
-    }
+        write_shard(folder / shard_name(plan.prefix, split, number), tokens[start : start + TOKENS_PER_SHARD])
+    stats = {"files": len(starts), "tokens": len(tokens), "docs": len(texts)}
+    order0 = {"val_order0_bits_per_byte": order0_bits_per_byte(texts)} if split == "val" else {}
+    return {f"{key}_{split}": count for key, count in stats.items()} | {f"{split}_bytes": size_of(texts)} | order0
 
 
 def _sample(documents: Sequence[str]) -> list[str]:
     """Every n-th document, n such that the sample has about the size that is enough for a small vocabulary."""
-    total = sum(len(text.encode()) for text in documents)
-    return list(documents[:: max(1, total // _TOKENIZER_SAMPLE_BYTES)])
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _text(data: bytes) -> str:
-    """A source file as text: its first word at the start, since the metric counts no space in front of it; empty where
-    it is not UTF-8."""
-    try:
-        return data.decode().replace("\r\n", "\n").lstrip()
-    except UnicodeDecodeError:
-        return ""
+    return list(documents[:: max(1, size_of(documents) // _TOKENIZER_SAMPLE_BYTES)])

@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.model import Model
 from worker.shape import FieldError
 from worker.shards import Dataset, TokenStream, open_stream
-from worker.tokenizer import ByteTable, open_table
+from worker.tokenizer import ByteTable, open_table, require_its_own
 from worker.world import World
 
 
@@ -82,13 +82,14 @@ class Score:
 
 
 def open_validation(dataset: Dataset, vocab_size: int, sequence_length: int, batch_sequences: int) -> Validation:
-    """The validation split, every token and the tokenizer checked against the model's vocabulary.
+    """The validation split, every token and the tokenizer checked against the model's vocabulary and each other.
 
     `sequence_length` is the spec's `data.sequence_length`. Raises DataError or FieldError.
     """
     table = open_table(dataset.tokenizer, vocab_size)
     stream = open_stream(dataset.val, vocab_size)
     stream.check()
+    require_its_own(dataset, stream, table)
     _require_window(stream, "data.sequence_length", sequence_length)
     return Validation(stream, table, sequence_length, batch_sequences)
 

@@ -1,9 +1,7 @@
 """The challenge's published data: FineWeb shards and their tokenizer, from the Hugging Face hub."""
 
-import json
 import logging
-import shutil
-import tempfile
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ from urllib.request import Request, urlopen
 
 from huggingface_hub import constants, hf_hub_download
 
-from worker.corpus import merge_manifest, turn
-from worker.shards import DataError, Split, open_dataset, open_shard, shard_name
+from worker.corpus import DEMO_DATASET, merge_manifest, open_whole, turn
+from worker.shards import DataError, Split, open_shard, read_manifest, shard_name, stats_of
 
 REMOTE_ROOT = "datasets"
 DATASETS = {"sp1024": "fineweb10B_sp1024", "sp8192": "fineweb10B_sp8192"}
@@ -35,26 +33,34 @@ def fetch(
         raise DataError(f"train_shards is {train_shards}: must be at least 1")
     name, repository = DATASETS[variant], REPOSITORIES[variant]
     _reach_hub(repository)
-    root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".fetching-", dir=root))
-    try:
+    with turn(root, say) as folder:
         say(f"{name}: asking {repository} for its manifest")
-        manifest = json.loads(_download(repository, "manifest.json", folder).read_text(encoding="utf-8"))
-        dataset, tokenizer = _entries(repository, manifest, name)
-        published = int(dataset["stats"]["files_train"])
+        dataset, tokenizer = _published(repository, _download(repository, "manifest.json", folder), name)
+        published = dataset["stats"]["files_train"]
         if train_shards > published:
             raise DataError(f"train_shards is {train_shards}: {name} has {published}")
-        wanted: list[tuple[Split, int]] = [("val", number) for number in range(int(dataset["stats"]["files_val"]))]
+        wanted: list[tuple[Split, int]] = [("val", number) for number in range(dataset["stats"]["files_val"])]
         wanted += [("train", number) for number in range(train_shards)]
+        here = root / "datasets" / name
         for done, (split, number) in enumerate(wanted, start=1):
             say(f"{name}: {split} shard {number} ({done} of {len(wanted)})")
-            _place(root, repository, f"datasets/{name}/{shard_name('fineweb', split, number)}", folder)
-        _place(root, repository, str(tokenizer["model_path"]), folder)
-        with turn(root):
-            merge_manifest(root, dataset, tokenizer)
-        open_dataset(root, name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            shard = shard_name("fineweb", split, number)
+            _place(here / shard, repository, f"datasets/{name}/{shard}", folder)
+        own = here / Path(tokenizer).name
+        _place(own, repository, tokenizer, folder)
+        merge_manifest(root, dataset, own)
+        open_whole(root, name)
+
+
+def command_for(root: Path, name: str) -> str:
+    """The command that puts a dataset of this name into the data root, whole."""
+    where = f"--data {shlex.quote(str(root))}"
+    if name == DEMO_DATASET:
+        return f"caddie data build {where}"
+    for variant, published in DATASETS.items():
+        if name == published:
+            return f"caddie data fetch {where} --variant {variant}"
+    return f"caddie data build {where} --name {shlex.quote(name)} --text FILE"
 
 
 def _reach_hub(repository: str) -> None:
@@ -68,21 +74,26 @@ def _reach_hub(repository: str) -> None:
         raise DataError(f"cannot reach {constants.ENDPOINT}, where {repository} is published: {_line(error)}") from None
 
 
-def _entries(repository: str, manifest: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    dataset = next((entry for entry in manifest["datasets"] if entry["name"] == name), None)
-    if dataset is None:
-        raise DataError(f"{repository} does not list the dataset {name}")
-    tokenizer = next((entry for entry in manifest["tokenizers"] if entry["name"] == dataset["tokenizer_name"]), None)
-    if tokenizer is None:
-        raise DataError(f"{repository} does not list the tokenizer {dataset['tokenizer_name']}")
-    return dataset, tokenizer
+def _published(repository: str, path: Path, name: str) -> tuple[dict[str, Any], str]:
+    """The dataset's entry in the published manifest at `path`, with its stats checked, and its tokenizer's file."""
+    try:
+        manifest = read_manifest(path.parent)
+        dataset = next((entry for entry in manifest["datasets"] if entry.get("name") == name), None)
+        if dataset is None:
+            raise DataError(f"it does not list the dataset {name}")
+        if not {"files_train", "files_val"} <= stats_of(path.parent, dataset).keys():
+            raise DataError(f"it does not say how many files_train and files_val {name} has")
+    except DataError as error:
+        raise DataError(f"{repository} has published a manifest that cannot be used: {error}") from None
+    wanted = dataset.get("tokenizer_name")
+    file = next((entry.get("model_path") for entry in manifest["tokenizers"] if entry.get("name") == wanted), None)
+    if not isinstance(file, str) or not Path(file).name:
+        raise DataError(f"{repository} has published no file for the tokenizer {wanted!r}, which is that of {name}")
+    return dataset, file
 
 
-def _place(root: Path, repository: str, relative: str, folder: Path) -> None:
-    """Have the file at its place below the data root, whole."""
-    place = root / relative
-    if root.resolve() not in place.resolve().parents:
-        raise DataError(f"{repository} names the file {relative!r}, which lies outside the data root")
+def _place(place: Path, repository: str, relative: str, folder: Path) -> None:
+    """Have the published file at its place in the data root, whole."""
     if place.suffix == ".bin" and place.exists() and _whole(place):
         return
     fetched = _download(repository, relative, folder)

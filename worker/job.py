@@ -15,7 +15,7 @@ from torch import Tensor
 from worker.artifact import Content, content_of, read
 from worker.calibrate import calibrate, require_window
 from worker.checkpoint import Checkpoint
-from worker.corpus import DEMO_DATASET, build_demo
+from worker.corpus import DEMO_DATASET, build_demo, has_dataset
 from worker.data import Batches
 from worker.diagnostics import diagnose, diagnosed_tokens
 from worker.evaluate import Score, Validation, evaluate, open_validation
@@ -27,7 +27,7 @@ from worker.model import Model, initialise
 from worker.report import Hardware, Reporter, TrialResult
 from worker.rounding import round_weights
 from worker.shape import FieldError
-from worker.shards import Dataset, open_dataset
+from worker.shards import DataError, Dataset, open_dataset
 from worker.source import code_bytes
 from worker.spec import TrialSpec
 from worker.train import TrainingSummary, compile_pass, train
@@ -55,7 +55,7 @@ def run(job: Job, reporter: Reporter) -> Produced:
     book = Logbook(reporter if world.leads else None)
     torch.manual_seed(spec.seed)
     book.phase("data")
-    text = _open_text(job)
+    text = _open_text(job, book.say)
     book.data(text.dataset, text.validation.targets)
     book.model(spec, world.ranks, world.device.type)
     batches = Batches(text.dataset, spec.data, spec.model.vocab_size, world)
@@ -124,14 +124,20 @@ class _Text:
     validation: Validation
 
 
-def _open_text(job: Job) -> _Text:
-    """Checked against the spec. The demo corpus is built where it is missing: it needs no download."""
-    spec = job.spec
-    if spec.data.dataset == DEMO_DATASET:
-        build_demo(job.data_root)
-    dataset = open_dataset(job.data_root, spec.data.dataset)
+def _open_text(job: Job, say: Callable[[str], None] = lambda line: None) -> _Text:
+    """Checked against the spec. The demo corpus is built where it is missing: it needs no download. One that is there
+    but damaged is an error: trials may have been scored on it, and another Python's would be other text."""
+    spec, root, name = job.spec, job.data_root, job.spec.data.dataset
     length, size = spec.data.sequence_length, spec.evaluation.batch_sequences
-    plain = open_validation(dataset, spec.model.vocab_size, length, size)
+    try:
+        if name == DEMO_DATASET and not has_dataset(root, name):
+            build_demo(root, say)
+        dataset = open_dataset(root, name)
+        plain = open_validation(dataset, spec.model.vocab_size, length, size)
+    except DataError as error:
+        from worker.fineweb import command_for  # here: its client of the hub takes a while to load
+
+        raise DataError(f"data.dataset is {name!r}: {error}; put it right with: {command_for(root, name)}") from None
     validation = plain.of_length(spec.evaluated_length)
     require_window(dataset, spec)
     return _Text(dataset, plain, validation)

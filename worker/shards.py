@@ -44,8 +44,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset of a data root. `stats` is what the manifest says of it: of ours also val_bytes, the bytes of the
-    validation text in UTF-8, and val_order0_bits_per_byte, what a coder of single byte frequencies needs for them."""
+    """One dataset of a data root. `stats` is what the manifest says of it: of ours also val_bytes, the UTF-8 bytes of
+    the validation text as its tokenizer normalises it, and val_order0_bits_per_byte, what a coder of single byte
+    frequencies needs for them."""
 
     name: str
     train: tuple[Shard, ...]
@@ -57,22 +58,34 @@ class Dataset:
 def open_dataset(root: Path, name: str) -> Dataset:
     """The dataset `name` of the data root, its shards checked. Raises DataError.
 
-    A data root is laid out as the challenge's: manifest.json, datasets/<name>/<prefix>_{train,val}_<number>.bin and
-    tokenizers/. The validation split must be whole, since a score on part of it compares with nothing; of the training
-    split any first few shards will do, as the challenge's own download has it.
+    A data root is laid out as the challenge's: manifest.json, datasets/<name>/<prefix>_{train,val}_<number>.bin, and
+    each tokenizer where the manifest says. The validation split must be whole, since a score on part of it compares
+    with nothing; of the training split any first few shards will do, as the challenge's own download has it.
     """
     manifest = read_manifest(root)
     entry = _entry(manifest["datasets"], name)
     folder = root / "datasets" / name
     if entry is None:
-        listed = ", ".join(sorted(str(known.get("name")) for known in manifest["datasets"])) or "none"
-        what = "is a folder, but manifest.json does not list it" if folder.is_dir() else "is not in manifest.json"
-        raise DataError(f"dataset {name!r} {what} (data root {root}); listed: {listed}")
-    stats = dict(entry.get("stats") or {})
+        listed = ", ".join(sorted(str(known.get("name")) for known in manifest["datasets"])) or "nothing"
+        there = f", though {folder} is there" if folder.is_dir() else ""
+        raise DataError(f"{root / 'manifest.json'} does not list it{there}; it lists {listed}")
+    stats = stats_of(root, entry)
     train, val = _shards(folder, "train"), _shards(folder, "val")
-    if len(val) != int(stats.get("files_val", len(val))):
+    if len(val) != stats.get("files_val", len(val)):
         raise DataError(f"{folder} holds {len(val)} validation shards; manifest.json says {stats['files_val']}")
     return Dataset(name, train, val, _tokenizer(root, manifest, entry), stats)
+
+
+def stats_of(root: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """What the data root's manifest says of a dataset beyond its name. Raises DataError where a count that is read is
+    no count."""
+    where, stats = f"{root / 'manifest.json'} gives dataset {entry.get('name')!r}", entry.get("stats", {})
+    if not isinstance(stats, dict):
+        raise DataError(f"{where} the stats {stats!r}; they must be an object")
+    for key in {"files_train", "files_val", "val_bytes"} & stats.keys():
+        if type(stats[key]) is not int or stats[key] < 0:  # a bool is an int to isinstance
+            raise DataError(f"{where} the {key} {stats[key]!r}; it must be a whole number")
+    return stats
 
 
 def read_manifest(root: Path) -> dict[str, list[dict[str, Any]]]:
@@ -82,7 +95,9 @@ def read_manifest(root: Path) -> dict[str, list[dict[str, Any]]]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} is missing: build or fetch a dataset first, or name another data root") from None
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON: {error}") from None
     lists = manifest if isinstance(manifest, dict) else {}
     for key in ("datasets", "tokenizers"):
@@ -184,9 +199,11 @@ def shard_name(prefix: str, split: Split, number: int) -> str:
 
 def _shards(folder: Path, split: Split) -> tuple[Shard, ...]:
     """Every shard of a split in order. The pattern leaves out byte side-cars such as fineweb_val_bytes_000000.bin."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is missing, though manifest.json lists the dataset")
-    named = {path.name: re.fullmatch(rf".+_{split}_(\d{{6}})\.bin", path.name) for path in folder.iterdir()}
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read, though manifest.json lists it: {error.strerror}") from None
+    named = {name: re.fullmatch(rf".+_{split}_(\d{{6}})\.bin", name) for name in names}
     numbers = {int(match[1]): name for name, match in named.items() if match}
     if not numbers:
         raise DataError(f"{folder} holds no {split} shard, a file named <prefix>_{split}_000000.bin")

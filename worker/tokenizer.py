@@ -10,12 +10,14 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from worker.shape import FieldError
-from worker.shards import DataError, Tokens
+from worker.shards import DataError, Dataset, Tokens, TokenStream
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 
+_COUNTED_AT_ONCE = 2**20
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class ByteTable:
     """Bytes of text behind each token id, as the challenge counts them. Three arrays over the vocabulary.
 
@@ -69,7 +71,19 @@ def byte_table(processor: Any) -> ByteTable:
     return ByteTable(base, leads, boundary)
 
 
-def open_table(path: Path, vocab_size: int) -> ByteTable:
+def require_its_own(dataset: Dataset, stream: TokenStream, table: ByteTable) -> None:
+    """Raises DataError where the dataset's tokenizer did not make its tokens: where these count other bytes than the
+    manifest has from whoever made them. Only datasets of ours say how many. Reads all of `stream`, the validation
+    split, the first time."""
+    said = dataset.stats.get("val_bytes")
+    if said is not None and (counted := _text_bytes(stream, table)) != said:
+        raise DataError(
+            f"with the tokenizer {dataset.tokenizer} its validation tokens count {counted:,} bytes; manifest.json says "
+            f"{said:,}: another tokenizer or other text made them"
+        )
+
+
+def open_table(path: Path, vocab_size: int | None = None) -> ByteTable:
     """The bytes of every piece of the tokenizer at `path`, which stay at hand. Raises as load_tokenizer does."""
     try:
         stat = path.stat()
@@ -79,6 +93,16 @@ def open_table(path: Path, vocab_size: int) -> ByteTable:
 
 
 @lru_cache(maxsize=2)
-def _table(path: Path, vocab_size: int, found: tuple[int, int]) -> ByteTable:
+def _table(path: Path, vocab_size: int | None, found: tuple[int, int]) -> ByteTable:
     """`found`, the file's size and when it last changed, tells its contents apart."""
     return byte_table(load_tokenizer(path, vocab_size))
+
+
+@lru_cache(maxsize=2)
+def _text_bytes(stream: TokenStream, table: ByteTable) -> int:
+    """What the stream's tokens cost after its first one, which starts a document."""
+    total, last = 0, len(stream) - 1
+    for start in range(0, last, _COUNTED_AT_ONCE):
+        tokens = stream.read(start, min(_COUNTED_AT_ONCE, last - start) + 1)
+        total += int(table.cost(tokens[:-1], tokens[1:]).sum())
+    return total
