@@ -169,7 +169,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ("a: \xff", "cannot be read: 'utf-8' codec can't decode byte 0xff"),
         ("a: \0", "is no YAML: unacceptable character #x0000"),
         ("a: {b: 1}\nc:\n  d: 1\n  e: 2\n  d: 3", "is no YAML: the key 'd' of line 3 is given again in line 5"),
-        ("a: " + "[" * 400 + "]" * 400, "is nested too deeply"),
+        ("a: " + "[" * 1000 + "]" * 1000, "is nested too deeply"),
     ],
 )
 def test_a_spec_file_that_is_no_mapping_is_refused(
