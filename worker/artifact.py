@@ -192,7 +192,7 @@ def _parsed(header: bytes) -> _Header:
         require_compatible(parsed.model, parsed.sharing)
     except ValidationError as error:
         # Without the values: of a header that is no JSON that would be all of it.
-        problems = "; ".join(f"{problem.field or 'JSON'}: {problem.message}" for problem in problems_of(error))
+        problems = "; ".join(f"{problem.field}: {problem.message}" for problem in problems_of(error, whole="JSON"))
         raise ArtifactError(f"the artifact's header cannot be read: {problems}") from None
     except FieldError as error:
         raise ArtifactError(f"the artifact's header cannot be read: {error}") from None
