@@ -109,7 +109,7 @@ def _operation_id(route: APIRoute) -> str:
 
 def _install_errors(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
-        details = problem_of(error)
+        details = problem_of(error, _body(request))
         headers = getattr(error, "headers", None)
         if details.status == 405:
             allowed = _allowed(request)
@@ -119,6 +119,12 @@ def _install_errors(app: FastAPI) -> None:
 
     for expected in (*EXPECTED, Exception):
         app.add_exception_handler(expected, answer)
+
+
+def _body(request: Request) -> Any:
+    """The type of the body that the route of a request takes; none where it takes none."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    return None if field is None else field.field_info.annotation
 
 
 def _allowed(request: Request) -> str:

@@ -90,15 +90,16 @@ def respond(details: ProblemDetails, headers: Mapping[str, str] | None = None) -
     return JSONResponse(content, details.status, headers=headers, media_type=MEDIA_TYPE)
 
 
-def problem_of(error: Exception) -> ProblemDetails:
-    """The problem that an error is; one that nobody expected says nothing of what it was."""
+def problem_of(error: Exception, body: Any = None) -> ProblemDetails:
+    """The problem that an error is, of a request whose body was to be of this type; one that nobody expected says
+    nothing of what it was."""
     match error:
         case InvalidSpec():
             return problem("invalid-input", str(error), error.problems)
         case FieldError():
             return problem("invalid-input", str(error), (Problem(error.path, error.value, error.expected),))
         case RequestValidationError():
-            return _request_problem(error)
+            return _request_problem(error, body)
         case NotFound():
             return problem("not-found", str(error))
         case Conflict():
@@ -124,7 +125,7 @@ def problem_of(error: Exception) -> ProblemDetails:
     return problem("internal-error", "the error was logged")
 
 
-def _request_problem(error: RequestValidationError) -> ProblemDetails:
+def _request_problem(error: RequestValidationError, body: Any) -> ProblemDetails:
     details = error.errors()
     broken = next((detail for detail in details if detail["type"] == "json_invalid"), None)
     if broken is not None:
@@ -133,13 +134,13 @@ def _request_problem(error: RequestValidationError) -> ProblemDetails:
         )
     if isinstance(error.body, bytes):
         return problem("unsupported-media-type", "send the header Content-Type: application/json")
-    found = tuple(problem for detail in details for problem in _field_problems(detail))
+    found = tuple(problem for detail in details for problem in _field_problems(detail, body))
     return problem("invalid-input", "; ".join(str(one) for one in found[:MOST_PROBLEMS]), found)
 
 
-def _field_problems(detail: Mapping[str, Any]) -> Iterator[Problem]:
+def _field_problems(detail: Mapping[str, Any], body: Any) -> Iterator[Problem]:
     first, *rest = detail["loc"]
-    return problems_at(rest if first in ("body", "path") else (first, *rest), detail, whole="body")
+    return problems_at(rest if first in ("body", "path") else (first, *rest), detail, body, "body")
 
 
 def _http_problem(error: HTTPException) -> ProblemDetails:

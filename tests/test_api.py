@@ -222,6 +222,8 @@ def test_a_trial_that_cannot_be_is_refused_by_field_and_value_and_leaves_nothing
         found = problem(answer, 422, "invalid-input")
         assert (field, value) in [(one["field"], one["value"]) for one in found["problems"]], body
         assert rows(database) == before
+    (unknown,) = problem(http.post(f"{study}/trials", json={"recipie": "ebls"}), 422, "invalid-input")["problems"]
+    assert unknown["message"] == "is not a known key: did you mean recipe?"
     # The key is not used up by a refusal.
     assert http.post(f"{study}/trials", json={"overrides": {"seed": 5}}, headers=headers).status_code == 201
 

@@ -275,9 +275,7 @@ def problems_of(
     )
 
 
-def problems_at(
-    place: Sequence[int | str], detail: Mapping[str, Any], model: type[BaseModel] | None = None, whole: str = "spec"
-) -> Iterator[Problem]:
+def problems_at(place: Sequence[int | str], detail: Mapping[str, Any], model: Any, whole: str) -> Iterator[Problem]:
     """The same for one of its details, with the place of that in the input."""
     path, value, cause = ".".join(map(str, place)), detail["input"], detail.get("ctx", {}).get("error")
     if isinstance(cause, InvalidSpec):
