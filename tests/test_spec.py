@@ -174,6 +174,11 @@ def test_an_unknown_key_at_any_depth_is_refused_with_what_would_be_right(path: s
     assert (problem.field, problem.value, problem.message) == (path, 1, f"is not a known key: {right}")
 
 
+def test_a_problem_shows_the_beginning_of_what_is_wrong() -> None:
+    (problem,) = problems(nonsense=list(range(1000)))
+    assert str(problem).endswith(", 50, 51, 5…)")
+
+
 def test_every_problem_of_an_input_is_named() -> None:
     found = problems(model__heads=3, budget={}, data__nonsense=True)
     assert {problem.field for problem in found} == {"model.heads", "budget.steps", "data.nonsense"}

@@ -239,10 +239,12 @@ class Problem:
         return replace(self, field=f"{path}.{self.field}" if path else self.field)
 
     def __str__(self) -> str:
-        got = "" if self.kind == "missing" else f" (got {self.value!r})"
-        return f"{self.field}: {self.message}{got}"
+        value = repr(self.value)
+        got = f" (got {value if len(value) <= LONGEST_VALUE else f'{value[:LONGEST_VALUE]}…'})"
+        return f"{self.field}: {self.message}{'' if self.kind == 'missing' else got}"
 
 
+LONGEST_VALUE = 200  # characters of what is wrong that are shown
 MOST_SAID = 50
 
 
