@@ -181,7 +181,7 @@ def test_a_study_that_cannot_be_is_refused_by_field_and_leaves_nothing(http: htt
     for whole in wholes:
         (found,) = problem(http.post("/v1/studies", json=whole), 422, "invalid-input")["problems"]
         assert found == {"field": "body", "value": whole, "message": "must be a mapping"}
-    unknown, missing = problem(http.post("/v1/studies", json={"nam": {"a": [{}]}}), 422, "invalid-input")["problems"]
+    missing, unknown = problem(http.post("/v1/studies", json={"nam": {"a": [{}]}}), 422, "invalid-input")["problems"]
     assert missing == {"field": "name", "value": None, "message": "is missing"}
     assert unknown == {"field": "nam", "value": '{"a": [{}]}', "message": "is not a known key: did you mean name?"}
     assert not any(rows(database).values())

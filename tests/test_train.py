@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import inf, isfinite, nan
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -83,6 +85,28 @@ class Notebook:
         return [(step, metrics[metric]) for step, _, metrics in self.heard if metric in metrics]
 
 
+@dataclass(frozen=True)
+class Threads(World):
+    """Ranks that are threads of this process, and add up what they bring in the order of the ranks."""
+
+    meeting: Barrier
+    brought: list[Any]
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
+        for tensor, each in zip(tensors, zip(*self._told([one.clone() for one in tensors]), strict=True), strict=True):
+            tensor.copy_(torch.stack(each).sum(dim=0))
+
+    def lead(self, *values: float) -> tuple[float, ...]:
+        return tuple(self._told(values)[0])
+
+    def _told(self, mine: Any) -> list[Any]:
+        self.brought[self.rank] = mine
+        self.meeting.wait()
+        found = list(self.brought)
+        self.meeting.wait()
+        return found
+
+
 def fresh(spec: TrialSpec) -> Model:
     model = Model(spec.model, spec.sharing)
     initialise(model, spec.seed)
@@ -149,6 +173,28 @@ def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     assert first["sums"] == pytest.approx(sums(alone), rel=1e-3, abs=1e-3)
     assert first["stopped_at"] == second["stopped_at"] == 3  # rank 0's directive stops both
     assert first["diverged_at"] == second["diverged_at"] == 1  # rank 1's bad batch is seen on both
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_four_and_eight_ranks_train_the_model_of_one(ranks: int) -> None:
+    spec = tiny(gang__ranks=ranks, budget__steps=4)
+    models, notebooks = [fresh(spec) for _ in range(ranks)], [Notebook() for _ in range(ranks)]
+    meeting, brought = Barrier(ranks, timeout=60), list[Any](range(ranks))
+
+    def run(rank: int) -> None:
+        world = Threads(rank, ranks, CPU, meeting, brought)
+        try:
+            train(models[rank], spec, Noise(spec, world), world, notebooks[rank], lambda model: 2.0)
+        except BaseException:
+            meeting.abort()  # the others need not wait for a rank that failed
+            raise
+
+    with ThreadPoolExecutor(ranks) as threads:
+        list(threads.map(run, range(ranks)))
+    alone, notebook, _ = trained(spec)
+    assert values(notebooks[0].of("train_loss")) == pytest.approx(values(notebook.of("train_loss")), rel=1e-4)
+    assert all(sums(model) == sums(models[0]) for model in models)
+    assert sums(models[0]) == pytest.approx(sums(alone), rel=1e-3, abs=1e-3)
 
 
 def test_a_directive_ends_training_at_the_next_step() -> None:

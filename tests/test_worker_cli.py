@@ -64,12 +64,15 @@ def test_a_spec_file_becomes_an_artifact_and_a_result(
     assert " BPB" in printed.err
 
 
-def test_two_ranks_under_torchrun_score_as_one_rank_does(
+def test_two_ranks_under_torchrun_score_as_one_rank_does_whose_files_could_not_be_written(
     spec_file: Path, small_data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(spec_file), "--data", str(small_data_root), "--json"]
-    assert main(arguments) == 0
-    results = {1: json.loads(capsys.readouterr().out)["result"]}
+    (tmp_path / "out" / ".artifact.bin.partial").mkdir(parents=True)
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert "error: [Errno 21] Is a directory: " in printed.err
+    results = {1: json.loads(printed.out)["result"]}  # which is said even where it could not be written
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "worker"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(worker.__file__).parents[1])}
     command = [*torchrun, *arguments, "--set", "gang.ranks=2"]
@@ -166,7 +169,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ("a: \xff", "cannot be read: 'utf-8' codec can't decode byte 0xff"),
         ("a: \0", "is no YAML: unacceptable character #x0000"),
         ("a: {b: 1}\nc:\n  d: 1\n  e: 2\n  d: 3", "is no YAML: the key 'd' of line 3 is given again in line 5"),
-        ("a: " + "[" * 400 + "]" * 400, "is nested too deeply"),
+        ("a: " + "[" * 1000 + "]" * 1000, "is nested too deeply"),
     ],
 )
 def test_a_spec_file_that_is_no_mapping_is_refused(

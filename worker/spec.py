@@ -290,7 +290,7 @@ def problems_at(
         yield Problem(path, value, f"is not a known key{_hint(str(place[-1]), keys_at(place[:-1], model))}", "unknown")
     elif detail["type"] == "missing":
         yield Problem(path, None, "is missing", "missing")
-    elif detail["type"] in ("dict_type", "model_type"):
+    elif detail["type"] in ("dict_type", "model_type", "model_attributes_type"):
         yield Problem(path or whole, value, "must be a mapping", "value")
     else:
         yield Problem(path or whole, value, detail["msg"], "value")
