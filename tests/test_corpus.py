@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import queue
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -128,6 +130,22 @@ def test_what_an_interrupted_builder_left_is_cleared(tmp_path: Path) -> None:
     with turn(tmp_path) as folder:
         assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_builders_of_one_data_root_take_turns_and_say_that_they_wait(tmp_path: Path) -> None:
+    said: queue.Queue[str] = queue.Queue()
+
+    def second() -> None:
+        with turn(tmp_path, said.put):
+            said.put("its turn")
+
+    waiting = threading.Thread(target=second)
+    with turn(tmp_path):
+        waiting.start()
+        assert said.get(timeout=60) == f"waiting for another program that builds or fetches a dataset in {tmp_path}"
+        assert said.empty()
+    waiting.join(60)
+    assert said.get(timeout=60) == "its turn"
 
 
 def test_a_data_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_a_gpu_that_is_not_there_is_refused(small_data_root: Path) -> None:
         run(Job(tiny_spec(**{"gang.device": "gpu"}), small_data_root), Notes())
 
 
-def test_the_demo_corpus_is_built_where_it_is_missing(tmp_path: Path) -> None:
+def test_the_demo_corpus_is_built_where_it_is_missing_and_not_where_it_is_damaged(tmp_path: Path) -> None:
     smallest = {
         "sharing": {"virtual_layers": 1, "unique_blocks": 1},
         "model": {"width": 16, "heads": 2, "kv_heads": 1, "mlp_multiple": 1},
@@ -299,10 +299,13 @@ def test_the_demo_corpus_is_built_where_it_is_missing(tmp_path: Path) -> None:
         "budget": {"steps": 2},
         "evaluation.validations": 0,
     }
-    job = Job(parse_spec(override(load_recipe("laptop"), smallest)), tmp_path / "data")
-    check(job)
-    assert open_dataset(tmp_path / "data", "stdlib_sp1024").stats["tokens_val"] > 0
-    outcome = finished(run(job, Notes()))
+    job, notes = Job(parse_spec(override(load_recipe("laptop"), smallest)), tmp_path / "data"), Notes()
+    outcome = finished(run(job, notes))
     assert outcome is not None
+    assert "stdlib_sp1024: training a tokenizer of 1,024 pieces" in notes.lines, "it takes a while"
     assert 4.0 < outcome[0].diagnostics["order0_bpb"] < 5.5
-    assert open_dataset(tmp_path / "data", "stdlib_sp1024").stats["val_bytes"] >= outcome[0].diagnostics["val_bytes"]
+    dataset = open_dataset(tmp_path / "data", "stdlib_sp1024")
+    assert dataset.stats["val_bytes"] >= outcome[0].diagnostics["val_bytes"]
+    dataset.train[0].path.unlink()
+    with pytest.raises(DataError, match=r"data\.dataset is 'stdlib_sp1024': .* no train shard.*: caddie data build"):
+        check(job)

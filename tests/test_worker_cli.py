@@ -197,10 +197,15 @@ def test_datasets_are_listed_with_what_is_wrong_with_them(
 ) -> None:
     assert main(["data", "list", "--data", str(small_data_root)]) == 0
     assert "topics_sp512: " in capsys.readouterr().out
-    manifest = {"datasets": [{"name": "gone", "tokenizer_name": "t"}], "tokenizers": []}
+    entries = [{"name": "gone", "tokenizer_name": "t"}, {"name": "odd", "tokenizer_name": "t", "stats": [1]}]
+    manifest = {"datasets": entries, "tokenizers": []}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert main(["data", "list", "--data", str(tmp_path)]) == 0
-    assert "gone: not usable: " in capsys.readouterr().out
+    gone, odd = capsys.readouterr().out.splitlines()
+    assert gone == f"gone: not usable: {tmp_path}/datasets/gone cannot be read, though manifest.json lists it: " + (
+        "No such file or directory"
+    )
+    assert odd.startswith("odd: not usable: ") and "the stats [1]; they must be an object" in odd
 
 
 def test_building_the_demo_corpus_again_does_nothing(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ TOKENIZER = "tokenizer.model"
 _WORKPLACE = ".building-"
 _SPLITS: dict[Split, str] = {"val": "validation", "train": "training"}
 _VOCAB_SIZE = 1024
-_LARGEST_VOCABULARY = 2**16  # a shard's token has 16 bits
+_SMALLEST_VOCABULARY, _LARGEST_VOCABULARY = 261, 2**16
 _ENCODED_AT_ONCE = 1_000
+_PROGRESS_SECONDS = 5.0
 _TOKENIZER_SAMPLE_BYTES = 2_000_000
 _DEMO_PASSAGE_BYTES = 1_000
 
@@ -170,14 +172,18 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from None
+        reason = str(error).rpartition("] ")[2]  # what comes before it is a place in SentencePiece's source
+        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}") from None
     return model.getvalue()
 
 
-def encode_documents(processor: Any, documents: Sequence[str]) -> tuple[NDArray[np.uint16], list[str]]:
+def encode_documents(
+    processor: Any, documents: Sequence[str], done: Callable[[int], None] = lambda count: None
+) -> tuple[NDArray[np.uint16], list[str]]:
     """Documents as tokens, each its BOS and then its text, and that text: as the tokenizer normalises it.
 
-    Raises DataError for a document whose tokens the metric would count as other bytes than that text has.
+    `done` is told now and then how many are. Raises DataError for a document whose tokens the metric would count as
+    other bytes than that text has.
     """
     table, pieces, texts = byte_table(processor), [], []
     for first in range(0, len(documents), _ENCODED_AT_ONCE):
@@ -189,6 +195,7 @@ def encode_documents(processor: Any, documents: Sequence[str]) -> tuple[NDArray[
                 raise DataError(f"the document {text[:40]!r}… has {size} bytes, but its tokens count {cost}")
             pieces.append(tokens.astype(np.uint16))
             texts.append(text)
+        done(len(texts))
     return np.concatenate(pieces), texts
 
 
@@ -257,6 +264,11 @@ def _take_tokenizer(plan: CorpusPlan, documents: Sequence[str], path: Path, say:
     source = plan.tokenizer or path
     if plan.tokenizer is None:
         vocab_size = _VOCAB_SIZE if plan.vocab_size is None else plan.vocab_size
+        if not _SMALLEST_VOCABULARY <= vocab_size <= _LARGEST_VOCABULARY:
+            right = (
+                f"must be from {_SMALLEST_VOCABULARY} to {_LARGEST_VOCABULARY}: a piece for each byte, 16 bits a token"
+            )
+            raise FieldError("vocab_size", vocab_size, right)
         say(f"{plan.dataset}: training a tokenizer of {vocab_size:,} pieces")
         path.write_bytes(train_tokenizer(documents, vocab_size))
     processor = load_tokenizer(source)
@@ -276,7 +288,15 @@ def _write_split(
     folder: Path, plan: CorpusPlan, split: Split, documents: Sequence[str], processor: Any, say: Say
 ) -> dict[str, Any]:
     """Write a split's shards; what the manifest says of it."""
-    tokens, texts = encode_documents(processor, documents)
+    said = time.monotonic()
+
+    def done(count: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > _PROGRESS_SECONDS:
+            said = time.monotonic()
+            say(f"{plan.dataset}: {count:,} of {len(documents):,} {_SPLITS[split]} documents are tokens")
+
+    tokens, texts = encode_documents(processor, documents, done)
     if changed := sum(text != document for text, document in zip(texts, documents, strict=True)):
         say(
             f"{plan.dataset}: the tokenizer's normalisation changes {changed:,} of {len(texts):,} {_SPLITS[split]} "

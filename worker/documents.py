@@ -19,22 +19,22 @@ _DEMO_SKIPS = frozenset(
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file in UTF-8: of a .jsonl file the `text` of each line's object, of any other each line.
+    """The documents of a text file in UTF-8: of JSON lines the `text` of each line's object, of any other each line.
     Space at their ends is dropped, and so are documents of nothing else. Raises DataError, naming the line."""
     documents, number = [], 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text and path.suffix == ".jsonl":
+                if text and path.suffix in (".jsonl", ".ndjson", ".json"):
                     text = json.loads(text)["text"].strip()
                     text.encode()  # JSON can name halves of a character, which no UTF-8 has
                 if text:
                     documents.append(text)
     except OSError as error:
         raise DataError(f"text {path} cannot be read: {error.strerror}") from None
-    except UnicodeError as error:
-        raise DataError(f"text {path}, line {number} is no UTF-8: {error}") from None
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise DataError(f"text {path}, line {number} is no UTF-8: {error.reason}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DataError(f'text {path}, line {number} must be a JSON object such as {{"text": "…"}}') from None
     if not documents:

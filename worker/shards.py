@@ -199,9 +199,11 @@ def shard_name(prefix: str, split: Split, number: int) -> str:
 
 def _shards(folder: Path, split: Split) -> tuple[Shard, ...]:
     """Every shard of a split in order. The pattern leaves out byte side-cars such as fineweb_val_bytes_000000.bin."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is missing, though manifest.json lists the dataset")
-    named = {path.name: re.fullmatch(rf".+_{split}_(\d{{6}})\.bin", path.name) for path in folder.iterdir()}
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read, though manifest.json lists it: {error.strerror}") from None
+    named = {name: re.fullmatch(rf".+_{split}_(\d{{6}})\.bin", name) for name in names}
     numbers = {int(match[1]): name for name, match in named.items() if match}
     if not numbers:
         raise DataError(f"{folder} holds no {split} shard, a file named <prefix>_{split}_000000.bin")

@@ -37,7 +37,7 @@ function draw() {
 /** The final scores, on all of the text: lines that the curves are not held against without saying so. */
 function scores() {
   const { bpb, before } = document.querySelector("#live-head [data-bpb]")?.dataset ?? {};
-  const line = (score, words, ink, dash) => ({ y: Number(score), ink: colour(ink), dash, text: `${Number(score).toFixed(4)} ${words}` });
+  const line = (score, words, ink, stroke) => ({ y: Number(score), ink: colour(ink), dash: stroke, text: `${Number(score).toFixed(4)} ${words}` });
   return bpb ? [line(bpb, "from the artifact", "accent", "solid"), line(before, "before quantisation", "soft", "dash")] : [];
 }
 
