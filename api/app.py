@@ -1,7 +1,6 @@
 """The application: /v1, the pages, Optuna's dashboard, and one answer to every error."""
 
 import json
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from api.admission import Admission, Door
 from api.context import Context
 from api.dashboard import Dashboard
 from api.doors import Doors
-from api.problems import EXPECTED, MEDIA_TYPE, problem, problem_of, respond
+from api.problems import EXPECTED, MEDIA_TYPE, problem, problem_of, respond, title_of
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.database import Database
 from orchestrator.executors import Executors
@@ -146,7 +145,7 @@ def _declare_problems(app: FastAPI) -> None:
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         schema = {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}
         components["responses"] = {
-            f"Problem{status}": {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: schema}}
+            f"Problem{status}": {"description": title_of(status), "content": {MEDIA_TYPE: schema}}
             for status in (*DOOR_STATUSES, *BODY_STATUSES)
         }
         for path, operations in document["paths"].items():

@@ -146,7 +146,7 @@ for _name, (_help, _fetch, _parts) in READS.items():
 
 MOVES = {
     "pause": "Start nothing more; what runs finishes.",
-    "resume": "Let a paused study run on.",
+    "resume": "Let a paused study run on; what it paused for is tried again.",
     "stop": "End a study: queued trials are cancelled, what runs finishes.",
     "archive": "Put an ended study out of sight; nothing of it is lost.",
     "unarchive": "Put an archived study back among the others.",

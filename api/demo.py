@@ -184,7 +184,7 @@ def _report(console: Console, settings: Settings, caddie: Caddie, name: str) -> 
     again = f"caddie up --home {shlex.quote(str(settings.home))} --port {settings.port}"
     show(
         f"picture    {_picture(settings, name)}",
-        f"page       {settings.url}/studies/{name} while this runs: {again}",
+        f"page       {settings.url}/studies/{name}, while this runs:\n           {again}",
         console=console,
     )
 

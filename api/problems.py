@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from http import HTTPStatus
 from math import isfinite
 from typing import Any
 
@@ -44,6 +43,11 @@ TITLES: dict[str, tuple[int, str]] = {
 }
 
 
+def title_of(status: int) -> str:
+    """What a status says here. The standard library's phrases differ between versions of Python."""
+    return "; or ".join(title for its, title in TITLES.values() if its == status)
+
+
 class NotReady(Exception):
     """The database cannot be reached, or is not migrated."""
 
@@ -65,7 +69,7 @@ EXPECTED: tuple[type[Exception], ...] = (
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The declaration of these errors for a route."""
-    return {status: {"model": ProblemDetails, "description": HTTPStatus(status).phrase} for status in statuses}
+    return {status: {"model": ProblemDetails, "description": title_of(status)} for status in statuses}
 
 
 def problem(

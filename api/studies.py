@@ -119,7 +119,8 @@ def pause_study(study: StudyName, writer: WriterOf) -> StudyOut:
 
 @router.post("/studies/{study}/resume", responses=responses(404, 409))
 def resume_study(study: StudyName, writer: WriterOf) -> StudyOut:
-    """Propose and start again."""
+    """Propose and start again. Where the study had paused because of bad input, the trials that failed for it are tried
+    again."""
     return _move(writer, study, StudyState.RUNNING, "study.resume")
 
 

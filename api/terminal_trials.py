@@ -8,6 +8,7 @@ from api.lines import LogLineOut
 from api.schemas import EventOut, MeasurementOut, NoteOut, TrialOut, TrialSummary
 from api.tables import Column, Grid
 from api.terminal import bpb_text, time_text, tying_text
+from orchestrator.lifecycle import OPEN_TRIALS
 
 
 def trials_table(trials: Sequence[TrialSummary]) -> Grid:
@@ -25,7 +26,7 @@ def trials_table(trials: Sequence[TrialSummary]) -> Grid:
             f"{trial.artifact_bytes or trial.predicted_artifact_bytes:,}{'' if trial.artifact_bytes else '?'}",
             f"{trial.parameters:,}", tying_text(trial.tying_map), str(trial.lora_rank), str(trial.ranks),
             str(trial.seed), trial.origin, trial.suggestion.arm if trial.suggestion else "–",
-            time_text(trial.finished_at), " ".join(trial.tags), trial.reason or trial.phase,
+            time_text(trial.finished_at), " ".join(trial.tags), _why(trial) or trial.phase,
         )
         for trial in trials
     ]  # fmt: skip
@@ -41,8 +42,13 @@ def trial_lines(trial: TrialOut) -> list[str]:
     else:
         verdict = trial.verdict.replace("_", " ")
         outcome = f"{trial.prediction.artifact_bytes:,} artifact bytes predicted: {verdict}"
-    why = f" ({trial.reason})" if trial.reason and trial.state != "complete" else ""
+    why = f" ({_why(trial)})" if _why(trial) and trial.state != "complete" else ""
     return [f"trial {trial.number} of {trial.study}: {trial.state}{why}", f"  {shape}", f"  {outcome}"]
+
+
+def _why(trial: TrialSummary) -> str | None:
+    """Why a trial has ended as it did. One that is open may have a reason too, about its prediction."""
+    return None if trial.state in OPEN_TRIALS else trial.reason
 
 
 def trial_parts(trial: TrialOut) -> list[Grid | str]:

@@ -53,7 +53,6 @@ def up(settings: Settings, environment: Mapping[str, str]) -> None:
     database.migrate()
     require_door(settings, database, datetime.now(UTC))
     settings.home.mkdir(parents=True, exist_ok=True)
-    here = settings.address
     # One name for all the orchestrators that this process starts, so that each knows what the last one left.
     named = {**environment, "CADDIE_OWNER": settings.owner}
     own_ray = settings.launcher == "ray" and settings.ray_address is None
@@ -66,10 +65,8 @@ def up(settings: Settings, environment: Mapping[str, str]) -> None:
     signal.signal(signal.SIGTERM, _exit)
     try:
         orchestrator.start()
-        print(
-            f"Caddie is up: {here}  (API docs {here}/docs, Optuna dashboard {here}/dashboard)",
-            flush=True,
-        )
+        here = settings.address
+        print(f"Caddie is up: {here}  (API docs {here}/docs, Optuna dashboard {here}/dashboard)", flush=True)
         print(f"database {database.url.render_as_string(hide_password=True)}, log {orchestrator.log_path}", flush=True)
         serve(settings, database)
     finally:

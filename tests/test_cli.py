@@ -428,7 +428,7 @@ def test_a_trial_is_shown_and_cancelled_once(caddie: Run, sweep: None) -> None:
     caddie("submit", "sweep")
     assert caddie("trial", "sweep", "0").out.startswith("trial 0 of sweep: queued\n")
     assert json.loads(caddie("trial", "sweep", "0", "--json").out)["state"] == "queued"
-    assert caddie("cancel", "sweep", "0").out.startswith("trial 0 of sweep: cancelled")
+    assert caddie("cancel", "sweep", "0").out.startswith("trial 0 of sweep: cancelled\n")
     assert "trial 0" in caddie("cancel", "sweep", "0").refusal(2)
 
 
@@ -436,7 +436,7 @@ def test_what_does_not_exist_is_one_line(caddie: Run, sweep: None) -> None:
     unknown = ["submit none", "trial none 0", "cancel none 0", "leaderboard none", "watch none", "study stop none"]
     for command in unknown:
         assert caddie(*command.split()).refusal(2) == "caddie: no study 'none'"
-    assert caddie("trial", "sweep", "7").refusal(2).startswith("caddie: no trial ")
+    assert caddie("trial", "sweep", "7").refusal(2) == "caddie: no trial 7 in study sweep"
 
 
 def test_the_leaderboard_is_best_first(

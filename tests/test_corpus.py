@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import queue
 import threading
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -199,18 +198,19 @@ def test_datasets_of_ones_own_text_leave_each_other_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
+    ("vocab_size", "tokenizer", "message"),
     [
-        (CorpusPlan("x", "x", vocab_size=400), r"vocab_size is 400: must be 512, the pieces of the tokenizer .*model"),
-        (CorpusPlan("x", "x", tokenizer=Path("gone.model")), r"gone\.model is no SentencePiece model: .*No such file"),
+        (0, None, "vocab_size is 0: must be from 261 .* to 65536"),
+        (400, "tokenizer.model", r"vocab_size is 400: must be 512, the pieces of the tokenizer .*tokenizer\.model"),
+        (None, "gone.model", r"gone\.model is no SentencePiece model: .*No such file"),
     ],
 )
 def test_a_tokenizer_that_does_not_suit_is_refused(
-    small_data_root: Path, tmp_path: Path, plan: CorpusPlan, message: str
+    small_data_root: Path, tmp_path: Path, vocab_size: int | None, tokenizer: str | None, message: str
 ) -> None:
-    given = plan.tokenizer or open_dataset(small_data_root, "topics_sp512").tokenizer
+    given = open_dataset(small_data_root, "topics_sp512").tokenizer.with_name(tokenizer) if tokenizer else None
     with pytest.raises((DataError, FieldError), match=message):
-        build_corpus(tmp_path, replace(plan, tokenizer=given), TEXTS)
+        build_corpus(tmp_path, CorpusPlan("x", "x", vocab_size, given), TEXTS)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 

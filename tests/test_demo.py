@@ -147,7 +147,7 @@ def test_a_demo_that_is_interrupted_leaves_no_process_and_goes_on_later(
     names = "rank +trial +BPB +± +n +before +bytes +params +tying map +LoRA +ranks +sec"  # all that the issue asks for
     for part in (
         "resuming the study", "Leaderboard \\(cap 450,000 bytes", names, "was refused before training", "best ",
-        f"page .* caddie up --home {demo.home} --port ",
+        f"page .*, while this runs:\\n +caddie up --home {demo.home} --port ",
     ):  # fmt: skip
         assert re.search(part, printed), printed
     assert "submitted" not in printed

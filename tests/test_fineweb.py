@@ -56,7 +56,7 @@ def published(tmp_path: Path, small_data_root: Path, monkeypatch: pytest.MonkeyP
     manifest = {"datasets": [entry], "tokenizers": [{"name": "toy", "model_path": "toy.model"}]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder))
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")

@@ -265,9 +265,7 @@ def _take_tokenizer(plan: CorpusPlan, documents: Sequence[str], path: Path, say:
     if plan.tokenizer is None:
         vocab_size = _VOCAB_SIZE if plan.vocab_size is None else plan.vocab_size
         if not _SMALLEST_VOCABULARY <= vocab_size <= _LARGEST_VOCABULARY:
-            right = (
-                f"must be from {_SMALLEST_VOCABULARY} to {_LARGEST_VOCABULARY}: a piece for each byte, 16 bits a token"
-            )
+            right = f"must be from {_SMALLEST_VOCABULARY} (each byte is one) to {_LARGEST_VOCABULARY} (of 16 bits)"
             raise FieldError("vocab_size", vocab_size, right)
         say(f"{plan.dataset}: training a tokenizer of {vocab_size:,} pieces")
         path.write_bytes(train_tokenizer(documents, vocab_size))
