@@ -34,6 +34,7 @@ from orchestrator.lifecycle import Cause, Outcome, StudyState
 from orchestrator.settings import KNOWN, Settings
 from orchestrator.study import AttemptResult, Claim, NewStudy
 from orchestrator.tables import TrialRow
+from worker.__main__ import main as worker
 from worker.recipes import load_recipe
 from worker.spec import GangConfig, parse_spec
 
@@ -777,7 +778,7 @@ def test_the_readmes_studies_are_studies() -> None:
         assert study.space
 
 
-def test_the_readmes_commands_exist_and_take_those_options() -> None:
+def test_the_readmes_commands_exist_and_take_those_options(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "README.md").read_text()
     commands: Any = get_command(app)
     lines = [line.partition("#")[0].split() for line in re.findall(r"^caddie (.*)", text, re.MULTILINE)]
@@ -788,6 +789,10 @@ def test_the_readmes_commands_exist_and_take_those_options() -> None:
         if hasattr(command, "commands"):
             command = command.commands[words[1]]
         options = {option for parameter in command.params for option in parameter.opts}
+        if words[0] == "data":  # whose words are the worker's
+            with pytest.raises(SystemExit):
+                worker([*words[:2], "--help"])
+            options = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         assert {word.strip("[]") for word in words if word.strip("[").startswith("--")} <= options, words
 
 

@@ -46,7 +46,7 @@ def end(database: Database, now: datetime) -> Callable[..., None]:
 
     def run(held: Claim, seconds: float, **phases: float) -> None:
         failed = AttemptResult(
-            Outcome.FAILED, "it was tried", cause=Cause.BAD_INPUT, seconds=phases or None,
+            Outcome.FAILED, "it was tried", cause=Cause.DIVERGED, seconds=phases or None,
             phase=[*phases][-1] if phases else None,
         )  # fmt: skip
         with database.write() as session:
