@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -42,8 +42,7 @@ def api() -> None:
 
     settings = Settings.read(os.environ)
     require_free_port(settings)
-    with database_errors(settings):
-        database = Database(settings.database_url)
+    with database_errors(settings), closing(Database(settings.database_url)) as database:
         require_door(settings, database, datetime.now(UTC))
         database.needs_migration()  # whether it answers at all: /readyz says whether the schema is ours
         serve(settings, database)
@@ -60,8 +59,7 @@ def migrate() -> None:
     from orchestrator.database import Database
 
     settings = Settings.read(os.environ)
-    with database_errors(settings):
-        database = Database(settings.database_url)
+    with database_errors(settings), closing(Database(settings.database_url)) as database:
         database.migrate()
     print(f"{database.url.render_as_string(hide_password=True)} is at this version's schema")
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -47,12 +48,16 @@ def up(settings: Settings, environment: Mapping[str, str]) -> None:
     anybody.
     """
     require_free_port(settings)
-    database = Database(settings.database_url)
-    if database.is_new:  # and so without tokens
+    with closing(Database(settings.database_url)) as database:
+        if database.is_new:  # and so without tokens
+            require_door(settings, database, datetime.now(UTC))
+        database.migrate()
         require_door(settings, database, datetime.now(UTC))
-    database.migrate()
-    require_door(settings, database, datetime.now(UTC))
-    settings.home.mkdir(parents=True, exist_ok=True)
+        settings.home.mkdir(parents=True, exist_ok=True)
+        _serve_with_orchestrator(settings, environment, database)
+
+
+def _serve_with_orchestrator(settings: Settings, environment: Mapping[str, str], database: Database) -> None:
     # One name for all the orchestrators that this process starts, so that each knows what the last one left.
     named = {**environment, "CADDIE_OWNER": settings.owner}
     own_ray = settings.launcher == "ray" and settings.ray_address is None
@@ -71,7 +76,6 @@ def up(settings: Settings, environment: Mapping[str, str]) -> None:
         serve(settings, database)
     finally:
         orchestrator.stop()
-        database.close()
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:
