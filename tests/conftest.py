@@ -27,7 +27,7 @@ from orchestrator.store import add_trial, create_study
 from orchestrator.study import Claim, NewStudy, NewTrial, Prediction, Study
 from orchestrator.tables import Base
 from worker import corpus, documents
-from worker.corpus import CorpusPlan, build_corpus, build_demo
+from worker.corpus import CorpusPlan, build, build_demo, turn
 from worker.recipes import load_recipe
 from worker.report import TrialResult
 from worker.spec import TrialSpec, override, parse_spec
@@ -60,7 +60,8 @@ def small_data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with `topics_sp512`: a few help topics of Python, about 25,000 tokens. Not to be written to."""
     root = tmp_path_factory.mktemp("small-data")
     plan = CorpusPlan("topics_sp512", "topics", vocab_size=512, validation_share=0.1, passage_bytes=1_000)
-    build_corpus(root, plan, [topics[name] for name in sorted(topics)[:12]])
+    with turn(root) as folder:
+        build(root, folder, plan, [topics[name] for name in sorted(topics)[:12]])
     return root
 
 

@@ -3,7 +3,10 @@
 import json
 import multiprocessing
 import queue
+import shlex
+import shutil
 import threading
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,7 +20,7 @@ from worker.__main__ import main
 from worker.corpus import (
     DEMO_DATASET,
     CorpusPlan,
-    build_corpus,
+    build,
     build_demo,
     build_text,
     encode_documents,
@@ -25,11 +28,17 @@ from worker.corpus import (
     turn,
 )
 from worker.documents import demo_documents, order0_bits_per_byte, passages, read_documents, split_documents
+from worker.fineweb import command_for
 from worker.shape import FieldError
 from worker.shards import DataError, TokenStream, open_dataset
 from worker.tokenizer import byte_table, load_tokenizer
 
 TEXTS = [topics[name] for name in sorted(topics)[:6]]
+
+
+def build_here(root: Path, name: str = "toy_sp400", documents: Sequence[str] = TEXTS) -> None:
+    with turn(root) as folder:
+        build(root, folder, CorpusPlan(name, "toy", vocab_size=400), documents)
 
 
 def decoded_documents(root: Path, name: str) -> list[str]:
@@ -69,16 +78,12 @@ def test_the_demo_corpus_holds_out_whole_documents() -> None:
 
 def test_a_second_build_does_nothing(tmp_path: Path) -> None:
     root = tmp_path / "data"
-    build_corpus(root, CorpusPlan(DEMO_DATASET, "stdlib", vocab_size=400), TEXTS)
+    build_here(root, DEMO_DATASET)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
     said: list[str] = []
     build_demo(root, said.append)
     assert said == []
     assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
-def build_here(root: Path) -> None:
-    build_corpus(root, CorpusPlan("toy_sp400", "toy", vocab_size=400), TEXTS)
 
 
 def test_two_builders_at_once_leave_one_whole_dataset(tmp_path: Path) -> None:
@@ -118,7 +123,7 @@ def test_a_failed_build_leaves_the_data_root_as_it_was(tmp_path: Path, documents
     build_here(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(DataError, match=message):
-        build_corpus(tmp_path, CorpusPlan("other_sp400", "other", vocab_size=400), documents)
+        build_here(tmp_path, "other_sp400", documents)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "datasets", ".lock"}
 
@@ -153,6 +158,8 @@ def test_a_data_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match="cannot be written: No such file or directory"), turn(tmp_path) as folder:
         (folder / "no" / "shard").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cannot be written: No space left on device$"), turn(tmp_path):
+        Path("/dev/full").write_bytes(b"a shard")
 
 
 def test_documents_and_the_challenges_tokenizer_become_a_dataset_to_the_byte(
@@ -187,14 +194,31 @@ def test_datasets_of_ones_own_text_leave_each_other_alone(tmp_path: Path) -> Non
     documents = [line.strip().replace("\u2581", " ") for line in f"{TEXTS[1]}\na \u2581 mark".split("\n")]
     assert set(decoded_documents(root, "second")) <= set(documents)
     assert any("the tokenizer's normalisation changes 1 of" in line for line in said)
-    with pytest.raises(FieldError, match=r"name is 'first': must be a new one; .* remove .*first first"):
-        build_text(root, CorpusPlan("first", "first", vocab_size=400), lines)
-    (root / "datasets" / "first" / "first_train_000000.bin").unlink()
-    build_text(root, CorpusPlan("first", "first", tokenizer=open_dataset(root, "second").tokenizer), lines, said.append)
-    (mended,) = (line for line in said if line.startswith("first cannot be used, and is built again: "))
-    assert "holds no train shard" in mended
-    assert [open_whole(root, name).stats["val_bytes"] for name in ("first", "second")]
     assert not (root / "tokenizers").exists()
+
+
+def test_a_dataset_of_ones_own_is_built_again_only_once_its_folder_is_removed(tmp_path: Path) -> None:
+    root, lines, quoted = tmp_path / "root", tmp_path / "lines.txt", shlex.quote(str(tmp_path / "root"))
+    lines.write_text(TEXTS[0])
+    command = f"caddie data build --data {quoted} --name own --text FILE"
+    assert command_for(root, "own") == command
+    build_text(root, CorpusPlan("own", "own", vocab_size=333), lines)
+    here, manifest = root / "datasets" / "own", (root / "manifest.json").read_bytes()
+    for gone in ("nothing", "datasets/own/own_train_000000.bin", "manifest.json"):
+        (root / gone).unlink(missing_ok=True)
+        with pytest.raises(FieldError, match=rf"name is 'own': must be a new one; .* remove {here} first"):
+            build_text(root, CorpusPlan("own", "own", vocab_size=400), lines)
+    assert command_for(root, "own") == f"{command} (remove {here} first)"
+    (root / "manifest.json").write_bytes(manifest.replace(b"vocab_size", b"unsaid"))  # as an earlier release left it
+    assert command_for(root, "own") == f"{command} --vocab-size N (remove {here} first)"
+    (root / "manifest.json").write_bytes(manifest)
+    assert command_for(root, "own") == f"{command} --vocab-size 333 (remove {here} first)"
+    given = here.rename(tmp_path / "before") / "tokenizer.model"
+    assert command_for(root, "own") == f"{command} --vocab-size 333"
+    assert build_text(root, CorpusPlan("own", "own", tokenizer=given), lines) == 333
+    assert open_whole(root, "own").stats["vocab_size"] == 333
+    shutil.rmtree(here)
+    assert command_for(root, "own") == f"{command} --tokenizer MODEL"
 
 
 @pytest.mark.parametrize(
@@ -209,8 +233,8 @@ def test_a_tokenizer_that_does_not_suit_is_refused(
     small_data_root: Path, tmp_path: Path, vocab_size: int | None, tokenizer: str | None, message: str
 ) -> None:
     given = open_dataset(small_data_root, "topics_sp512").tokenizer.with_name(tokenizer) if tokenizer else None
-    with pytest.raises((DataError, FieldError), match=message):
-        build_corpus(tmp_path, CorpusPlan("x", "x", vocab_size, given), TEXTS)
+    with pytest.raises((DataError, FieldError), match=message), turn(tmp_path) as folder:
+        build(tmp_path, folder, CorpusPlan("x", "x", vocab_size, given), TEXTS)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 

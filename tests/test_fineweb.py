@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.fineweb import REPOSITORIES, fetch
+from worker.fineweb import REPOSITORIES, command_for, fetch
 from worker.shards import DataError, open_dataset, write_shard
 
 NAME = "fineweb10B_sp1024"
@@ -84,6 +85,15 @@ def test_a_published_dataset_is_fetched_whole_and_once(published: Path, tmp_path
     with pytest.raises(DataError, match=r"cannot fetch .*fineweb_train_000001\.bin"):
         fetch(root, train_shards=2)
     assert open_dataset(root, NAME) == dataset
+    for number in (1, 2):
+        write_shard(published / "datasets" / NAME / f"fineweb_train_{number:06d}.bin", [number])
+    assert command_for(root, NAME) == f"caddie data fetch --data {shlex.quote(str(root))} --variant sp1024"
+    write_shard(root / "datasets" / NAME / "fineweb_train_000002.bin", [2])
+    with pytest.raises(DataError, match="misses train shard 000001"):
+        open_dataset(root, NAME)
+    assert command_for(root, NAME).endswith(" --variant sp1024 --train-shards 3")
+    fetch(root, train_shards=3)
+    assert [shard.tokens for shard in open_dataset(root, NAME).train] == [3, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -72,24 +72,24 @@ class CorpusPlan:
 def build_demo(root: Path, say: Say = lambda message: None) -> None:
     """Put the demo corpus, `stdlib_sp1024`, into the data root: the standard library's documentation and sources of the
     Python that runs this. Does nothing where it is there whole; builds a damaged one again. Raises DataError."""
-    if _is_whole(root, DEMO_DATASET):
+    if _has_demo(root):
         return  # without the lock: a data root that is there may well be read-only
     plan = CorpusPlan(DEMO_DATASET, "stdlib", passage_bytes=_DEMO_PASSAGE_BYTES)
     with turn(root, say) as folder:
-        if not _is_whole(root, DEMO_DATASET, say):  # nor since the lock was asked for
+        if not _has_demo(root, say):  # nor since the lock was asked for
             build(root, folder, plan, demo_documents(), say)
 
 
 def build_text(root: Path, plan: CorpusPlan, path: Path, say: Say = lambda message: None) -> int:
     """Add the documents of a text file to the data root as a new dataset; how many pieces its tokenizer has.
 
-    Raises DataError as read_documents and build_corpus do, and FieldError where the data root has the dataset: what
-    trials were scored on must not become other text under the same name.
+    Raises DataError and FieldError as read_documents and build do, and FieldError where the data root has a folder of
+    that name, damaged or not: what trials were scored on must not become other text under the same name.
     """
     documents = read_documents(path)
     with turn(root, say) as folder:
-        if _is_whole(root, plan.dataset, say):
-            here = root / "datasets" / plan.dataset
+        here = root / "datasets" / plan.dataset
+        if here.exists():
             raise FieldError("name", plan.dataset, f"must be a new one; to build this one again, remove {here} first")
         return build(root, folder, plan, documents, say)
 
@@ -112,19 +112,14 @@ def open_whole(root: Path, name: str) -> Dataset:
     return dataset
 
 
-def build_corpus(root: Path, plan: CorpusPlan, documents: Sequence[str], say: Say = lambda message: None) -> None:
-    """Add documents to the data root as a dataset, replacing one of the same name. Its tokenizer lies in its own
-    folder, where no other dataset's can replace it.
+def build(root: Path, folder: Path, plan: CorpusPlan, documents: Sequence[str], say: Say = lambda message: None) -> int:
+    """Add documents to the data root as a dataset, replacing one of the same name; how many pieces its tokenizer has.
+    That lies in the dataset's own folder, where no other dataset's can replace it.
 
-    Raises DataError and FieldError, leaving the data root as it was, for documents whose bytes the tokens could not
-    stand for, and for a tokenizer that shards cannot be made with.
+    For a builder whose turn it is, in the folder that came with it: see turn. Raises DataError and FieldError, leaving
+    the data root as it was, for documents whose bytes the tokens could not stand for, and for a tokenizer that shards
+    cannot be made with.
     """
-    with turn(root, say) as folder:
-        build(root, folder, plan, documents, say)
-
-
-def build(root: Path, folder: Path, plan: CorpusPlan, documents: Sequence[str], say: Say) -> int:
-    """As build_corpus, by a builder whose turn it is, in the folder that came with it. The tokenizer's pieces."""
     held_out, kept = split_documents(documents, plan.validation_share)
     validation, training = passages(held_out, plan.passage_bytes), passages(kept, plan.passage_bytes)
     if not validation or not training:
@@ -134,12 +129,14 @@ def build(root: Path, folder: Path, plan: CorpusPlan, documents: Sequence[str], 
     whole.mkdir()
     processor = _take_tokenizer(plan, training, whole / TOKENIZER, say)
     say(f"{plan.dataset}: writing shards")
+    pieces = int(processor.get_piece_size())
     stats: dict[str, Any] = {"python": sys.version.split()[0]}
+    stats |= {"vocab_size": pieces, "tokenizer_given": plan.tokenizer is not None}
     stats |= _write_split(whole, plan, "val", validation, processor, say)
     stats |= _write_split(whole, plan, "train", training, processor, say)
     _publish(root, whole, stats)
     say(f"{plan.dataset}: {stats['tokens_train']:,} training and {stats['tokens_val']:,} validation tokens")
-    return int(processor.get_piece_size())
+    return pieces
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> bytes:
@@ -233,17 +230,18 @@ def turn(root: Path, say: Say = lambda message: None) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"data root {root} cannot be written: {error.strerror} ({error.filename})") from None
+        file = "" if error.filename is None else f" ({error.filename})"  # a disk that is full names none
+        raise DataError(f"data root {root} cannot be written: {error.strerror}{file}") from None
 
 
-def _is_whole(root: Path, name: str, say: Say = lambda message: None) -> bool:
-    """Whether the data root has the dataset and it can be used. Says why not where it is listed."""
-    if not has_dataset(root, name):
+def _has_demo(root: Path, say: Say = lambda message: None) -> bool:
+    """Whether the data root has the demo corpus and it can be used. Says why not where it is listed."""
+    if not has_dataset(root, DEMO_DATASET):
         return False
     try:
-        open_whole(root, name)
+        open_whole(root, DEMO_DATASET)
     except DataError as error:
-        say(f"{name} cannot be used, and is built again: {error}")
+        say(f"{DEMO_DATASET} cannot be used, and is built again: {error}")
         return False
     return True
 

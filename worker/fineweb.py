@@ -53,14 +53,31 @@ def fetch(
 
 
 def command_for(root: Path, name: str) -> str:
-    """The command that puts a dataset of this name into the data root, whole."""
-    where = f"--data {shlex.quote(str(root))}"
+    """The command that puts a dataset of this name into the data root, whole, with as many training shards and as
+    large a vocabulary as it had; and what to remove before."""
+    where, here = f"--data {shlex.quote(str(root))}", root / "datasets" / name
     if name == DEMO_DATASET:
         return f"caddie data build {where}"
     for variant, published in DATASETS.items():
         if name == published:
-            return f"caddie data fetch {where} --variant {variant}"
-    return f"caddie data build {where} --name {shlex.quote(name)} --text FILE"
+            last = max((int(path.stem[-6:]) for path in here.glob(f"*_train_{'[0-9]' * 6}.bin")), default=0)
+            return f"caddie data fetch {where} --variant {variant}" + (f" --train-shards {last + 1}" if last else "")
+    command = f"caddie data build {where} --name {shlex.quote(name)} --text FILE{_vocabulary(root, name)}"
+    return f"{command} (remove {here} first)" if here.exists() else command
+
+
+def _vocabulary(root: Path, name: str) -> str:
+    """The option that gives a dataset of one's own the vocabulary that it had: with a word to replace, like FILE, where
+    the manifest lists it without one, as an earlier release's does. None for a dataset that is not listed."""
+    try:
+        stats = [stats_of(root, entry) for entry in read_manifest(root)["datasets"] if entry.get("name") == name]
+    except DataError:
+        return ""  # the command will say what is wrong with the manifest
+    if not stats:
+        return ""
+    if stats[0].get("tokenizer_given"):
+        return " --tokenizer MODEL"
+    return f" --vocab-size {stats[0].get('vocab_size', 'N')}"
 
 
 def _reach_hub(repository: str) -> None:

@@ -45,8 +45,9 @@ class Shard:
 @dataclass(frozen=True)
 class Dataset:
     """One dataset of a data root. `stats` is what the manifest says of it: of ours also val_bytes, the UTF-8 bytes of
-    the validation text as its tokenizer normalises it, and val_order0_bits_per_byte, what a coder of single byte
-    frequencies needs for them."""
+    the validation text as its tokenizer normalises it, val_order0_bits_per_byte, what a coder of single byte
+    frequencies needs for them, vocab_size, its tokenizer's pieces, and tokenizer_given, whether that was not trained
+    on the text; a dataset of an earlier release lacks the last two."""
 
     name: str
     train: tuple[Shard, ...]
