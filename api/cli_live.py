@@ -13,7 +13,7 @@ from api.watch import came_to_nothing, watch_study
 
 
 def watch(study: StudyName) -> None:
-    """Follow a study until it ends: progress, cost, gangs, leaders. Exits 1 if trials failed and none is complete."""
+    """Follow a study until it ends: progress, cost, gangs, leaders. Exits 1 where nothing came of it."""
     with connect() as caddie:
         ended = watch_study(Console(highlight=False), caddie, study)
     if came_to_nothing(ended):

@@ -56,12 +56,12 @@ def orchestrator() -> None:
 
 def migrate() -> None:
     """Bring the database to this version's schema. Safe to repeat, and by several at once."""
-    from orchestrator.database import Database
+    from orchestrator.database import Database, shown
 
     settings = Settings.read(os.environ)
     with database_errors(settings), closing(Database(settings.database_url)) as database:
         database.migrate()
-    print(f"{database.url.render_as_string(hide_password=True)} is at this version's schema")
+    print(f"{shown(database.url)} is at this version's schema")
 
 
 def doctor(
@@ -131,10 +131,12 @@ def database_errors(settings: Settings) -> Iterator[None]:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import DBAPIError
 
+    from orchestrator.database import shown
+
     try:
         yield
     except DBAPIError as error:
-        which = make_url(settings.database_url).render_as_string(hide_password=True)
+        which = shown(make_url(settings.database_url))
         why = " ".join(str(error.orig).split())
         setting = "CADDIE_DATABASE_URL, or else CADDIE_HOME, says which"
         raise ConnectionError(f"the database {which}: {why} ({setting})") from None

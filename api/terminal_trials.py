@@ -42,13 +42,13 @@ def trial_lines(trial: TrialOut) -> list[str]:
     else:
         verdict = trial.verdict.replace("_", " ")
         outcome = f"{trial.prediction.artifact_bytes:,} artifact bytes predicted: {verdict}"
-    why = f" ({_why(trial)})" if _why(trial) and trial.state != "complete" else ""
+    why = f" ({_why(trial)})" if _why(trial) else ""
     return [f"trial {trial.number} of {trial.study}: {trial.state}{why}", f"  {shape}", f"  {outcome}"]
 
 
 def _why(trial: TrialSummary) -> str | None:
-    """Why a trial has ended as it did. One that is open may have a reason too, about its prediction."""
-    return None if trial.state in OPEN_TRIALS else trial.reason
+    """Why a trial has ended without success. One that is open may have a reason too, about its prediction."""
+    return None if trial.state in (*OPEN_TRIALS, "complete") else trial.reason
 
 
 def trial_parts(trial: TrialOut) -> list[Grid | str]:

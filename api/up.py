@@ -19,7 +19,7 @@ from api.admission import Door, is_loopback
 from api.app import create_app
 from api.program import program
 from api.server import Server
-from orchestrator.database import Database
+from orchestrator.database import Database, shown
 from orchestrator.journal import write_journal
 from orchestrator.settings import Settings
 from orchestrator.tokens import digest, has_usable_token
@@ -72,7 +72,7 @@ def _serve_with_orchestrator(settings: Settings, environment: Mapping[str, str],
         orchestrator.start()
         here = settings.address
         print(f"Caddie is up: {here}  (API docs {here}/docs, Optuna dashboard {here}/dashboard)", flush=True)
-        print(f"database {database.url.render_as_string(hide_password=True)}, log {orchestrator.log_path}", flush=True)
+        print(f"database {shown(database.url)}, log {orchestrator.log_path}", flush=True)
         serve(settings, database)
     finally:
         orchestrator.stop()

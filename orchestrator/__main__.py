@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy.exc import OperationalError
 
 from orchestrator.artifacts import ArtifactStore
-from orchestrator.database import Database
+from orchestrator.database import Database, shown
 from orchestrator.journal import write_journal
 from orchestrator.launcher import Launcher
 from orchestrator.local_launcher import LocalLauncher
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not owner.take():
             return _taken(settings)
     except OperationalError as error:
-        which = database.url.render_as_string(hide_password=True)
+        which = shown(database.url)
         print(f"caddie: the database {which} does not answer: {' '.join(str(error.orig).split())}", file=sys.stderr)
         return 1
     stop, drain = threading.Event(), threading.Event()

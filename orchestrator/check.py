@@ -126,7 +126,7 @@ def never_legal_values(base: Mapping[str, Any], space: Space) -> Iterator[Proble
 
 
 def _rules_broken(base: Mapping[str, Any], changes: Mapping[str, Any]) -> list[Problem]:
-    """A rule says what it reads, so that one that reads something else is another problem there."""
+    """The rules that break then, in their words: one that reads more than the changed path has others elsewhere."""
     try:
         apply(base, changes)
     except InvalidSpec as error:

@@ -94,6 +94,11 @@ class Database:
         self.engine.dispose()
 
 
+def shown(url: URL) -> str:
+    """A database's address as people may read it: without a password, wherever that stands."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
 @contextmanager
 def alembic_config(connection: Connection) -> Iterator[Config]:
     """Alembic's configuration for our one migration history, over an open connection."""
@@ -111,7 +116,7 @@ def _parse(url: str) -> URL:
     except (ArgumentError, ValueError):  # the second for a port that is no number
         raise FieldError("CADDIE_DATABASE_URL", url, expected) from None
     if parsed.drivername not in DRIVERS:
-        raise FieldError("CADDIE_DATABASE_URL", parsed.render_as_string(hide_password=True), expected)
+        raise FieldError("CADDIE_DATABASE_URL", shown(parsed), expected)
     return parsed.set(drivername=DRIVERS[parsed.drivername])
 
 

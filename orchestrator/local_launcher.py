@@ -170,7 +170,7 @@ class LocalLauncher:
         (gang.directory / "rendezvous").unlink(missing_ok=True)
         # One with a mailbox may be the gang of another launcher.
         left = (path for path in self._directory.iterdir() if path.name.isdigit() and not (path / "rank-0").exists())
-        for old in sorted(left, key=lambda path: int(path.name))[:-KEPT]:
+        for old in sorted(left, key=lambda path: path.stat().st_mtime_ns)[:-KEPT]:  # numbers begin anew with a database
             shutil.rmtree(old, ignore_errors=True)
 
     def leave(self) -> bool:

@@ -2,12 +2,12 @@
 
 from datetime import datetime
 
-from sqlalchemy import and_, func, select, true
+from sqlalchemy import and_, exists, func, select, true
 from sqlalchemy.orm import Session
 
 from orchestrator import store
 from orchestrator.lifecycle import StudyState, TrialState
-from orchestrator.tables import AttemptRow, RunRow, StudyRow, TrialRow
+from orchestrator.tables import AttemptRow, MeasurementRow, RunRow, StudyRow, TrialRow
 
 ENOUGH = 2
 """Proposals that fail for the same bad input, with no success between, show that the point is not to blame."""
@@ -17,11 +17,12 @@ FAILED = and_(TrialRow.state == TrialState.FAILED, _PROPOSED)
 
 def pause_if_mistaken(session: Session, attempt_id: int, now: datetime) -> None:
     """Pause the study of an attempt that has just ended on bad input, where ENOUGH have. The caller holds the study's
-    row: of two that end at once, one sees the other."""
+    row: of two that end at once, one sees the other. What has trained may have failed by what it trained to."""
+    trained = exists().where(MeasurementRow.attempt_id == attempt_id)
     ended = (
         select(TrialRow.study_id, TrialRow.reason).join(StudyRow, StudyRow.id == TrialRow.study_id)
         .join(RunRow, RunRow.trial_id == TrialRow.id).join(AttemptRow, AttemptRow.run_id == RunRow.id)
-        .where(AttemptRow.id == attempt_id, FAILED, StudyRow.state == StudyState.RUNNING)
+        .where(AttemptRow.id == attempt_id, FAILED, StudyRow.state == StudyState.RUNNING, ~trained)
     )  # fmt: skip
     found = session.execute(ended).one_or_none()
     if found is None or found.reason is None:

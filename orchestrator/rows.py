@@ -42,7 +42,19 @@ def study_of(row: StudyRow | Row[*tuple[Any, ...]]) -> Study:
 
 @lru_cache(maxsize=256)  # every tick asks for those of all studies that run
 def _definition(written: str) -> NewStudy:
-    return NewStudy.model_validate_json(written)
+    try:
+        return NewStudy.model_validate_json(written)
+    except ValueError:  # of a version that took true for 1 where a number was asked for
+        return NewStudy.model_validate(_with_numbers(json.loads(written)))
+
+
+def _with_numbers(value: Any) -> Any:
+    """The same with 1 and 0 for true and false, which are both to pydantic."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(one) for one in value]
+    return int(value) if isinstance(value, bool) else value
 
 
 def trial_of(row: TrialRow, spec: TrialSpec | None = None) -> Trial:

@@ -83,6 +83,9 @@ def test_a_study_goes_on_where_what_failed_may_be_the_point(track: Track, propos
     fail(track, propose(), "the vocabulary is not 1024")
     for _ in range(3):
         fail(track, propose(), "the loss is nan", Cause.DIVERGED)
+    for claim in (propose(), propose()):  # by what they trained to
+        track.measure(claim, {0.5: 2.5})
+        fail(track, claim, "evaluation.ttt.lr is 0.002: made the model diverge")
     track.end(propose())
     fail(track, propose())
     assert track.current().state is StudyState.RUNNING

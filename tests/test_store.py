@@ -93,6 +93,17 @@ def test_of_several_that_create_one_name_at_once_one_wins_and_the_others_meet_a_
         assert sorted(pool.map(create, range(4))) == ["conflict", "conflict", "conflict", "created"]
 
 
+def test_a_study_that_was_stored_with_truth_for_a_number_is_read_still(database: Database, study: Study) -> None:
+    definition = study.definition.model_dump(mode="json")
+    definition["base"]["sharing"]["unique_blocks"] = True
+    definition["space"] = {"sharing.lora.rank": {"choice": [True, 4]}}
+    with database.write() as session:
+        session.execute(update(StudyRow).values(definition=definition))
+    with database.read() as session:
+        (read,) = list_studies(session)
+    assert read.definition.space["sharing.lora.rank"].choice == (1, 4)
+
+
 def test_a_study_that_does_not_exist_is_not_found(database: Database, new_trial: NewTrials, now: datetime) -> None:
     with database.read() as session, pytest.raises(NotFound, match="no study 'nope'"):
         get_study(session, "nope")
