@@ -170,7 +170,7 @@ class LocalLauncher:
         (gang.directory / "rendezvous").unlink(missing_ok=True)
         # One with a mailbox may be the gang of another launcher.
         left = (path for path in self._directory.iterdir() if path.name.isdigit() and not (path / "rank-0").exists())
-        for old in sorted(left, key=lambda path: path.stat().st_mtime_ns)[:-KEPT]:  # numbers begin anew with a database
+        for old in sorted(left, key=_written_at)[:-KEPT]:  # not by number: those begin anew with a database
             shutil.rmtree(old, ignore_errors=True)
 
     def leave(self) -> bool:
@@ -229,6 +229,14 @@ def _deaths(gang: _Gang) -> dict[int, str]:
             status = process.returncode
             deaths[rank] = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
     return deaths
+
+
+def _written_at(folder: Path) -> int:
+    """In nanoseconds; 0 where another launcher has just removed it."""
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _kill(gang: _Gang) -> None:
