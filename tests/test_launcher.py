@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -262,15 +263,15 @@ def test_releasing_a_hanging_gang_leaves_no_process_and_gives_its_room_back(benc
 
 
 def test_only_the_last_attempts_without_a_result_leave_their_logs(tmp_path: Path) -> None:
-    for name in ("notes", "7/rank-0", *map(str, range(KEPT))):
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    for name in ("notes", "7/rank-0", *map(str, range(100, 100 + KEPT))):  # of a database that was there before
+        (tmp_path / name).mkdir(parents=True)
+        os.utime(tmp_path / name, ns=(number := int(name) if name.isdigit() else 0, number))
     launcher = make("local", tmp_path, tmp_path)
-    for number in (100, 101):
+    for number in (1, 2):
         launcher.start(replace(assignment("hang", ONE), attempt_id=number), "gang")
         launcher.release(number)
-    left = {"notes", "7", *map(str, range(1, KEPT)), "100", "101"}  # in 7 another launcher's gang may run
+    left = {"notes", "7", *map(str, range(102, 100 + KEPT)), "1", "2"}  # in 7 another launcher's gang may run
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == left
-    assert {path.name for path in (tmp_path / "100").iterdir()} == {"spec.json", "rank-0.log"}
 
 
 def test_an_attempt_that_is_not_known_is_lost(bench: Bench) -> None:
