@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from orchestrator.launcher import Assignment, Ending, NoRoom, Offer, Update
 from worker.mailbox import FileMailbox
 from worker.spec import GangConfig
 
+DYING_SECONDS = 0.5
 KEPT = 20
 """Attempts without a result whose logs are kept, the last ones: the evidence of why they failed."""
 
@@ -124,6 +126,11 @@ class LocalLauncher:
             return Update("lost", (), lost(attempt_id))
         mails = [mailbox.read(after, logged) for mailbox in gang.mailboxes]
         if gang.ending is None:
+            if any(mail.closing is not None and mail.closing.outcome == "failed" for mail in mails):
+                for process, mail in zip(gang.processes, mails, strict=True):
+                    if mail.closing is None:  # one that was killed may take longer to end than its peers to notice
+                        with suppress(subprocess.TimeoutExpired):
+                            process.wait(DYING_SECONDS)
             deaths = _deaths(gang)
             for rank in deaths:
                 mails[rank] = gang.mailboxes[rank].read(
