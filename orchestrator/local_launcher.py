@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 import worker
 from orchestrator.ending import ending_of, lost
 from orchestrator.launcher import Assignment, Ending, NoRoom, Offer, Update
-from worker.mailbox import FileMailbox
+from worker.mailbox import FileMailbox, Mail
 from worker.spec import GangConfig
 
 DYING_SECONDS = 0.5
@@ -126,16 +127,9 @@ class LocalLauncher:
             return Update("lost", (), lost(attempt_id))
         mails = [mailbox.read(after, logged) for mailbox in gang.mailboxes]
         if gang.ending is None:
-            if any(mail.closing is not None and mail.closing.outcome == "failed" for mail in mails):
-                for process, mail in zip(gang.processes, mails, strict=True):
-                    if mail.closing is None:  # one that was killed may take longer to end than its peers to notice
-                        with suppress(subprocess.TimeoutExpired):
-                            process.wait(DYING_SECONDS)
-            deaths = _deaths(gang)
-            for rank in deaths:
-                mails[rank] = gang.mailboxes[rank].read(
-                    after, logged
-                )  # again, after its end: it may have closed in between
+            deaths = _deaths(gang, mails)
+            for rank in deaths:  # again, after its end: it may have closed in between
+                mails[rank] = gang.mailboxes[rank].read(after, logged)
             gang.ending = ending_of(attempt_id, mails, deaths)
             if gang.ending is not None:
                 _kill(gang)
@@ -226,8 +220,20 @@ def source_roots() -> tuple[Path, ...]:
     return () if root.name in ("site-packages", "dist-packages") else (root,)
 
 
-def _deaths(gang: _Gang) -> dict[int, str]:
-    """What became of the ranks whose process has ended, well or not."""
+def _deaths(gang: _Gang, mails: Sequence[Mail]) -> dict[int, str]:
+    """What became of the ranks whose process has ended, well or not. Where one says that it failed, those that say
+    nothing have DYING_SECONDS: one that was killed may take longer to end than its peers to notice."""
+    silent = {rank for rank, mail in enumerate(mails) if mail.closing is None}
+    failed = any(mail.closing is not None and mail.closing.outcome == "failed" for mail in mails)
+    until = time.monotonic() + DYING_SECONDS
+    deaths = _ended(gang)
+    while failed and silent and not silent & deaths.keys() and time.monotonic() < until:
+        time.sleep(0.01)
+        deaths = _ended(gang)
+    return deaths
+
+
+def _ended(gang: _Gang) -> dict[int, str]:
     deaths = {}
     for rank, process in enumerate(gang.processes):
         if process.returncode is None and process.poll() is not None:
