@@ -9,15 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import worker
 from orchestrator.ending import ending_of, lost
 from orchestrator.launcher import Assignment, Ending, NoRoom, Offer, Update
-from worker.mailbox import FileMailbox, Mail
+from worker.mailbox import FileMailbox
 from worker.spec import GangConfig
 
 DYING_SECONDS = 0.5
@@ -127,9 +126,15 @@ class LocalLauncher:
             return Update("lost", (), lost(attempt_id))
         mails = [mailbox.read(after, logged) for mailbox in gang.mailboxes]
         if gang.ending is None:
-            deaths = _deaths(gang, mails)
-            for rank in deaths:  # again, after its end: it may have closed in between
-                mails[rank] = gang.mailboxes[rank].read(after, logged)
+            failed = any(mail.closing is not None and mail.closing.outcome == "failed" for mail in mails)
+            silent = {rank for rank, mail in enumerate(mails) if mail.closing is None}
+            deaths = _deaths(gang, silent if failed else set())
+            for rank in silent & deaths.keys():  # again, after its end: it may have closed in between
+                again = gang.mailboxes[rank].read(after, logged)
+                if again.closing is None or not failed:
+                    mails[rank] = again
+                else:  # for its peer's failure
+                    del deaths[rank]
             gang.ending = ending_of(attempt_id, mails, deaths)
             if gang.ending is not None:
                 _kill(gang)
@@ -220,14 +225,12 @@ def source_roots() -> tuple[Path, ...]:
     return () if root.name in ("site-packages", "dist-packages") else (root,)
 
 
-def _deaths(gang: _Gang, mails: Sequence[Mail]) -> dict[int, str]:
-    """What became of the ranks whose process has ended, well or not. Where one says that it failed, those that say
-    nothing have DYING_SECONDS: one that was killed may take longer to end than its peers to notice."""
-    silent = {rank for rank, mail in enumerate(mails) if mail.closing is None}
-    failed = any(mail.closing is not None and mail.closing.outcome == "failed" for mail in mails)
+def _deaths(gang: _Gang, awaited: Set[int]) -> dict[int, str]:
+    """What became of the ranks whose process has ended, well or not. Those awaited have DYING_SECONDS: one that was
+    killed may take longer to end than its peers to notice, whose failure then is none of their own."""
     until = time.monotonic() + DYING_SECONDS
     deaths = _ended(gang)
-    while failed and silent and not silent & deaths.keys() and time.monotonic() < until:
+    while awaited - deaths.keys() and time.monotonic() < until:
         time.sleep(0.01)
         deaths = _ended(gang)
     return deaths
