@@ -8,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from orchestrator.launcher import Assignment, Ending, NoRoom, Offer, Update
 from worker.mailbox import FileMailbox
 from worker.spec import GangConfig
 
-DYING_SECONDS = 0.5
 KEPT = 20
 """Attempts without a result whose logs are kept, the last ones: the evidence of why they failed."""
 
@@ -126,15 +124,11 @@ class LocalLauncher:
             return Update("lost", (), lost(attempt_id))
         mails = [mailbox.read(after, logged) for mailbox in gang.mailboxes]
         if gang.ending is None:
-            failed = any(mail.closing is not None and mail.closing.outcome == "failed" for mail in mails)
-            silent = {rank for rank, mail in enumerate(mails) if mail.closing is None}
-            deaths = _deaths(gang, silent if failed else set())
-            for rank in silent & deaths.keys():  # again, after its end: it may have closed in between
-                again = gang.mailboxes[rank].read(after, logged)
-                if again.closing is None or not failed:
-                    mails[rank] = again
-                else:  # for its peer's failure
-                    del deaths[rank]
+            deaths = _deaths(gang)
+            for rank in deaths:
+                mails[rank] = gang.mailboxes[rank].read(
+                    after, logged
+                )  # again, after its end: it may have closed in between
             gang.ending = ending_of(attempt_id, mails, deaths)
             if gang.ending is not None:
                 _kill(gang)
@@ -225,18 +219,8 @@ def source_roots() -> tuple[Path, ...]:
     return () if root.name in ("site-packages", "dist-packages") else (root,)
 
 
-def _deaths(gang: _Gang, awaited: Set[int]) -> dict[int, str]:
-    """What became of the ranks whose process has ended, well or not. Those awaited have DYING_SECONDS: one that was
-    killed may take longer to end than its peers to notice, whose failure then is none of their own."""
-    until = time.monotonic() + DYING_SECONDS
-    deaths = _ended(gang)
-    while awaited - deaths.keys() and time.monotonic() < until:
-        time.sleep(0.01)
-        deaths = _ended(gang)
-    return deaths
-
-
-def _ended(gang: _Gang) -> dict[int, str]:
+def _deaths(gang: _Gang) -> dict[int, str]:
+    """What became of the ranks whose process has ended, well or not."""
     deaths = {}
     for rank, process in enumerate(gang.processes):
         if process.returncode is None and process.poll() is not None:
